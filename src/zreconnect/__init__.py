@@ -1,0 +1,32 @@
+"""Database connections that survive their database: reconnecting for Zope's `transaction`."""
+
+from zreconnect.connection import ReconnectingConnection, connect
+from zreconnect.cursor import ReconnectingCursor
+from zreconnect.descriptor import ConnectionDescriptor
+from zreconnect.exceptions import (
+    CommitOutcomeUnknown,
+    ConflictingTransactionManagerError,
+    DisconnectedConnectionError,
+    DisconnectionError,
+    ReconnectTimeout,
+)
+from zreconnect.policy import FAIL_FAST, PERSIST, RetryPolicy
+from zreconnect.zopeless import ZopelessTransactionManager, initZopeless, isZopeless
+
+__all__ = [
+    "FAIL_FAST",
+    "PERSIST",
+    "CommitOutcomeUnknown",
+    "ConflictingTransactionManagerError",
+    "ConnectionDescriptor",
+    "DisconnectedConnectionError",
+    "DisconnectionError",
+    "ReconnectTimeout",
+    "ReconnectingConnection",
+    "ReconnectingCursor",
+    "RetryPolicy",
+    "ZopelessTransactionManager",
+    "connect",
+    "initZopeless",
+    "isZopeless",
+]

@@ -1,0 +1,712 @@
+"""A DB-API connection that reconnects when a transaction begins: its four states."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, NoReturn
+
+import tenacity
+from transaction.interfaces import TransientError
+from zope.interface import implementer
+
+from zreconnect import events
+from zreconnect.cursor import ReconnectingCursor
+from zreconnect.drivers.base import Meaning, SessionSettings
+from zreconnect.exceptions import (
+    CommitOutcomeUnknown,
+    DisconnectedConnectionError,
+    ReconnectTimeout,
+    one_line,
+)
+from zreconnect.interfaces import (
+    ACTIVE,
+    CLOSED,
+    DOOMED,
+    IDLE,
+    IReconnectingConnection,
+    ISavepoint,
+)
+from zreconnect.policy import PERSIST, RetryPolicy
+from zreconnect.retry import run_unit_of_work
+from zreconnect.server import Server, server_from_dsn, server_from_factory
+
+# PEP 249, "Exceptions": a connection has them as attributes.
+DBAPI_EXCEPTIONS = {
+    "Warning",
+    "Error",
+    "InterfaceError",
+    "DatabaseError",
+    "DataError",
+    "OperationalError",
+    "IntegrityError",
+    "InternalError",
+    "ProgrammingError",
+    "NotSupportedError",
+}
+
+
+class _AttemptFailed(Exception):
+    """An attempt to connect failed with ``error``, and another one may succeed."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+@implementer(IReconnectingConnection)
+class ReconnectingConnection:
+    """A DB-API 2.0 connection that outlives its server sessions; see `IReconnectingConnection`.
+
+    The server is first contacted when the first transaction begins.
+
+    connection_factory: called without arguments, returns a new raw connection, not in autocommit
+    mode. It is called in a thread of its own, so that the policy's deadline holds for it too.
+    driver: the name of the driver that the raw connections belong to.
+    policy: how long connecting is tried when a transaction begins.
+    on_connect: called with each new raw connection, outside a transaction, to set up the session.
+
+    Raises TypeError or ValueError, naming the argument, for one that makes no sense.
+    """
+
+    # With slots, setting an attribute that is not kept here is an error and not ignored.
+    __slots__ = (
+        "__weakref__",
+        "_before_begin",
+        "_data_manager",
+        "_driver",
+        "_had_session",
+        "_implicit_begin",
+        "_inside_with",
+        "_on_connect",
+        "_owner",
+        "_policy",
+        "_process",
+        "_raw",
+        "_savepoints",
+        "_server",
+        "_settings",
+        "_state",
+        "_thread",
+    )
+
+    def __init__(
+        self,
+        connection_factory: Callable[[], Any] | Server,
+        driver: str = "psycopg2",
+        policy: RetryPolicy = PERSIST,
+        on_connect: Callable[[Any], object] | None = None,
+    ) -> None:
+        # First, so that nothing goes on to __getattr__ if an argument is refused.
+        self._raw: Any = None
+        self._state = IDLE
+        if not isinstance(connection_factory, Server):
+            connection_factory = server_from_factory(connection_factory, driver)
+        if not isinstance(policy, RetryPolicy):
+            raise TypeError(f"policy must be a RetryPolicy, not {policy!r}")
+        if on_connect is not None and not callable(on_connect):
+            raise TypeError(f"on_connect must be callable, not {on_connect!r}")
+        self._server = connection_factory
+        self._driver = self._server.driver
+        self._policy = policy
+        self._on_connect = on_connect
+        self._settings = SessionSettings()
+        self._process = os.getpid()
+        self._thread = 0
+        self._had_session = False
+        self._inside_with = False
+        self._savepoints = itertools.count(1)
+        # Set by the data manager and the descriptor, which make this connection part of something
+        # larger.
+        self._data_manager: Any = None
+        self._before_begin: Callable[[], None] | None = None
+        self._owner: int | None = None
+        self._implicit_begin = True
+        _connections.add(self)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.server} {self._state}>"
+
+    # State
+
+    @property
+    def state(self) -> str:
+        return self._state
+
+    @property
+    def closed(self) -> int:
+        return int(self._state == CLOSED)
+
+    @property
+    def server(self) -> str:
+        return self._server.address
+
+    @property
+    def driver_connection(self) -> Any:
+        self._need_session()
+        return self._raw
+
+    # Transactions
+
+    def begin(self) -> None:
+        self._check_usable()
+        if self._state == ACTIVE:
+            raise self._driver.module.ProgrammingError(
+                "begin() inside a transaction: commit() or rollback() first"
+            )
+        self._begin()
+
+    def commit(self) -> None:
+        self._check_usable()
+        if self._data_manager is not None:
+            raise self._driver.module.ProgrammingError(
+                "This connection is part of a transaction manager's transaction: commit that "
+                "instead, for example with transaction.commit()"
+            )
+        self._commit()
+
+    def rollback(self) -> None:
+        self._check_open()
+        self._check_thread()
+        if self._state == ACTIVE:
+            try:
+                self._driver.rollback(self._raw)
+            except self._driver.module.Error as error:
+                self._end_session(error)
+        self._state = IDLE
+
+    def close(self) -> None:
+        self._state = CLOSED
+        self._drop_session()
+
+    def savepoint(self) -> Savepoint:
+        self._check_usable()
+        if self._state != ACTIVE:
+            raise self._driver.module.ProgrammingError("savepoint() outside a transaction")
+        return Savepoint(self, f"zreconnect_{next(self._savepoints)}")
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[ReconnectingCursor]:
+        self.begin()
+        try:
+            with self.cursor() as cursor:
+                yield cursor
+            self.commit()
+        finally:
+            self.rollback()
+
+    def run(
+        self, function: Callable[..., Any], *args: Any, attempts: int = 3, **keywords: Any
+    ) -> Any:
+        return run_unit_of_work(
+            lambda: function(*args, **keywords),
+            begin=self.begin,
+            commit=self.commit,
+            abort=self.rollback,
+            may_run_again=self._may_run_again,
+            attempts=attempts,
+        )
+
+    def __enter__(self) -> ReconnectingConnection:
+        """As in psycopg2: commit at the end, or roll back on an error; do not close."""
+        self._check_usable()
+        if self._inside_with:
+            raise self._driver.module.ProgrammingError(
+                "The connection is already inside a with block"
+            )
+        self._inside_with = True
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if error_type is None:
+                self.commit()
+        finally:
+            self._inside_with = False
+            self.rollback()
+
+    def fork(self) -> ReconnectingConnection:
+        forked = ReconnectingConnection(
+            self._server, policy=self._policy, on_connect=self._on_connect
+        )
+        forked._settings = replace(self._settings)
+        return forked
+
+    # Cursors and large objects
+
+    def cursor(
+        self, name: str | None = None, cursor_factory: Any = None, **options: Any
+    ) -> ReconnectingCursor:
+        self._check_usable()
+        return ReconnectingCursor(self, name, cursor_factory, options)
+
+    def lobject(self, *args: Any, **keywords: Any) -> Any:
+        """A large object, as the driver has it; it lives as long as the transaction."""
+        self._need_transaction()
+        with self._guarded():
+            self._driver.own_transaction(self._raw)
+            return Guarded(self, self._raw.lobject(*args, **keywords))
+
+    # Session settings
+
+    @property
+    def autocommit(self) -> bool:
+        return self._settings.autocommit
+
+    @autocommit.setter
+    def autocommit(self, value: bool) -> None:
+        self.set_session(autocommit=value)
+
+    @property
+    def isolation_level(self) -> int | None:
+        return self._settings.isolation_level
+
+    @isolation_level.setter
+    def isolation_level(self, level: int | str | None) -> None:
+        self._change_settings(isolation_level=self._driver.isolation_level(level))
+
+    @property
+    def readonly(self) -> bool | None:
+        return self._settings.readonly
+
+    @readonly.setter
+    def readonly(self, value: bool | str | None) -> None:
+        self._change_settings(readonly=_flag("readonly", value))
+
+    @property
+    def deferrable(self) -> bool | None:
+        return self._settings.deferrable
+
+    @deferrable.setter
+    def deferrable(self, value: bool | str | None) -> None:
+        self._change_settings(deferrable=_flag("deferrable", value))
+
+    @property
+    def cursor_factory(self) -> Any:
+        return self._settings.cursor_factory
+
+    @cursor_factory.setter
+    def cursor_factory(self, value: Any) -> None:
+        self._settings.cursor_factory = value
+        if self._raw is not None:
+            self._raw.cursor_factory = value
+
+    def set_session(
+        self,
+        isolation_level: int | str | None = None,
+        readonly: bool | str | None = None,
+        deferrable: bool | str | None = None,
+        autocommit: bool | None = None,
+    ) -> None:
+        """Set what is given, as in psycopg2; None leaves a setting as it is.
+
+        Raises the driver's ProgrammingError inside a transaction, ValueError for an unknown value.
+        """
+        changes: dict[str, Any] = {}
+        if isolation_level is not None:
+            changes["isolation_level"] = self._driver.isolation_level(isolation_level)
+        if readonly is not None:
+            changes["readonly"] = _flag("readonly", readonly)
+        if deferrable is not None:
+            changes["deferrable"] = _flag("deferrable", deferrable)
+        if autocommit is not None:
+            changes["autocommit"] = bool(autocommit)
+        self._change_settings(**changes)
+
+    def set_isolation_level(self, level: int | str | None) -> None:
+        """Set the isolation level, as in psycopg2: 0 is autocommit mode, any other one ends it.
+
+        Raises the driver's ProgrammingError inside a transaction, ValueError for an unknown level.
+        """
+        if level == 0:
+            self._change_settings(autocommit=True)
+        else:
+            number = self._driver.isolation_level(level)
+            self._change_settings(isolation_level=number, autocommit=False)
+
+    def set_client_encoding(self, encoding: str) -> None:
+        """Set the encoding of this session and of later ones.
+
+        Raises the driver's ProgrammingError inside a transaction, since a rollback would undo it.
+        """
+        self._check_outside_transaction("set_client_encoding()")
+        self._need_session()
+        with self._guarded():
+            self._raw.set_client_encoding(encoding)
+        self._settings.client_encoding = encoding
+
+    def reset(self) -> None:
+        """Roll back, and forget all settings but those of ``on_connect``; the next transaction
+        gets a new session."""
+        self.rollback()
+        self._settings = SessionSettings()
+        self._drop_session()
+
+    def _change_settings(self, **changes: Any) -> None:
+        self._check_outside_transaction("Changing the session's settings")
+        self._settings = replace(self._settings, **changes)
+        if self._raw is not None:
+            with self._guarded():
+                self._driver.restore(self._raw, self._settings)
+
+    # Everything else that the driver's connection has
+
+    def __getattr__(self, name: str) -> Any:
+        if name in DBAPI_EXCEPTIONS:
+            return getattr(self._driver.module, name)
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self._need_session()
+        return self._guarded_attribute(self._raw, name)
+
+    # For the cursor, the data manager and the descriptor
+
+    def _need_transaction(self) -> None:
+        """Begin a transaction if a statement needs one; else see that there is a session."""
+        if self._state == ACTIVE and self._thread == threading.get_ident():
+            return
+        self._check_usable()
+        if self._settings.autocommit and not self._inside_with:
+            self._need_session()
+        elif not self._implicit_begin:
+            raise self._driver.module.ProgrammingError(
+                "There is no transaction: call begin() first (implicitBegin is False)"
+            )
+        else:
+            self._begin_for_statement()
+
+    def _need_answerable(self) -> None:
+        """Raise unless this thread may ask for results now."""
+        if self._state != ACTIVE or self._thread != threading.get_ident():
+            self._check_usable()
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Turn the driver's errors in this block into ours where they mean a lost session."""
+        try:
+            yield
+        except self._driver.module.Error as error:
+            self._check_lost(error)
+            raise
+
+    def _guarded_attribute(self, wrapped: Any, name: str) -> Any:
+        """``wrapped.name``; if it is a method, one whose errors are guarded."""
+        value = getattr(wrapped, name)
+        if not callable(value):
+            return value
+
+        def call(*args: Any, **keywords: Any) -> Any:
+            self._check_not_doomed()
+            with self._guarded():
+                return value(*args, **keywords)
+
+        return call
+
+    def _check_lost(self, error: BaseException) -> None:
+        """Doom the transaction and raise `DisconnectionError` if ``error`` means a lost session."""
+        if self._state == CLOSED or not self._means_disconnect(error):
+            return
+        was_active = self._state == ACTIVE
+        self._end_session(error)
+        if was_active:
+            self._doom()
+        raise self._driver.disconnection_error(
+            f"The connection to {self.server} was lost"
+            + (" inside a transaction, and nothing of it is committed" if was_active else "")
+            + f". Roll back (or abort) and run the work again. The driver said: {one_line(error)}",
+            sys.exc_info(),
+        ) from error
+
+    def _check_not_doomed(self) -> None:
+        if self._state == DOOMED:
+            self._raise_already_disconnected()
+
+    def _raise_already_disconnected(self) -> NoReturn:
+        original = DisconnectedConnectionError("Already disconnected")
+        raise self._driver.disconnection_error(
+            f"Already disconnected from {self.server}, and nothing of the transaction is "
+            "committed. Roll back (or abort) before the connection is used again.",
+            (DisconnectedConnectionError, original, None),
+        )
+
+    def _commit(self) -> None:
+        """Commit, also for a transaction manager."""
+        self._check_usable()
+        if self._state != ACTIVE:
+            return
+        try:
+            self._driver.commit(self._raw)
+        except self._driver.module.Error as error:
+            if self._means_disconnect(error):
+                self._end_session(error)
+                self._doom()
+                raise CommitOutcomeUnknown(self.server) from error
+            if not self._driver.in_transaction(self._raw):
+                self._state = IDLE
+            raise
+        self._state = IDLE
+
+    def _may_run_again(self, error: BaseException) -> bool:
+        """Whether a unit of work that raised ``error`` was not committed and may succeed later."""
+        return isinstance(error, TransientError) or self._driver.is_transient(error)
+
+    def _means_disconnect(self, error: BaseException) -> bool:
+        return self._raw is None or self._driver.meaning(error, self._raw) is Meaning.DISCONNECT
+
+    # Checks
+
+    def _check_open(self) -> None:
+        if self._state == CLOSED:
+            raise self._driver.module.InterfaceError("The connection is closed")
+
+    def _check_usable(self) -> None:
+        self._check_open()
+        self._check_thread()
+        self._check_not_doomed()
+
+    def _check_thread(self) -> None:
+        thread = threading.get_ident()
+        if self._owner is not None and self._owner != thread:
+            raise self._driver.module.ProgrammingError(
+                "The connection belongs to another thread: each thread gets its own from the "
+                "descriptor or the transaction manager"
+            )
+        if self._state in (ACTIVE, DOOMED) and self._thread != thread:
+            raise self._driver.module.ProgrammingError(
+                "The connection's transaction belongs to another thread: use a connection for "
+                "each thread; fork() makes one"
+            )
+
+    def _check_outside_transaction(self, what: str) -> None:
+        self._check_usable()
+        if self._state == ACTIVE:
+            raise self._driver.module.ProgrammingError(f"{what} inside a transaction")
+
+    # Sessions
+
+    def _begin_for_statement(self) -> None:
+        try:
+            self._begin()
+        except (self._driver.disconnection_error, ReconnectTimeout):
+            # The statement belongs to a unit of work, which without it must not be committed.
+            self._doom()
+            raise
+
+    def _begin(self) -> None:
+        if self._before_begin is not None:
+            self._before_begin()
+        if self._raw is None or not self._begin_in_session():
+            self._connect(self._begin_raw)
+        self._state = ACTIVE
+        self._thread = threading.get_ident()
+
+    def _begin_raw(self, raw: Any) -> None:
+        self._driver.begin(raw, self._settings)
+
+    def _begin_in_session(self) -> bool:
+        """Whether BEGIN arrived: if the session has ended while idle, this is how it shows."""
+        try:
+            self._begin_raw(self._raw)
+        except self._driver.module.Error as error:
+            if not self._means_disconnect(error):
+                raise
+            self._end_session(error)
+            return False
+        return True
+
+    def _need_session(self) -> None:
+        self._check_open()
+        if self._raw is None:
+            self._check_not_doomed()
+            self._connect(lambda raw: None)
+
+    def _connect(self, first_use: Callable[[Any], None]) -> None:
+        """Connect within the policy; ``first_use`` of the raw connection is part of an attempt."""
+        started = time.monotonic()
+        number = 0
+
+        def announce_failure(state: tenacity.RetryCallState) -> None:
+            assert state.outcome is not None and state.next_action is not None
+            failure = state.outcome.exception()
+            assert isinstance(failure, _AttemptFailed)
+            events.announce(
+                events.ConnectionAttemptFailed(
+                    self.server,
+                    state.attempt_number,
+                    time.monotonic() - started,
+                    state.next_action.sleep,
+                    failure.error,
+                )
+            )
+
+        try:
+            for attempt in self._policy.retrying(_AttemptFailed, announce_failure):
+                with attempt:
+                    number = attempt.retry_state.attempt_number
+                    elapsed = time.monotonic() - started
+                    self._raw = self._open_session(self._policy.longest_attempt(elapsed), first_use)
+        except _AttemptFailed as failure:
+            self._give_up(number, time.monotonic() - started, failure.error)
+        if self._had_session or number > 1:
+            events.announce(events.Reconnected(self.server, number, time.monotonic() - started))
+        self._had_session = True
+
+    def _open_session(self, timeout: float, first_use: Callable[[Any], None]) -> Any:
+        """One attempt: a raw connection that has its settings and has been used once."""
+        try:
+            raw = self._server.connect(timeout)
+        except Exception as error:
+            if self._server.passes(error):
+                raise _AttemptFailed(error) from error
+            raise
+        try:
+            self._driver.prepare(raw)
+            if self._on_connect is not None:
+                self._on_connect(raw)
+            self._driver.restore(raw, self._settings)
+            first_use(raw)
+        except BaseException as error:
+            is_lost = (
+                isinstance(error, self._driver.module.Error)
+                and self._driver.meaning(error, raw) is Meaning.DISCONNECT
+            )
+            self._driver.close(raw)
+            if is_lost:
+                raise _AttemptFailed(error) from error
+            raise
+        self._process = os.getpid()
+        return raw
+
+    def _give_up(self, attempts: int, seconds: float, error: BaseException) -> NoReturn:
+        events.announce(events.GaveUp(self.server, attempts, seconds, error))
+        if not self._policy.fails_fast:
+            raise ReconnectTimeout(self.server, attempts, seconds, error) from error
+        raise self._driver.disconnection_error(
+            f"No connection to {self.server}, and no transaction was begun. Run the work again "
+            f"when the server is back. The driver said: {one_line(error)}",
+            (type(error), error, error.__traceback__),
+        ) from error
+
+    def _doom(self) -> None:
+        self._state = DOOMED
+        self._thread = threading.get_ident()
+        if self._data_manager is not None:
+            self._data_manager.disconnected = True
+
+    def _end_session(self, error: BaseException) -> None:
+        """The session is lost: let go of it and tell."""
+        self._drop_session()
+        self._server.lost()
+        events.announce(events.ConnectionLost(self.server, error, self._state))
+
+    def _drop_session(self) -> None:
+        raw, self._raw = self._raw, None
+        if raw is None:
+            return
+        if self._process == os.getpid():
+            self._driver.close(raw)
+        else:
+            self._driver.abandon(raw)
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child: the session, and a transaction in it, are the parent's."""
+        if self._raw is not None:
+            self._drop_session()
+            if self._state == ACTIVE:
+                self._doom()
+
+
+@implementer(ISavepoint)
+class Savepoint:
+    """A savepoint inside a transaction of a `ReconnectingConnection`."""
+
+    def __init__(self, connection: ReconnectingConnection, name: str) -> None:
+        self._connection = connection
+        self._name = name
+        self._execute(f"SAVEPOINT {name}")
+
+    def rollback(self) -> None:
+        self._execute(f"ROLLBACK TO SAVEPOINT {self._name}")
+
+    def release(self) -> None:
+        self._execute(f"RELEASE SAVEPOINT {self._name}")
+
+    def _execute(self, statement: str) -> None:
+        with self._connection.cursor() as cursor:
+            cursor.execute(statement)
+
+
+class Guarded:
+    """Something of the driver's that talks to the server, such as a large object.
+
+    What it raises when the session is lost is what a cursor raises.
+    """
+
+    def __init__(self, connection: ReconnectingConnection, wrapped: Any) -> None:
+        self._connection = connection
+        self._wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        self._connection._check_not_doomed()
+        return self._connection._guarded_attribute(self._wrapped, name)
+
+    def __enter__(self) -> Guarded:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._connection.state == ACTIVE:
+            self.close()
+
+
+def connect(
+    dsn: str,
+    driver: str | None = None,
+    policy: RetryPolicy = PERSIST,
+    on_connect: Callable[[Any], object] | None = None,
+) -> ReconnectingConnection:
+    """A `ReconnectingConnection` to the server that ``dsn`` names.
+
+    The server is first contacted when the first transaction begins.
+
+    dsn: ``postgresql://user:password@host:port/dbname``, the same with ``dbi://``, or libpq's
+    ``host=... dbname=...``.
+    driver: the driver's name; None takes the one for the DSN's scheme.
+    policy: how long connecting is tried when a transaction begins.
+    on_connect: called with each new raw connection, outside a transaction, to set up the session.
+
+    Raises TypeError or ValueError, naming the argument, for one that makes no sense.
+    """
+    server = server_from_dsn(dsn, driver)
+    return ReconnectingConnection(server, policy=policy, on_connect=on_connect)
+
+
+def _flag(name: str, value: bool | str | None) -> bool | None:
+    if value is None or (isinstance(value, str) and value.upper() == "DEFAULT"):
+        return None
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be a truth value, None or 'DEFAULT', not {value!r}")
+    return bool(value)
+
+
+_connections: weakref.WeakSet[ReconnectingConnection] = weakref.WeakSet()
+
+
+def _leave_sessions_to_parent() -> None:
+    for connection in list(_connections):
+        connection._leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_sessions_to_parent)

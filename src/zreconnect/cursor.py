@@ -1,0 +1,216 @@
+"""A DB-API cursor that outlives its server sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from zope.interface import implementer
+
+from zreconnect.interfaces import ACTIVE, IReconnectingCursor
+
+if TYPE_CHECKING:
+    from zreconnect.connection import ReconnectingConnection
+
+
+class _Setting:
+    """An attribute of the raw cursor that the next raw cursor gets again.
+
+    default: its value before there is a raw cursor; without one, reading it makes a raw cursor.
+    """
+
+    def __init__(self, default: Any = None) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, cursor: ReconnectingCursor | None, owner: type | None = None) -> Any:
+        if cursor is None:
+            return self
+        if self._name in cursor._settings or self._default is not None:
+            return cursor._settings.get(self._name, self._default)
+        return getattr(cursor._raw_cursor(), self._name)
+
+    def __set__(self, cursor: ReconnectingCursor, value: Any) -> None:
+        if cursor._raw is not None:
+            setattr(cursor._raw, self._name, value)
+        cursor._settings[self._name] = value
+
+
+@implementer(IReconnectingCursor)
+class ReconnectingCursor:
+    """See `IReconnectingCursor`; made by `ReconnectingConnection.cursor`."""
+
+    # With slots, setting an attribute that is not kept here is an error and not ignored.
+    __slots__ = (
+        "__weakref__",
+        "_closed",
+        "_error",
+        "_options",
+        "_raw",
+        "_raw_connection",
+        "_settings",
+        "connection",
+        "name",
+    )
+
+    arraysize = _Setting(1)
+    itersize = _Setting(2000)
+    binary_types = _Setting()
+    scrollable = _Setting()
+    string_types = _Setting()
+    tzinfo_factory = _Setting()
+    withhold = _Setting()
+
+    def __init__(
+        self,
+        connection: ReconnectingConnection,
+        name: str | None,
+        cursor_factory: Any,
+        options: dict[str, Any],
+    ) -> None:
+        self._raw: Any = None
+        self._raw_connection: Any = None
+        self.connection = connection
+        self.name = name
+        self._error = connection._driver.module.Error
+        self._options = options
+        if cursor_factory is not None:
+            options["cursor_factory"] = cursor_factory
+        self._settings: dict[str, Any] = {}
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.connection!r}>"
+
+    # Statements
+
+    def execute(self, query: Any, vars: Any = None) -> Any:
+        return self._statement("execute", query, vars)
+
+    def executemany(self, query: Any, vars_list: Any) -> Any:
+        return self._statement("executemany", query, vars_list)
+
+    def callproc(self, procname: str, parameters: Any = None) -> Any:
+        return self._statement("callproc", procname, parameters)
+
+    def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> Any:
+        """As in psycopg2."""
+        return self._statement("copy_expert", sql, file, size)
+
+    def copy_from(self, file: Any, table: str, *args: Any, **keywords: Any) -> Any:
+        """As in psycopg2."""
+        return self._statement("copy_from", file, table, *args, **keywords)
+
+    def copy_to(self, file: Any, table: str, *args: Any, **keywords: Any) -> Any:
+        """As in psycopg2."""
+        return self._statement("copy_to", file, table, *args, **keywords)
+
+    def _statement(self, method: str, *args: Any, **keywords: Any) -> Any:
+        connection = self.connection
+        connection._need_transaction()
+        if self._raw_connection is not connection._raw:
+            self._open()
+        try:
+            if self.name is not None and connection._state == ACTIVE:
+                connection._driver.own_transaction(connection._raw)
+            return getattr(self._raw, method)(*args, **keywords)
+        except self._error as error:
+            connection._check_lost(error)
+            raise
+
+    # Results
+
+    def fetchone(self) -> Any:
+        return self._answer("fetchone")
+
+    def fetchmany(self, size: int | None = None) -> Any:
+        return self._answer("fetchmany", self.arraysize if size is None else size)
+
+    def fetchall(self) -> Any:
+        return self._answer("fetchall")
+
+    def _answer(self, method: str, *args: Any) -> Any:
+        self.connection._need_answerable()
+        raw = self._raw_cursor()
+        try:
+            return getattr(raw, method)(*args)
+        except self._error as error:
+            self.connection._check_lost(error)
+            raise
+
+    def __iter__(self) -> Iterator[Any]:
+        self.connection._need_answerable()
+        rows = iter(self._raw_cursor())
+        while True:
+            self.connection._need_answerable()
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except self._error as error:
+                self.connection._check_lost(error)
+                raise
+            yield row
+
+    def __next__(self) -> Any:
+        return self._answer("__next__")
+
+    # Attributes
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def description(self) -> Any:
+        return None if self._raw is None else self._raw.description
+
+    @property
+    def rowcount(self) -> int:
+        return -1 if self._raw is None else self._raw.rowcount
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return self.connection._guarded_attribute(self._raw_cursor(), name)
+
+    # The raw cursor
+
+    def close(self) -> None:
+        """Close the cursor, also after a disconnect. Raises `DisconnectionError` if a server-side
+        cursor meets one here."""
+        self._closed = True
+        raw, self._raw = self._raw, None
+        if raw is None or self._raw_connection is not self.connection._raw:
+            return
+        try:
+            raw.close()
+        except self._error as error:
+            self.connection._check_lost(error)
+            raise
+
+    def __enter__(self) -> ReconnectingCursor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _raw_cursor(self) -> Any:
+        """The raw cursor; results that were fetched into it can be read after its session."""
+        if self._raw is None:
+            self.connection._need_session()
+            self._open()
+        return self._raw
+
+    def _open(self) -> None:
+        if self._closed:
+            raise self.connection._driver.module.InterfaceError("The cursor is closed")
+        raw_connection = self.connection._raw
+        arguments = () if self.name is None else (self.name,)
+        with self.connection._guarded():
+            self._raw = raw_connection.cursor(*arguments, **self._options)
+        self._raw_connection = raw_connection
+        for name, value in self._settings.items():
+            setattr(self._raw, name, value)

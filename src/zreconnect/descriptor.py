@@ -1,0 +1,88 @@
+"""A class attribute that gives each thread a connection of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import transaction
+from zope.interface import implementer
+
+from zreconnect.connection import ReconnectingConnection
+from zreconnect.datamanager import join_transactions
+from zreconnect.interfaces import IConnectionDescriptor
+from zreconnect.policy import PERSIST, RetryPolicy
+from zreconnect.server import server_from_dsn
+
+
+@implementer(IConnectionDescriptor)
+class ConnectionDescriptor:
+    """See `IConnectionDescriptor`.
+
+    dsn, driver, policy, on_connect: as for `connect`.
+    transaction_manager: whose current transaction the connections take part in.
+    implicit_begin: whether a statement outside a transaction begins one; if not, it raises the
+    driver's ProgrammingError.
+
+    Raises TypeError or ValueError, naming the argument, for one that makes no sense.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        driver: str | None = None,
+        policy: RetryPolicy = PERSIST,
+        on_connect: Callable[[Any], object] | None = None,
+        transaction_manager: Any = transaction.manager,
+        implicit_begin: bool = True,
+    ) -> None:
+        # Made once to check the arguments, and never connected: each thread's is a fork of it.
+        self._model = ReconnectingConnection(
+            server_from_dsn(dsn, driver), policy=policy, on_connect=on_connect
+        )
+        self._transaction_manager = transaction_manager
+        self._implicit_begin = implicit_begin
+        self._thread_connection = threading.local()
+        self._closed = False
+
+    def __get__(self, instance: object, owner: type | None = None) -> ReconnectingConnection:
+        return self.connection()
+
+    def connection(self) -> ReconnectingConnection:
+        if self._closed:
+            raise self._model.InterfaceError("The connection descriptor is closed")
+        held = getattr(self._thread_connection, "held", None)
+        if held is None:
+            held = self._thread_connection.held = _HeldByThread(self._new_connection())
+        connection: ReconnectingConnection = held.connection
+        return connection
+
+    def close(self) -> None:
+        self._closed = True
+        self._thread_connection.__dict__.pop("held", None)
+
+    def set_isolation_level(self, level: int | str | None) -> None:
+        self.connection().isolation_level = level
+        self._model.isolation_level = level
+
+    def _new_connection(self) -> ReconnectingConnection:
+        connection = self._model.fork()
+        connection._owner = threading.get_ident()
+        connection._implicit_begin = self._implicit_begin
+        join_transactions(connection, self._transaction_manager)
+        return connection
+
+
+class _HeldByThread:
+    """Closes its connection when the thread ends.
+
+    The thread's storage holds the only reference; the connection itself may be part of a
+    transaction that the garbage collector finds later.
+    """
+
+    def __init__(self, connection: ReconnectingConnection) -> None:
+        self.connection = connection
+
+    def __del__(self) -> None:
+        self.connection.close()

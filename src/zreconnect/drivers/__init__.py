@@ -1,0 +1,1 @@
+"""The database modules that zreconnect knows, each behind `zreconnect.interfaces.IDriver`."""

@@ -1,0 +1,92 @@
+"""What is announced through zope.event, and logged as ``zreconnect``, when a connection is lost."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import ClassVar
+
+from zope.event import notify
+from zope.interface import implementer
+
+from zreconnect import interfaces
+from zreconnect.exceptions import one_line
+
+logger = logging.getLogger("zreconnect")
+
+
+@dataclass(frozen=True)
+class ConnectionEvent:
+    """Common to all: ``server`` is the server's address without password."""
+
+    level: ClassVar[int] = logging.WARNING
+    server: str
+
+
+@implementer(interfaces.IConnectionLost)
+@dataclass(frozen=True)
+class ConnectionLost(ConnectionEvent):
+    error: BaseException
+    state: str
+
+    def __str__(self) -> str:
+        return f"Lost the connection to {self.server} while {self.state}: {one_line(self.error)}"
+
+
+@implementer(interfaces.IConnectionAttemptFailed)
+@dataclass(frozen=True)
+class ConnectionAttemptFailed(ConnectionEvent):
+    level: ClassVar[int] = logging.INFO
+    attempt: int
+    seconds: float
+    pause: float
+    error: BaseException
+
+    def __str__(self) -> str:
+        return (
+            f"Attempt {self.attempt} to connect to {self.server} failed after "
+            f"{self.seconds:.1f} seconds, next one in {self.pause:.2f}: {one_line(self.error)}"
+        )
+
+
+@implementer(interfaces.IReconnected)
+@dataclass(frozen=True)
+class Reconnected(ConnectionEvent):
+    attempts: int
+    seconds: float
+
+    def __str__(self) -> str:
+        tries = "attempt" if self.attempts == 1 else "attempts"
+        return (
+            f"Connected again to {self.server} after {self.attempts} {tries} "
+            f"and {self.seconds:.1f} seconds"
+        )
+
+
+@implementer(interfaces.IGaveUp)
+@dataclass(frozen=True)
+class GaveUp(ConnectionEvent):
+    level: ClassVar[int] = logging.ERROR
+    attempts: int
+    seconds: float
+    error: BaseException
+
+    def __str__(self) -> str:
+        tries = "attempt" if self.attempts == 1 else "attempts"
+        return (
+            f"Gave up connecting to {self.server} after {self.attempts} {tries} "
+            f"and {self.seconds:.1f} seconds: {one_line(self.error)}"
+        )
+
+
+def announce(event: ConnectionEvent) -> None:
+    """Log the event and notify its subscribers.
+
+    A subscriber that raises is logged and not let through: it must not keep a connection from
+    coming back.
+    """
+    logger.log(event.level, "%s", event)
+    try:
+        notify(event)
+    except Exception:
+        logger.exception("A subscriber failed on: %s", event)

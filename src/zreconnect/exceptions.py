@@ -1,0 +1,107 @@
+"""What zreconnect raises, and who may run the work again.
+
+=====================================  =========================  =================================
+error                                  happened                   run again?
+=====================================  =========================  =================================
+`DisconnectionError`                   nothing was committed      yes: publishers, `run` and
+                                                                  ``transaction.manager.run`` do
+`ReconnectTimeout`                     no transaction began       the caller decides
+`CommitOutcomeUnknown`                 perhaps committed          only after looking
+`ConflictingTransactionManagerError`   a mistake in the program   no
+=====================================  =========================  =================================
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from transaction.interfaces import TransientError
+from zope.interface import implementer
+from zope.publisher.interfaces import Retry
+
+from zreconnect.interfaces import IDisconnectionError
+
+ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None]
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message on one line, as log files and other messages want it."""
+    return " ".join(str(error).split())
+
+
+class DisconnectedConnectionError(Exception):
+    """A request was made on a connection that waits for ``rollback()`` after a disconnect."""
+
+
+@implementer(IDisconnectionError)
+class DisconnectionError(Retry, TransientError):  # type: ignore[misc]
+    """The connection was lost, nothing was committed, and the unit of work may run again.
+
+    What is raised is a subclass that is also the driver's own ``OperationalError``.
+
+    message: what happened, to which server, and what to do.
+    original: the ``sys.exc_info()`` triple of the driver's error; None after unpickling, since
+    a traceback does not travel between processes.
+    """
+
+    def __init__(self, message: str, original: ExceptionInfo | None = None) -> None:
+        super().__init__(original)
+        self.args = (message,)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.args
+
+
+class ReconnectTimeout(Exception):
+    """The policy's patience ended before there was a transaction: nothing was begun.
+
+    server: the server's address without password.
+    attempts: how often connecting was tried.
+    seconds: how long.
+    last_error: what the last attempt raised.
+    """
+
+    def __init__(
+        self, server: str, attempts: int, seconds: float, last_error: BaseException
+    ) -> None:
+        super().__init__(server, attempts, seconds, last_error)
+        self.server = server
+        self.attempts = attempts
+        self.seconds = seconds
+        self.last_error = last_error
+
+    def __str__(self) -> str:
+        tries = "attempt" if self.attempts == 1 else "attempts"
+        return (
+            f"No connection to {self.server} after {self.attempts} {tries} in "
+            f"{self.seconds:.1f} seconds; no transaction was begun. Start the server or begin "
+            f"again later. The last error was: {one_line(self.last_error)}"
+        )
+
+
+class CommitOutcomeUnknown(Exception):
+    """The connection was lost while COMMIT was under way: the work may be committed or not.
+
+    No retry loop runs the work again by itself, because that could do it twice.
+
+    server: the server's address without password.
+    """
+
+    def __init__(self, server: str) -> None:
+        super().__init__(server)
+        self.server = server
+
+    def __str__(self) -> str:
+        return (
+            f"The connection to {self.server} was lost while COMMIT was under way. The "
+            "transaction may be committed or not: look for its work in the database before "
+            "you do it again."
+        )
+
+
+class ConflictingTransactionManagerError(Exception):
+    """`initZopeless` was called with other settings than those of the installed manager."""

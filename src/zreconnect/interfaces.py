@@ -1,0 +1,379 @@
+"""What each part of zreconnect promises: the page to read first.
+
+A `IReconnectingConnection` is a DB-API connection that outlives its server sessions. It knows
+one server, through a driver (`IDriver`), and a policy (`IRetryPolicy`) for how long connecting is
+tried. A `IConnectionDescriptor` gives each thread a connection that takes part in the thread's
+current `transaction`; `IZopelessTransactionManager` is that for a batch job.
+"""
+
+# Methods of a zope.interface Interface have no self, and mypy cannot see zope's classes.
+# mypy: disable-error-code="misc, no-untyped-def"
+
+from __future__ import annotations
+
+from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
+from zope.interface import Attribute, Interface
+from zope.publisher.interfaces import IRetry
+
+IDLE = "idle"
+ACTIVE = "active"
+DOOMED = "doomed"
+CLOSED = "closed"
+
+
+class IRetryPolicy(Interface):
+    """How long and how often connecting is tried."""
+
+    timeout = Attribute("Seconds until `ReconnectTimeout`, or None for ever.")
+    initial = Attribute("Upper limit of the first pause between attempts, in seconds.")
+    maximum = Attribute("Upper limit of every pause, in seconds.")
+    multiplier = Attribute("Growth of the limit from pause to pause.")
+    attempts = Attribute("Number of attempts, or None for any number.")
+    fails_fast = Attribute("Whether one failed attempt is a `DisconnectionError`.")
+
+    def longest_attempt(elapsed):
+        """The seconds that an attempt may take which starts ``elapsed`` seconds after the first."""
+
+    def retrying(error_type, before_sleep):
+        """A `tenacity.Retrying` that tries again after errors of ``error_type``.
+
+        before_sleep: called with tenacity's state before each pause.
+        """
+
+
+class IDriver(Interface):
+    """All that differs between database modules.
+
+    A *raw connection* is the module's own. A driver has no state of its own: every method can
+    be called by any thread.
+    """
+
+    name = Attribute("The name that ``connect(driver=...)`` takes.")
+    module = Attribute("The DB-API 2.0 module, with its exceptions.")
+    disconnection_error = Attribute(
+        "Subclass of `DisconnectionError` and of the module's OperationalError."
+    )
+
+    def parse(dsn):
+        """The connection parameters in ``dsn``, as a dictionary for `connect` and `address`.
+
+        Raises ValueError, which does not quote the DSN, if it cannot be parsed.
+        """
+
+    def address(parameters):
+        """The server's address for people, without password."""
+
+    def isolation_level(level):
+        """The module's constant for an isolation level, given as constant or as SQL spells it.
+
+        None stands for the server's default. Raises ValueError for an unknown level.
+        """
+
+    def connect(parameters, timeout):
+        """A new raw connection.
+
+        timeout: seconds for the attempt. The caller enforces it too, so it may be rounded.
+        Raises the module's errors.
+        """
+
+    def parameters(raw):
+        """The parameters that ``raw`` was connected with, for `address`; no password."""
+
+    def prepare(raw):
+        """Bring a raw connection into the form that the driver's other methods expect.
+
+        Raises the module's ProgrammingError for a raw connection that cannot be used, such as
+        an asynchronous one, one in autocommit mode or one in a transaction.
+        """
+
+    def restore(raw, settings):
+        """Give a raw connection the session settings of an earlier one."""
+
+    def begin(raw, settings):
+        """Begin a transaction, in one round trip."""
+
+    def commit(raw):
+        """Commit, in one round trip.
+
+        Raises the module's errors; its InternalError also if the server rolled back because a
+        statement had failed.
+        """
+
+    def rollback(raw):
+        """Roll back, in one round trip."""
+
+    def own_transaction(raw):
+        """Let the module itself know of the transaction that `begin` began.
+
+        Some features of a module work only in transactions that it began itself. Afterwards
+        `commit` and `rollback` work as before.
+        """
+
+    def in_transaction(raw):
+        """Whether the server session is in a transaction. Needs no round trip."""
+
+    def close(raw):
+        """Close a raw connection. Raises nothing."""
+
+    def abandon(raw):
+        """Give up a raw connection that belongs to the parent process.
+
+        Sends the server nothing and leaves the parent's session as it is.
+        """
+
+    def meaning(error, raw):
+        """What an error of a statement means, a `Meaning`.
+
+        raw: the raw connection; its state decides first, then SQLSTATE, then the message.
+        """
+
+    def is_transient(error):
+        """Whether ``error`` is of the driver's, and the same work may succeed when run again."""
+
+    def connect_meaning(error, parameters):
+        """What an error of `connect` means: DISCONNECT (try again) or PERMANENT."""
+
+
+class IReconnectingConnection(Interface):
+    """A DB-API 2.0 connection that reconnects when a transaction begins.
+
+    Its state is one of
+
+    - ``idle``: no transaction; there may be a server session or not;
+    - ``active``: a transaction is under way, and belongs to the thread that began it;
+    - ``doomed``: the transaction's session was lost; everything but ``rollback()`` and
+      ``close()`` raises `DisconnectionError`;
+    - ``closed``: everything but ``close()`` raises the driver's InterfaceError.
+
+    Whatever talks to the server can raise `DisconnectionError`: when the session is lost inside a
+    transaction, and when a policy that fails fast gets no connection. Whatever begins a
+    transaction can raise `ReconnectTimeout`, and the driver's OperationalError if connecting is
+    refused for good, as for a wrong password. The driver's other errors pass unchanged.
+
+    All that the driver's connection has and that is not listed here works too and is passed on
+    to it.
+    """
+
+    state = Attribute("``idle``, ``active``, ``doomed`` or ``closed``.")
+    closed = Attribute("0 while the connection can be used, 1 after ``close()``.")
+    server = Attribute("The server's address, without password.")
+    driver_connection = Attribute("The driver's own connection; connects if there is none.")
+    autocommit = Attribute(
+        "True: each statement is a transaction of its own. A disconnect then dooms nothing."
+    )
+    isolation_level = Attribute("As the driver has it. It holds for later transactions.")
+    readonly = Attribute("As the driver has it. It holds for later transactions.")
+    deferrable = Attribute("As the driver has it. It holds for later transactions.")
+    cursor_factory = Attribute("The driver's cursor class for new cursors.")
+
+    def cursor(name=None, cursor_factory=None, **options):
+        """A new `IReconnectingCursor`. Nothing is sent to the server.
+
+        name: makes it a server-side cursor. options: those of the driver's ``cursor()``.
+        """
+
+    def begin():
+        """Begin a transaction; reconnect, for as long as the policy says, if need be.
+
+        Raises the driver's ProgrammingError inside a transaction.
+        """
+
+    def commit():
+        """Commit the transaction. Does nothing if there is none.
+
+        Raises `CommitOutcomeUnknown` if the session is lost before the answer arrives; the
+        driver's InternalError if a statement had failed, so that nothing was committed; the
+        driver's ProgrammingError if the transaction belongs to a transaction manager.
+        """
+
+    def rollback():
+        """Roll back and be idle, also after a disconnect. Does nothing if there is no transaction.
+
+        Never fails because of a lost connection.
+        """
+
+    def close():
+        """Close the session for good. What was not committed is rolled back."""
+
+    def savepoint():
+        """Set a savepoint inside the transaction.
+
+        Returns an object with ``rollback()`` and ``release()``.
+        """
+
+    def transaction():
+        """A context manager that begins, gives a cursor, and commits, or rolls back on an error."""
+
+    def run(function, *args, attempts=3, **keywords):
+        """Begin, call ``function(*args, **keywords)``, commit, and return what it returned.
+
+        After a disconnect or a transient error (a serialization failure or deadlock) all of this
+        is done again, up to ``attempts`` times. Raises what the last attempt raised;
+        `CommitOutcomeUnknown` and `ReconnectTimeout` at once.
+        """
+
+    def fork():
+        """A new connection to the same server with the same settings, independent of this one."""
+
+
+class IReconnectingCursor(Interface):
+    """A DB-API 2.0 cursor that outlives its server sessions.
+
+    After ``rollback()`` of a lost transaction the same cursor executes again. The errors are those
+    of `IReconnectingConnection`. All that the driver's cursor has works too and is passed on.
+    """
+
+    connection = Attribute("The `IReconnectingConnection`.")
+    name = Attribute("The name of a server-side cursor, or None.")
+    arraysize = Attribute("Number of rows that ``fetchmany()`` fetches.")
+    itersize = Attribute("Number of rows that iterating a server-side cursor fetches at once.")
+
+    def execute(query, vars=None):
+        """Execute a statement; it begins a transaction if there is none."""
+
+    def executemany(query, vars_list):
+        """Execute a statement for each of the parameters in ``vars_list``."""
+
+    def callproc(procname, parameters=None):
+        """Call a stored procedure."""
+
+    def fetchone():
+        """The next row, or None."""
+
+    def fetchmany(size=None):
+        """The next ``size`` rows."""
+
+    def fetchall():
+        """All rows that are left."""
+
+    def close():
+        """Close the cursor."""
+
+
+class ITransactionDataManager(ISavepointDataManager):
+    """Makes the commit of a connection part of the commit of a `transaction`."""
+
+    disconnected = Attribute("Whether the session was lost since the transaction began.")
+
+    def should_retry(error):
+        """Whether the unit of work may run again after ``error``."""
+
+
+class ISavepoint(IDataManagerSavepoint):
+    """A savepoint inside a transaction of a connection."""
+
+    def release():
+        """Forget the savepoint and keep what was done since."""
+
+
+class IConnectionDescriptor(Interface):
+    """A class attribute whose value is the calling thread's `IReconnectingConnection`.
+
+    Its transactions are part of the thread's current `transaction`.
+    """
+
+    def connection():
+        """The calling thread's connection. Raises the driver's InterfaceError after ``close()``."""
+
+    def set_isolation_level(level):
+        """As `IZopelessTransactionManager.set_isolation_level`."""
+
+    def close():
+        """Close the calling thread's connection; no thread gets one any more.
+
+        The connections of other threads are closed when these threads end.
+        """
+
+
+class IZopelessTransactionManager(Interface):
+    """Transactions for a program outside Zope; made by `initZopeless`."""
+
+    implicitBegin = Attribute(
+        "False: only ``begin()`` begins a transaction. None or True (deprecated): one begins "
+        "after each commit and abort, and touches the database with its first statement."
+    )
+
+    def begin():
+        """Begin a transaction, and keep connecting until there is one.
+
+        Raises `ReconnectTimeout` after the manager's timeout, `AlreadyInTransaction` inside a
+        transaction, and the driver's OperationalError if connecting is refused for good.
+        """
+
+    def commit():
+        """Commit the current `transaction`.
+
+        Raises `DisconnectionError` if the connection was lost before, `CommitOutcomeUnknown` if
+        it is lost while COMMIT is under way, and what other data managers raise.
+        """
+
+    def abort():
+        """Abort the current `transaction`. Never fails because of a lost connection."""
+
+    def run(function, attempts=3):
+        """Begin, call ``function()``, commit, and return what it returned.
+
+        After a disconnect or a transient error all of this is done again, up to ``attempts``
+        times. Raises what the last attempt raised.
+        """
+
+    def connection():
+        """The calling thread's `IReconnectingConnection`."""
+
+    def cursor():
+        """A new cursor of the calling thread's connection."""
+
+    def set_isolation_level(level):
+        """Use this isolation level for the calling thread's later transactions, and for those of
+        threads that have not used a connection yet.
+
+        Raises the driver's ProgrammingError inside a transaction, ValueError for an unknown level.
+        """
+
+    def uninstall():
+        """End the current transaction, close the connection and take ``_connection`` away."""
+
+
+class IDisconnectionError(IRetry):
+    """The connection was lost, nothing was committed, and the unit of work may run again."""
+
+    def getOriginalException():
+        """The ``sys.exc_info()`` triple of the driver's error, or of
+        `DisconnectedConnectionError` for a request made on a doomed connection."""
+
+
+class IConnectionEvent(Interface):
+    """Something happened to the connection to a server."""
+
+    server = Attribute("The server's address, without password.")
+
+
+class IConnectionLost(IConnectionEvent):
+    """A server session ended without being asked to."""
+
+    error = Attribute("The driver's error.")
+    state = Attribute("The connection's state when the loss was noticed: idle or active.")
+
+
+class IConnectionAttemptFailed(IConnectionEvent):
+    """An attempt to connect failed, and there will be another one."""
+
+    attempt = Attribute("The number of the attempt, from 1.")
+    seconds = Attribute("The seconds since the first attempt began.")
+    pause = Attribute("The seconds until the next attempt.")
+    error = Attribute("The error of the attempt.")
+
+
+class IReconnected(IConnectionEvent):
+    """There is a session again, after a lost one or after failed attempts."""
+
+    attempts = Attribute("The number of attempts.")
+    seconds = Attribute("The seconds from the first attempt to the session.")
+
+
+class IGaveUp(IConnectionEvent):
+    """The policy's patience ended."""
+
+    attempts = Attribute("The number of attempts.")
+    seconds = Attribute("The seconds from the first attempt to the end of the last.")
+    error = Attribute("The error of the last attempt.")

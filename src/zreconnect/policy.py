@@ -1,0 +1,111 @@
+"""How long and how often connecting is tried."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import tenacity
+from zope.interface import implementer
+
+from zreconnect.interfaces import IRetryPolicy
+
+# A host that swallows packets would otherwise hold one attempt for the kernel's TCP timeout of
+# about two minutes, long after the server is back at another address.
+LONGEST_ATTEMPT = 10.0
+# What the attempt at the deadline itself still gets, so that it can succeed at all.
+SHORTEST_ATTEMPT = 0.5
+
+
+@implementer(IRetryPolicy)
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long and how often connecting is tried, and what lies between two attempts.
+
+    The pauses grow exponentially, with full jitter: each is a random part of the next value of
+    ``initial * multiplier ** n``, and that value never exceeds ``maximum``. So a server that is
+    back is noticed within ``maximum`` seconds, however long it was away.
+
+    timeout: seconds until `ReconnectTimeout`; None waits for ever, 0 tries once.
+    initial: upper limit of the first pause, in seconds.
+    maximum: upper limit of every pause, in seconds.
+    multiplier: growth of the upper limit from pause to pause, at least 1.
+    attempts: number of attempts until `ReconnectTimeout`; None does not count them. With 1, a
+    failed attempt raises `DisconnectionError` at once, for a publisher to run the request again.
+
+    Raises ValueError or TypeError, naming the argument, for a value that makes no sense.
+    """
+
+    timeout: float | None = None
+    initial: float = 0.1
+    maximum: float = 0.5
+    multiplier: float = 2.0
+    attempts: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None:
+            _check_number("timeout", self.timeout, at_least=0)
+        _check_number("initial", self.initial, at_least=0)
+        _check_number("maximum", self.maximum, at_least=0)
+        _check_number("multiplier", self.multiplier, at_least=1)
+        if self.attempts is not None:
+            check_attempts(self.attempts)
+
+    @property
+    def fails_fast(self) -> bool:
+        return self.attempts == 1
+
+    def longest_attempt(self, elapsed: float) -> float:
+        if self.timeout is None:
+            return LONGEST_ATTEMPT
+        return min(LONGEST_ATTEMPT, max(SHORTEST_ATTEMPT, self.timeout - elapsed))
+
+    def retrying(
+        self,
+        error_type: type[BaseException],
+        before_sleep: Callable[[tenacity.RetryCallState], None],
+    ) -> tenacity.Retrying:
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(error_type),
+            stop=self._stop(),
+            wait=self._wait,
+            before_sleep=before_sleep,
+            reraise=True,
+        )
+
+    def _stop(self) -> tenacity.stop.stop_base:
+        limits: list[tenacity.stop.stop_base] = []
+        if self.timeout is not None:
+            limits.append(tenacity.stop_after_delay(self.timeout))
+        if self.attempts is not None:
+            limits.append(tenacity.stop_after_attempt(self.attempts))
+        return tenacity.stop_any(*limits)
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        pause = tenacity.wait_random_exponential(self.initial, self.maximum, self.multiplier)(state)
+        if self.timeout is None:
+            return pause
+        # The last attempt is made at the deadline and not somewhere before it.
+        return min(pause, max(0.0, self.timeout - (state.seconds_since_start or 0.0)))
+
+
+def _check_number(name: str, value: float, at_least: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds or times, not {value!r}")
+    if not math.isfinite(value) or value < at_least:
+        raise ValueError(f"{name} must be a finite number of at least {at_least}, not {value!r}")
+
+
+def check_attempts(attempts: int) -> None:
+    """Raise TypeError or ValueError unless ``attempts`` is a whole number of at least 1."""
+    if isinstance(attempts, bool) or not isinstance(attempts, int):
+        raise TypeError(f"attempts must be a whole number, not {attempts!r}")
+    if attempts < 1:
+        raise ValueError(f"attempts must be at least 1, not {attempts!r}")
+
+
+#: For scripts: keep trying until the server is back.
+PERSIST = RetryPolicy()
+#: For web requests: try once, then let the publisher decide.
+FAIL_FAST = RetryPolicy(timeout=5.0, attempts=1)

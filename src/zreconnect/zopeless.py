@@ -1,0 +1,198 @@
+"""Transactions for programs outside Zope: batch jobs, cron scripts, daemons."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import transaction
+from transaction.interfaces import AlreadyInTransaction
+from zope.interface import implementer
+
+from zreconnect.connection import ReconnectingConnection
+from zreconnect.cursor import ReconnectingCursor
+from zreconnect.descriptor import ConnectionDescriptor
+from zreconnect.exceptions import ConflictingTransactionManagerError
+from zreconnect.interfaces import IDLE, IZopelessTransactionManager
+from zreconnect.policy import RetryPolicy
+from zreconnect.retry import run_unit_of_work
+
+Result = TypeVar("Result")
+
+_lock = threading.Lock()
+_installed: ZopelessTransactionManager | None = None
+
+
+@implementer(IZopelessTransactionManager)
+class ZopelessTransactionManager:
+    """See `IZopelessTransactionManager`; made and installed by `initZopeless`."""
+
+    def __init__(
+        self,
+        dsn: str,
+        sqlClass: type | None = None,
+        implicitBegin: bool | None = None,
+        timeout: float | None = None,
+        isolation: int | str | None = None,
+        driver: str | None = None,
+        on_connect: Callable[[Any], object] | None = None,
+    ) -> None:
+        if implicitBegin not in (None, True, False):
+            raise TypeError(f"implicitBegin must be True, False or None, not {implicitBegin!r}")
+        if sqlClass is not None and not isinstance(sqlClass, type):
+            raise TypeError(f"sqlClass must be a class, not {sqlClass!r}")
+        self.implicitBegin = implicitBegin
+        self.sqlClass = sqlClass
+        self._settings = (dsn, sqlClass, implicitBegin, timeout, isolation, driver, on_connect)
+        self._transaction_manager = transaction.manager
+        self._descriptor = ConnectionDescriptor(
+            dsn,
+            driver=driver,
+            policy=RetryPolicy(timeout=timeout),
+            on_connect=on_connect,
+            transaction_manager=self._transaction_manager,
+            implicit_begin=implicitBegin is not False,
+        )
+        if isolation is not None:
+            self._descriptor.set_isolation_level(isolation)
+
+    def begin(self) -> None:
+        connection = self.connection()
+        if connection.state != IDLE:
+            raise AlreadyInTransaction("begin() inside a transaction: commit() or abort() it first")
+        self._transaction_manager.begin()
+        try:
+            connection.begin()
+        except BaseException:
+            self._transaction_manager.abort()
+            raise
+
+    def commit(self) -> None:
+        self._check_installed()
+        self._transaction_manager.commit()
+        self._begin_implicitly()
+
+    def abort(self) -> None:
+        self._check_installed()
+        self._transaction_manager.abort()
+        self._begin_implicitly()
+
+    def run(self, function: Callable[[], Result], attempts: int = 3) -> Result:
+        return run_unit_of_work(
+            function,
+            begin=self.begin,
+            commit=self.commit,
+            abort=self.abort,
+            may_run_again=self.connection()._may_run_again,
+            attempts=attempts,
+        )
+
+    def connection(self) -> ReconnectingConnection:
+        self._check_installed()
+        return self._descriptor.connection()
+
+    def cursor(self) -> ReconnectingCursor:
+        return self.connection().cursor()
+
+    def set_isolation_level(self, level: int | str | None) -> None:
+        self._check_installed()
+        self._descriptor.set_isolation_level(level)
+
+    def uninstall(self) -> None:
+        global _installed
+        self._check_installed()
+        with _lock:
+            _installed = None
+        self._transaction_manager.abort()
+        self._descriptor.close()
+        if self.sqlClass is not None:
+            del self.sqlClass._connection  # type: ignore[attr-defined]
+
+    def _install(self) -> None:
+        global _installed
+        _installed = self
+        if self.sqlClass is not None:
+            self.sqlClass._connection = self._descriptor  # type: ignore[attr-defined]
+        self._begin_implicitly()
+
+    def _check_installed(self) -> None:
+        if _installed is not self:
+            raise RuntimeError(
+                "This ZopelessTransactionManager is not installed (any more): call initZopeless()"
+            )
+
+    def _begin_implicitly(self) -> None:
+        # The database learns of it with the first statement, so that an idle job has no
+        # transaction open that a restart could end.
+        if self.implicitBegin is not False:
+            self._transaction_manager.begin()
+
+
+def initZopeless(
+    dsn: str,
+    sqlClass: type | None = None,
+    implicitBegin: bool | None = None,
+    timeout: float | None = None,
+    isolation: int | str | None = None,
+    driver: str | None = None,
+    on_connect: Callable[[Any], object] | None = None,
+) -> ZopelessTransactionManager:
+    """Install the process's `ZopelessTransactionManager` and return it.
+
+    The server is first contacted when the first transaction begins.
+
+    dsn, driver, on_connect: as for `connect`.
+    sqlClass: a class that gets the `ConnectionDescriptor` as ``_connection``.
+    implicitBegin: False leaves it to ``begin()`` to begin transactions. None and True begin one
+    after each commit and abort; they are deprecated, which None tells with a
+    PendingDeprecationWarning and True with a DeprecationWarning.
+    timeout: seconds for which connecting is tried when a transaction begins; None waits for ever.
+    isolation: the isolation level, as SQL spells it or as the driver's constant.
+
+    Installing the same settings again warns and returns the manager that is installed. Raises
+    `ConflictingTransactionManagerError` if one with other settings is installed, and TypeError or
+    ValueError, naming the argument, for one that makes no sense; then nothing is installed.
+    """
+    manager = ZopelessTransactionManager(
+        dsn, sqlClass, implicitBegin, timeout, isolation, driver, on_connect
+    )
+    with _lock:
+        if _installed is not None:
+            return _same_settings(_installed, manager)
+        manager._install()
+    _warn_of_implicit_begin(implicitBegin)
+    return manager
+
+
+def isZopeless() -> bool:
+    """Whether a `ZopelessTransactionManager` is installed."""
+    return _installed is not None
+
+
+def _same_settings(
+    installed: ZopelessTransactionManager, wanted: ZopelessTransactionManager
+) -> ZopelessTransactionManager:
+    if installed._settings != wanted._settings:
+        raise ConflictingTransactionManagerError(
+            "initZopeless() was called before with other settings: uninstall() the manager that "
+            "it returned, or use that one"
+        )
+    warnings.warn(
+        "initZopeless() was called before with the same settings; the installed manager is used",
+        UserWarning,
+        stacklevel=3,
+    )
+    return installed
+
+
+def _warn_of_implicit_begin(implicitBegin: bool | None) -> None:
+    if implicitBegin is False:
+        return
+    warnings.warn(
+        f"implicitBegin={implicitBegin} begins a transaction after each commit and abort; pass "
+        "implicitBegin=False and call begin()",
+        DeprecationWarning if implicitBegin else PendingDeprecationWarning,
+        stacklevel=3,
+    )
