@@ -573,7 +573,6 @@ class ReconnectingConnection:
                 raise _AttemptFailed(error) from error
             raise
         try:
-            self._driver.prepare(raw)
             if self._on_connect is not None:
                 self._on_connect(raw)
             self._driver.restore(raw, self._settings)

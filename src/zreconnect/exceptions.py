@@ -35,7 +35,7 @@ class DisconnectedConnectionError(Exception):
 
 
 @implementer(IDisconnectionError)
-class DisconnectionError(Retry, TransientError):  # type: ignore[misc]
+class DisconnectionError(Retry, TransientError):
     """The connection was lost, nothing was committed, and the unit of work may run again.
 
     What is raised is a subclass that is also the driver's own ``OperationalError``.

@@ -6,9 +6,6 @@ tried. A `IConnectionDescriptor` gives each thread a connection that takes part 
 current `transaction`; `IZopelessTransactionManager` is that for a batch job.
 """
 
-# Methods of a zope.interface Interface have no self, and mypy cannot see zope's classes.
-# mypy: disable-error-code="misc, no-untyped-def"
-
 from __future__ import annotations
 
 from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
@@ -82,8 +79,9 @@ class IDriver(Interface):
     def prepare(raw):
         """Bring a raw connection into the form that the driver's other methods expect.
 
-        Raises the module's ProgrammingError for a raw connection that cannot be used, such as
-        an asynchronous one, one in autocommit mode or one in a transaction.
+        Raises TypeError for what is no connection of the module, and the module's
+        ProgrammingError for one that cannot be used: in a transaction, in autocommit mode or
+        asynchronous.
         """
 
     def restore(raw, settings):

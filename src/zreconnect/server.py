@@ -26,7 +26,7 @@ class Server:
     """Where to connect to.
 
     driver: an `IDriver`.
-    open_session: called with a timeout in seconds; returns a raw connection.
+    open_session: called with a timeout in seconds; returns the module's new connection.
     parameters: the connection parameters as far as they are known, for address and errors.
     """
 
@@ -97,6 +97,7 @@ class Server:
     def _make_attempt(self, attempt: Attempt, timeout: float) -> None:
         try:
             raw = self._open_session(timeout)
+            self.driver.prepare(raw)
         except BaseException as error:
             self._end_attempt(attempt, is_up=False)
             attempt.set_exception(error)

@@ -124,6 +124,8 @@ class Psycopg2Driver:
         return dict(raw.info.dsn_parameters)
 
     def prepare(self, raw: Any) -> None:
+        if not isinstance(raw, extensions.connection):
+            raise TypeError(f"connection_factory must return a psycopg2 connection, not {raw!r}")
         if raw.async_:
             raise psycopg2.ProgrammingError("connection_factory made an asynchronous connection")
         if raw.autocommit:
@@ -134,6 +136,7 @@ class Psycopg2Driver:
         raw.autocommit = True
 
     def restore(self, raw: Any, settings: SessionSettings) -> None:
+        raw.autocommit = True  # Again, because on_connect may have changed it.
         if settings.cursor_factory is not None:
             raw.cursor_factory = settings.cursor_factory
         if settings.client_encoding is not None:

@@ -1,0 +1,106 @@
+# Everything is set up inside the checkout: .venv (Python, pip, zc.buildout), eggs, bin.
+
+PYTHON ?= python3
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+.DEFAULT_GOAL := help
+
+# Settings of the caller's that would lead pip or Python out of the checkout.
+unexport PYTHONHOME PYTHONPATH PYTHONSTARTUP PIP_TARGET PIP_PREFIX
+export PIP_USER := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The package itself is built, too, with the pinned setuptools.
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/.venv/constraints.txt
+
+# What the environment was made of; scripts in bin/ contain the path of the checkout.
+chosen := $(filter environment command% override,$(origin PYTHON))
+python_id := $(if $(chosen),$(shell $(PYTHON) -c 'import sys; print(sys.version.split()[0] + " " + getattr(sys, "base_prefix", ""))' 2>/dev/null),$(shell sed -n 1p .venv/made-of 2>/dev/null))
+made_of := $(shell cat .venv/made-of 2>/dev/null | tr '\n' '|')
+ifneq ($(made_of),$(python_id)|$(CURDIR)|)
+stale := yes
+endif
+programs := bin/py bin/test bin/zreconnect bin/coverage bin/mypy bin/ruff
+unbuilt := $(filter-out $(wildcard bin/*),$(programs))
+
+.PHONY: help demo test coverage lint services clean .FORCE
+
+help:
+	@echo 'make demo       import a source tree into a database that is interrupted meanwhile'
+	@echo 'make test       run the tests; TESTS="-t word -vv" hands options to bin/test'
+	@echo 'make coverage   run the tests and print which branches of the core they missed'
+	@echo 'make lint       ruff check, ruff format --check and mypy --strict'
+	@echo 'make services   install what the tests need beyond Python (Debian, as root)'
+	@echo 'make clean      remove everything that make has made'
+	@echo
+	@echo 'Each sets up what it needs first, inside the checkout. It also leaves bin/py (a Python'
+	@echo 'that can import zreconnect), bin/test, bin/zreconnect, bin/ruff, bin/mypy, bin/coverage.'
+	@echo 'PYTHON=python3.12 make test   chooses an interpreter (3.10 or newer; default: python3)'
+	@echo 'COVERAGE=1 make test          does what make coverage does'
+
+demo: .venv/built
+	$(strip bin/zreconnect demo $(DEMO))
+
+ifdef COVERAGE
+test: .venv/built
+	@bin/coverage erase
+	$(strip bin/coverage run bin/test $(TESTS))
+	@bin/coverage combine --quiet
+	bin/coverage report
+else
+test: .venv/built
+	$(strip bin/test $(TESTS))
+endif
+
+coverage:
+	@$(MAKE) --no-print-directory test COVERAGE=1
+
+lint: .venv/built
+	bin/ruff check
+	bin/ruff format --check
+	bin/mypy
+
+services:
+	@echo 'services: the tests need nothing beyond Python and its eggs.'
+
+clean:
+	rm -rf .venv bin develop-eggs eggs parts .installed.cfg build dist src/*.egg-info
+	rm -rf .mypy_cache .ruff_cache .coverage .coverage.* htmlcov docs/_build
+	find src doctests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The virtual environment, with the pinned versions of pip, zc.buildout and what buildout needs.
+# coverage is there for the .pth file that starts it in child processes, ruff for its program.
+.venv/ready: buildout.cfg $(if $(stale),.FORCE)
+	@case '$(CURDIR)' in *[[:space:]]*) \
+	    echo 'The path of the checkout contains a space, which scripts cannot start from: $(CURDIR)' >&2; \
+	    exit 1;; esac
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo 'There is no $(PYTHON). Install Python 3.10 or newer, or name one: PYTHON=python3.12 make test' >&2; \
+	    exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "zreconnect needs Python 3.10 or newer; $(PYTHON) is `$(PYTHON) -c 'import sys; print(sys.version.split()[0])'`." \
+	        'Name another: PYTHON=python3.12 make test' >&2; \
+	    exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	    echo '$(PYTHON) lacks venv or ensurepip. On Debian and Ubuntu: apt-get install python3-venv' >&2; \
+	    exit 1; }
+	@rm -f .venv/ready .venv/built
+	$(if $(stale),@rm -rf .venv bin develop-eggs parts .installed.cfg)
+	@echo 'Making the virtual environment .venv'
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@sed -n '/^\[versions\]/,$$ s/^\([a-z0-9.-]*\) = /\1==/p' buildout.cfg > .venv/constraints.txt
+	@echo 'Installing zc.buildout in it'
+	@.venv/bin/python -m pip install --quiet --constraint .venv/constraints.txt \
+	    coverage pip ruff setuptools wheel zc.buildout
+	@.venv/bin/python -c 'import sys; print(sys.version.split()[0] + " " + sys.base_prefix)' > .venv/made-of
+	@echo '$(CURDIR)' >> .venv/made-of
+	@touch .venv/ready
+
+# "root: ..." are the addresses that buildout reads. The warning is about buildout's own imports.
+.venv/built: .venv/ready setup.py pyproject.toml buildout.cfg $(if $(unbuilt),.FORCE)
+	@echo 'Installing the eggs and bin/ with zc.buildout'
+	@PYTHONWARNINGS='ignore:Module zc was already imported:UserWarning' \
+	    .venv/bin/buildout -U 2>&1 | sed '/^root: /d'
+	@for program in $(programs); do \
+	    test -x $$program || { echo "buildout did not make $$program" >&2; exit 1; }; done
+	@touch .venv/built
+	@echo 'Ready: $(programs)'

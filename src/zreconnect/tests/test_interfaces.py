@@ -1,0 +1,97 @@
+"""The interfaces are the contract, and the code keeps it."""
+
+import pickle
+import unittest
+
+import psycopg2
+from transaction.interfaces import TransientError
+from zope.interface.verify import verifyClass, verifyObject
+from zope.publisher.interfaces import IRetry, Retry
+
+import zreconnect
+from zreconnect import events, interfaces
+from zreconnect.connection import Savepoint
+from zreconnect.datamanager import ConnectionDataManager
+from zreconnect.drivers import psycopg2 as psycopg2_driver
+from zreconnect.tests.base import DatabaseTestCase
+
+
+class InterfaceTests(DatabaseTestCase):
+    def test_connection(self):
+        verifyClass(interfaces.IReconnectingConnection, zreconnect.ReconnectingConnection)
+        verifyObject(interfaces.IReconnectingConnection, self.connect())
+
+    def test_cursor(self):
+        verifyClass(interfaces.IReconnectingCursor, zreconnect.ReconnectingCursor)
+        verifyObject(interfaces.IReconnectingCursor, self.connect().cursor())
+
+    def test_savepoint(self):
+        verifyClass(interfaces.ISavepoint, Savepoint)
+
+    def test_data_manager(self):
+        data_manager = ConnectionDataManager(self.connect(), None)
+        verifyClass(interfaces.ITransactionDataManager, ConnectionDataManager)
+        verifyObject(interfaces.ITransactionDataManager, data_manager)
+
+    def test_driver(self):
+        verifyClass(interfaces.IDriver, psycopg2_driver.Psycopg2Driver)
+        verifyObject(interfaces.IDriver, psycopg2_driver.driver)
+
+    def test_descriptor(self):
+        descriptor = zreconnect.ConnectionDescriptor(self.dsn)
+        verifyClass(interfaces.IConnectionDescriptor, zreconnect.ConnectionDescriptor)
+        verifyObject(interfaces.IConnectionDescriptor, descriptor)
+
+    def test_zopeless(self):
+        verifyClass(
+            interfaces.IZopelessTransactionManager, zreconnect.ZopelessTransactionManager
+        )
+        manager = zreconnect.ZopelessTransactionManager(self.dsn, implicitBegin=False)
+        verifyObject(interfaces.IZopelessTransactionManager, manager)
+
+    def test_events(self):
+        error = ValueError("x")
+        for interface, event in [
+            (interfaces.IConnectionLost, events.ConnectionLost("s", error, "idle")),
+            (
+                interfaces.IConnectionAttemptFailed,
+                events.ConnectionAttemptFailed("s", 1, 0.0, 0.0, error),
+            ),
+            (interfaces.IReconnected, events.Reconnected("s", 1, 0.0)),
+            (interfaces.IGaveUp, events.GaveUp("s", 1, 0.0, error)),
+        ]:
+            verifyObject(interface, event)
+
+
+class ExceptionTests(unittest.TestCase):
+    def test_disconnection_error_is_understood_by_publishers_loops_and_old_code(self):
+        error = psycopg2_driver.Psycopg2DisconnectionError("gone", (None, None, None))
+        self.assertIsInstance(error, Retry)
+        self.assertIsInstance(error, TransientError)
+        self.assertIsInstance(error, psycopg2.OperationalError)
+        self.assertIsInstance(error, zreconnect.DisconnectionError)
+        verifyObject(IRetry, error)
+        verifyObject(interfaces.IDisconnectionError, error)
+
+    def test_no_loop_runs_these_again(self):
+        for error_type in (zreconnect.ReconnectTimeout, zreconnect.CommitOutcomeUnknown):
+            self.assertFalse(issubclass(error_type, (Retry, TransientError, psycopg2.Error)))
+
+    def test_they_travel_between_processes(self):
+        disconnection = psycopg2_driver.Psycopg2DisconnectionError("gone", (None, None, None))
+        timeout = zreconnect.ReconnectTimeout("server", 2, 3.0, ValueError("refused"))
+        unknown = zreconnect.CommitOutcomeUnknown("server")
+        for error in (disconnection, timeout, unknown):
+            copy = pickle.loads(pickle.dumps(error))
+            self.assertIs(type(copy), type(error))
+            self.assertEqual(str(copy), str(error))
+
+    def test_timeout_tells_attempts_and_seconds(self):
+        self.assertIn(
+            "after 1 attempt in 2.5 seconds",
+            str(zreconnect.ReconnectTimeout("server", 1, 2.5, ValueError("refused"))),
+        )
+        self.assertIn(
+            "after 7 attempts in 2.5 seconds",
+            str(zreconnect.ReconnectTimeout("server", 7, 2.5, ValueError("refused"))),
+        )

@@ -1,0 +1,673 @@
+"""PortForward, before a TCP server that echoes and before PostgreSQL."""
+
+import contextlib
+import os
+import select
+import socket
+import socketserver
+import struct
+import threading
+import time
+import unittest
+
+import psycopg2
+
+from zreconnect.testing import Count, PortForward
+from zreconnect.testing.layers import PORT_FORWARD_LAYER
+from zreconnect.testing.portforward import _Framing
+
+TIMEOUT = 20.0
+
+
+def wait_for(condition):
+    """Wait until the condition holds, and return its value."""
+    deadline = time.monotonic() + TIMEOUT
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError("the condition does not come to hold")
+        time.sleep(0.005)
+    return value
+
+
+class EchoServer(socketserver.ThreadingTCPServer):
+    """Sends back what it receives, keeps its connections' sockets, and records how they ended."""
+
+    allow_reuse_address = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), EchoHandler)
+        self.port = self.server_address[1]
+        self.connections = []
+        self.received = bytearray()
+        self.ends = []
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_exception):
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+
+class EchoHandler(socketserver.BaseRequestHandler):
+    def handle(self):
+        self.server.connections.append(self.request)
+        try:
+            while chunk := self.request.recv(65536):
+                self.server.received += chunk
+                self.request.sendall(chunk)
+            self.server.ends.append("FIN")
+        except OSError as error:
+            self.server.ends.append(type(error).__name__)
+
+
+def reset(connected):
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connected.close()
+
+
+def receive(connected, size):
+    received = b""
+    while len(received) < size:
+        chunk = connected.recv(size - len(received))
+        if not chunk:
+            break
+        received += chunk
+    return received
+
+
+def readable(connected):
+    return bool(select.select([connected], [], [], 0)[0])
+
+
+class EchoTests(unittest.TestCase):
+    def setUp(self):
+        self.server = self.enterContext(EchoServer())
+        self.forward = self.enterContext(PortForward("127.0.0.1", self.server.port))
+
+    def enterContext(self, context):
+        # unittest has it from Python 3.11 on.
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        return stack.enter_context(context)
+
+    def connect(self):
+        address = (self.forward.host, self.forward.port)
+        return self.enterContext(socket.create_connection(address, TIMEOUT))
+
+    def exchange(self, client, sent=b"ping"):
+        client.sendall(sent)
+        self.assertEqual(receive(client, len(sent)), sent)
+
+    def connected(self):
+        client = self.connect()
+        self.exchange(client)
+        return client
+
+
+class ForwardingTests(EchoTests):
+    def connected_by_hand(self):
+        """Return both ends of a connection, of which no thread uses the server's."""
+        listener = self.enterContext(socket.create_server(("127.0.0.1", 0)))
+        forward = self.enterContext(PortForward(*listener.getsockname()))
+        address = (forward.host, forward.port)
+        client = self.enterContext(socket.create_connection(address, TIMEOUT))
+        accepted, _address = listener.accept()
+        return client, self.enterContext(accepted)
+
+    def test_bytes_arrive_unchanged_in_both_directions(self):
+        client = self.connect()
+        sent = os.urandom(5_000_000)
+        sender = threading.Thread(target=client.sendall, args=(sent,))
+        sender.start()
+        received = receive(client, len(sent))
+        sender.join()
+        self.assertEqual(received, sent)
+        self.assertEqual(bytes(self.server.received), sent)
+
+    def test_a_client_that_does_not_read_loses_nothing(self):
+        client = self.connect()
+        client.settimeout(0.2)
+        sent = 0
+        with contextlib.suppress(socket.timeout):
+            while True:
+                sent += client.send(b"x" * 65536)
+        client.settimeout(TIMEOUT)
+        self.assertEqual(len(receive(client, sent)), sent)
+
+    def test_half_closed_connection_still_delivers_the_answer(self):
+        client = self.connected()
+        client.sendall(b"last")
+        client.shutdown(socket.SHUT_WR)
+        self.assertEqual(receive(client, 100), b"last")
+        wait_for(lambda: self.server.ends == ["FIN"])
+
+    def test_closing_by_the_client_reaches_the_server(self):
+        self.connected().close()
+        wait_for(lambda: self.server.ends == ["FIN"])
+        wait_for(lambda: self.forward.drop() == 0)
+
+    def test_reset_by_the_client_reaches_the_server(self):
+        reset(self.connected())
+        wait_for(lambda: self.server.ends == ["ConnectionResetError"])
+
+    def test_closing_by_the_server_reaches_the_client(self):
+        client = self.connected()
+        self.server.connections[0].shutdown(socket.SHUT_RDWR)
+        self.assertEqual(client.recv(1), b"")
+
+    def test_reset_by_the_server_reaches_the_client(self):
+        client, accepted = self.connected_by_hand()
+        accepted.sendall(b"farewell")
+        # The kernel may throw away what is not read when the reset arrives.
+        self.assertEqual(receive(client, 8), b"farewell")
+        reset(accepted)
+        self.assertRaises(ConnectionResetError, client.recv, 1)
+
+    def test_sending_to_a_server_that_has_closed_resets_the_client(self):
+        client, accepted = self.connected_by_hand()
+        accepted.sendall(b"farewell")
+        accepted.close()
+        self.assertEqual(receive(client, 100), b"farewell")
+
+        def is_reset():
+            try:
+                client.sendall(b"x")
+            except OSError:
+                return True
+            return False
+
+        wait_for(is_reset)
+
+    def test_client_of_a_server_that_is_down_is_reset(self):
+        with contextlib.closing(socket.socket()) as closed:
+            closed.bind(("127.0.0.1", 0))
+            forward = self.enterContext(PortForward("127.0.0.1", closed.getsockname()[1]))
+            client = self.enterContext(socket.create_connection(("127.0.0.1", forward.port)))
+            self.assertRaises(ConnectionResetError, client.recv, 1)
+            self.assertEqual(forward.drop(), 0)
+
+    def test_target_by_name(self):
+        forward = self.enterContext(PortForward("localhost", self.server.port))
+        client = self.enterContext(socket.create_connection(("127.0.0.1", forward.port)))
+        self.exchange(client)
+
+
+class StartAndStopTests(EchoTests):
+    def test_port_is_the_same_after_a_restart(self):
+        client = self.connected()
+        port = self.forward.port
+        self.forward.stop()
+        self.assertEqual(client.recv(1), b"")
+        self.assertRaises(ConnectionRefusedError, self.connect)
+        self.forward.start()
+        self.assertEqual(self.forward.port, port)
+        self.connected()
+
+    def test_restart_ends_silence_delay_and_refusal(self):
+        self.forward.silence()
+        self.forward.delay(3600)
+        self.forward.refuse()
+        self.forward.stop()
+        self.forward.start()
+        self.connected()
+
+    def test_stop_without_start_does_nothing(self):
+        forward = PortForward("127.0.0.1", self.server.port)
+        forward.stop()
+        self.assertEqual(forward.port, 0)
+        self.assertEqual(forward.count(), Count())
+
+    def test_start_twice_is_refused(self):
+        self.assertRaisesRegex(RuntimeError, "started already", self.forward.start)
+        self.connected()
+
+    def test_failing_needs_a_started_forwarder(self):
+        self.forward.stop()
+        for method in (self.forward.drop, self.forward.refuse, self.forward.silence):
+            self.assertRaisesRegex(RuntimeError, "not running", method)
+
+    def test_threads_and_sockets_end_with_it(self):
+        before = os.listdir("/proc/self/fd")
+        threads = threading.active_count()
+        with PortForward("127.0.0.1", self.server.port) as forward:
+            forward.refuse()
+        self.assertEqual(len(os.listdir("/proc/self/fd")), len(before))
+        self.assertEqual(threading.active_count(), threads)
+
+    def test_a_forked_child_keeps_nothing_open(self):
+        client = self.connected()
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(0)
+        try:
+            self.exchange(client)
+            self.assertEqual(self.forward.drop(reset=True), 1)
+            self.assertRaises(ConnectionResetError, client.recv, 1)
+            self.forward.refuse()
+            self.assertRaises(ConnectionRefusedError, self.connect)
+        finally:
+            os.close(writer)
+            os.close(reader)
+            os.waitpid(child, 0)
+
+
+class DropTests(EchoTests):
+    def test_drop_ends_both_sides_with_fin(self):
+        clients = [self.connected(), self.connected()]
+        self.assertEqual(self.forward.drop(), 2)
+        for client in clients:
+            self.assertEqual(client.recv(1), b"")
+        wait_for(lambda: self.server.ends == ["FIN", "FIN"])
+        self.assertEqual(self.forward.drop(), 0)
+
+    def test_drop_with_unread_bytes_ends_with_fin_too(self):
+        client = self.connected()
+        self.forward.silence("to_server")
+        # More than the forwarder takes up, so that some of it remains in its socket's buffer.
+        client.settimeout(0.2)
+        with contextlib.suppress(socket.timeout):
+            while True:
+                client.send(b"x" * 65536)
+        client.settimeout(TIMEOUT)
+        client.shutdown(socket.SHUT_WR)
+        self.forward.drop()
+        self.assertEqual(client.recv(1), b"")
+
+    def test_drop_with_reset(self):
+        client = self.connected()
+        self.assertEqual(self.forward.drop(reset=True), 1)
+        self.assertRaises(ConnectionResetError, client.recv, 1)
+        wait_for(lambda: self.server.ends == ["ConnectionResetError"])
+
+    def test_drop_includes_a_connection_just_made(self):
+        for _ in range(50):
+            client = self.connect()
+            self.assertEqual(self.forward.drop(reset=True), 1)
+            self.assertRaises(ConnectionResetError, client.recv, 1)
+
+    def test_new_connections_work_after_drop(self):
+        self.connected()
+        self.forward.drop()
+        self.connected()
+
+    def test_drop_loses_what_was_held_back(self):
+        client = self.connected()
+        self.forward.silence("to_server")
+        client.sendall(b"lost")
+        self.forward.drop()
+        self.forward.resume()
+        self.connected()
+        self.assertNotIn(b"lost", self.server.received)
+
+
+class RefuseTests(EchoTests):
+    def test_new_connections_are_refused_and_present_ones_live(self):
+        client = self.connected()
+        self.forward.refuse()
+        self.assertRaises(ConnectionRefusedError, self.connect)
+        self.exchange(client)
+
+    def test_a_thousand_attempts_never_reach_anybody(self):
+        # The port is one that the kernel could give to the client's own end.
+        self.forward.refuse()
+        for _ in range(1000):
+            self.assertRaises(ConnectionRefusedError, self.connect)
+
+    def test_accept_uses_the_same_port(self):
+        self.connected()
+        self.forward.refuse()
+        self.forward.refuse()
+        self.forward.accept()
+        self.forward.accept()
+        self.connected()
+
+
+class SilenceTests(EchoTests):
+    def test_silence_to_the_server(self):
+        client = self.connected()
+        self.forward.silence("to_server")
+        client.sendall(b"held")
+        self.server.connections[0].sendall(b"news")
+        self.assertEqual(receive(client, 4), b"news")
+        self.assertEqual(bytes(self.server.received), b"ping")
+        self.forward.resume()
+        self.assertEqual(receive(client, 4), b"held")
+
+    def test_silence_to_the_client(self):
+        client = self.connected()
+        self.forward.silence("to_client")
+        client.sendall(b"asked")
+        wait_for(lambda: bytes(self.server.received) == b"pingasked")
+        self.forward.count()
+        self.assertFalse(readable(client))
+        self.forward.resume()
+        self.assertEqual(receive(client, 5), b"asked")
+
+    def test_directions_add_up_to_both(self):
+        client = self.connected()
+        self.forward.silence("to_client")
+        self.forward.silence("to_server")
+        before = self.forward.count()
+        client.sendall(b"held")
+        self.server.connections[0].sendall(b"news")
+        self.forward.count()
+        self.assertFalse(readable(client))
+        self.assertEqual(self.forward.count() - before, Count())
+        self.forward.resume()
+        self.assertEqual(receive(client, 8), b"newsheld")
+
+    def test_silent_host_accepts_new_connections(self):
+        self.forward.silence()
+        client = self.connect()
+        client.sendall(b"hello")
+        wait_for(lambda: len(self.server.connections) == 1)
+        self.assertFalse(readable(client))
+        self.assertEqual(self.server.received, b"")
+        self.forward.resume()
+        self.assertEqual(receive(client, 5), b"hello")
+
+    def test_end_of_a_connection_is_held_back(self):
+        for end, seen in ((socket.socket.close, "FIN"), (reset, "ConnectionResetError")):
+            client = self.connected()
+            self.forward.silence("to_server")
+            end(client)
+            self.forward.count()
+            self.assertEqual(self.server.ends, [])
+            self.forward.resume()
+            wait_for(lambda seen=seen: self.server.ends == [seen])
+            self.server.ends.clear()
+
+    def test_bytes_held_back_come_before_the_end(self):
+        client = self.connected()
+        self.forward.silence("to_server")
+        client.sendall(b"end")
+        client.shutdown(socket.SHUT_WR)
+        self.forward.resume()
+        self.assertEqual(receive(client, 100), b"end")
+
+    def test_the_loop_sleeps_in_silence(self):
+        client = self.connected()
+        self.forward.silence()
+        client.sendall(b"held")
+        client.close()
+        self.forward.count()
+        select_once = self.forward._selector.select
+        rounds = []
+        self.forward._selector.select = lambda *timeout: rounds.append(1) or select_once(*timeout)
+        self.forward.count()
+        direct = self.enterContext(socket.create_connection(("127.0.0.1", self.server.port)))
+        for _ in range(200):
+            self.exchange(direct)
+        # The one that the count ended in, and at most one of waiting for the next command.
+        self.assertLessEqual(len(rounds), 2)
+
+    def test_unknown_direction(self):
+        with self.assertRaisesRegex(ValueError, "^direction must be one of .* not 'sideways'"):
+            self.forward.silence("sideways")
+        self.connected()
+
+
+class DelayTests(EchoTests):
+    def test_everything_comes_later_in_the_same_order(self):
+        client = self.connected()
+        self.forward.delay(0.05)
+        for number in range(20):
+            client.sendall(b"%02d" % number)
+        self.assertEqual(receive(client, 40), b"".join(b"%02d" % number for number in range(20)))
+
+    def test_zero_ends_it_and_releases_what_is_held(self):
+        client = self.connected()
+        self.forward.delay(3600)
+        client.sendall(b"late")
+        self.forward.count()
+        self.assertEqual(bytes(self.server.received), b"ping")
+        self.forward.delay(0)
+        self.assertEqual(receive(client, 4), b"late")
+
+    def test_bad_delay(self):
+        for seconds in (-1, float("nan")):
+            with self.assertRaisesRegex(ValueError, "^seconds must not be negative"):
+                self.forward.delay(seconds)
+        self.connected()
+
+
+class CountTests(EchoTests):
+    def test_bytes_connections_and_round_trips(self):
+        client = self.connect()
+        for _ in range(3):
+            self.exchange(client, b"12345")
+        expected = Count(connections=1, bytes_to_server=15, bytes_to_client=15, round_trips=3)
+        self.assertEqual(self.forward.count(), expected)
+
+    def test_difference(self):
+        client = self.connected()
+        before = self.forward.count()
+        self.exchange(client, b"12")
+        expected = Count(bytes_to_server=2, bytes_to_client=2, round_trips=1)
+        self.assertEqual(self.forward.count() - before, expected)
+
+    def test_count_outlives_stop(self):
+        self.connected()
+        self.forward.stop()
+        self.assertEqual(self.forward.count().round_trips, 1)
+
+    def test_two_connections_turn_independently(self):
+        first, second = self.connected(), self.connected()
+        before = self.forward.count()
+        self.forward.silence("to_client")
+        first.sendall(b"1")
+        second.sendall(b"2")
+        wait_for(lambda: len(self.server.received) == 10)
+        self.forward.resume()
+        receive(first, 1), receive(second, 1)
+        self.assertEqual((self.forward.count() - before).round_trips, 2)
+
+
+def typed(kind, body=b""):
+    return kind + struct.pack("!i", len(body) + 4) + body
+
+
+def startup(code, body=b""):
+    return struct.pack("!ii", len(body) + 8, code) + body
+
+
+SSL_REQUEST = startup(80877103)
+GSSENC_REQUEST = startup(80877104)
+STARTUP = startup(3 << 16, b"user\0me\0\0")
+
+
+class FramingTests(unittest.TestCase):
+    def check(self, conversation, to_server, to_client):
+        """Check the numbers of messages, however the bytes of each turn are cut into chunks."""
+        for size in (1, 2, 3, 5, 7, 100000):
+            framing = _Framing()
+            ended = {"to_server": 0, "to_client": 0}
+            for direction, data in conversation:
+                for start in range(0, len(data), size):
+                    ended[direction] += framing.feed(direction, data[start : start + size])
+            self.assertEqual(ended, {"to_server": to_server, "to_client": to_client}, size)
+
+    def test_typed_messages(self):
+        query = typed(b"Q", b"SELECT 1\0")
+        answer = typed(b"T", b"x" * 300) + typed(b"D", b"y" * 11) + typed(b"C") + typed(b"Z", b"I")
+        self.check([("to_server", STARTUP), ("to_client", typed(b"R", b"\0" * 4))], 1, 1)
+        self.check([("to_server", STARTUP + query + query), ("to_client", answer * 2)], 3, 8)
+
+    def test_refused_encryption(self):
+        conversation = [
+            ("to_server", GSSENC_REQUEST),
+            ("to_client", b"N"),
+            ("to_server", SSL_REQUEST),
+            ("to_client", b"N"),
+            ("to_server", STARTUP),
+            ("to_client", typed(b"R", b"\0" * 4)),
+        ]
+        self.check(conversation, 3, 3)
+
+    def test_encryption_refused_by_an_error_message(self):
+        conversation = [("to_server", SSL_REQUEST), ("to_client", typed(b"E", b"sorry\0"))]
+        self.check(conversation, 1, 1)
+
+    def test_nothing_counts_once_encrypted(self):
+        conversation = [
+            ("to_server", SSL_REQUEST),
+            ("to_client", b"S"),
+            ("to_server", typed(b"Q")),
+            ("to_client", typed(b"Z")),
+        ]
+        self.check(conversation, 1, 0)
+
+    def test_cancel_request(self):
+        self.check([("to_server", startup(80877102, b"\0" * 8))], 1, 0)
+
+    def test_other_protocols_count_nothing(self):
+        conversation = [
+            ("to_server", b"GET / HTTP/1.0\r\n\r\n"),
+            ("to_client", b"HTTP/1.0 200 OK\r\n"),
+        ]
+        self.check(conversation, 0, 0)
+
+
+class PostgresTests(unittest.TestCase):
+    layer = PORT_FORWARD_LAYER
+
+    def setUp(self):
+        self.forward = self.layer.forward
+
+    def connect(self, **keywords):
+        connection = psycopg2.connect(self.layer.dsn(), **keywords)
+        self.addCleanup(connection.close)
+        return connection
+
+    def test_transaction_of_one_statement_takes_three_round_trips(self):
+        connection = self.connect()
+        for _ in range(3):
+            before = self.forward.count()
+            connection.cursor().execute("SELECT 1")
+            connection.commit()
+            passed = self.forward.count() - before
+            self.assertEqual(passed.round_trips, 3)
+            # BEGIN, SELECT, COMMIT; their C and Z, and the SELECT's T and D.
+            self.assertEqual((passed.messages_to_server, passed.messages_to_client), (3, 8))
+            self.assertEqual(passed.connections, 0)
+
+    def test_large_results_count_each_row(self):
+        connection = self.connect()
+        connection.autocommit = True
+        before = self.forward.count()
+        connection.cursor().execute("SELECT repeat('x', 1000) FROM generate_series(1, 5000)")
+        passed = self.forward.count() - before
+        self.assertEqual(passed.round_trips, 1)
+        self.assertEqual(passed.messages_to_client, 1 + 5000 + 1 + 1)
+        self.assertGreater(passed.bytes_to_client, 5_000_000)
+
+    def test_copy_counts_each_message_to_the_server(self):
+        connection = self.connect()
+        connection.autocommit = True
+        cursor = connection.cursor()
+        cursor.execute("CREATE TEMPORARY TABLE line (content text)")
+        before = self.forward.count()
+        with open("/dev/null") as nothing:
+            cursor.copy_expert("COPY line FROM STDIN", nothing)
+        # COPY and CopyDone; CopyInResponse, CommandComplete, ReadyForQuery.
+        passed = self.forward.count() - before
+        self.assertEqual((passed.messages_to_server, passed.messages_to_client), (2, 3))
+
+    def test_connecting_with_and_without_request_for_encryption(self):
+        before = self.forward.count()
+        self.connect(sslmode="disable", gssencmode="disable")
+        between = self.forward.count()
+        self.connect(sslmode="prefer", gssencmode="disable")
+        plain, asking = between - before, self.forward.count() - between
+        self.assertEqual(asking.messages_to_server, plain.messages_to_server + 1)
+        self.assertEqual(asking.messages_to_client, plain.messages_to_client + 1)
+        self.assertEqual(asking.round_trips, plain.round_trips + 1)
+
+    def test_an_idle_connection_costs_nothing(self):
+        self.connect()
+        before = self.forward.count()
+        self.layer.server.query("SELECT pg_sleep(0.1)")
+        self.assertEqual(self.forward.count() - before, Count())
+
+    def test_drop_is_noticed_by_client_and_server(self):
+        for with_reset in (False, True):
+            connection = self.connect()
+            pid = connection.info.backend_pid
+            self.assertEqual(self.forward.drop(reset=with_reset), 1)
+            with self.assertRaises(psycopg2.OperationalError):
+                connection.cursor().execute("SELECT 1")
+            self.assertEqual(connection.closed, 2)
+            wait_for(lambda pid=pid: pid not in self.layer.server.backend_pids())
+
+    def test_refusal_reads_as_a_server_that_is_down(self):
+        self.forward.refuse()
+        with self.assertRaisesRegex(psycopg2.OperationalError, "Connection refused"):
+            self.connect()
+        self.forward.accept()
+        self.connect()
+
+    def test_silent_host_ends_by_the_connect_timeout(self):
+        self.forward.silence()
+        with self.assertRaisesRegex(psycopg2.OperationalError, "timeout expired"):
+            self.connect(connect_timeout=2)
+
+    def test_answer_held_back_arrives(self):
+        connection = self.connect()
+        answers = []
+        self.forward.silence("to_client")
+
+        def ask():
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT 42")
+                answers.extend(cursor.fetchone())
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        pid = connection.info.backend_pid
+        state = "SELECT state = 'idle in transaction' FROM pg_stat_activity WHERE pid = %s"
+        wait_for(lambda: self.layer.server.query(state, pid) == [(True,)])
+        self.assertEqual(answers, [])
+        self.forward.resume()
+        thread.join(TIMEOUT)
+        self.assertEqual(answers, [42])
+
+
+class LayerTests(unittest.TestCase):
+    """Each leaves the line in disorder and needs it in order, so that any order tests it."""
+
+    layer = PORT_FORWARD_LAYER
+
+    def setUp(self):
+        self.assertEqual(self.layer.forward.drop(), 0)
+        self.connection = psycopg2.connect(self.layer.dsn(), connect_timeout=5)
+        self.connection.cursor().execute("SELECT 1")
+        self.addCleanup(self.connection.close)
+
+    def test_left_refusing(self):
+        self.layer.forward.refuse()
+
+    def test_left_silent(self):
+        self.layer.forward.silence()
+
+    def test_left_slow(self):
+        self.layer.forward.delay(3600)
+
+    def test_left_with_the_server_down(self):
+        self.layer.server.shut_down()
+
+    def test_left_with_the_server_killed(self):
+        self.layer.server.kill_all()
+
+    def test_left_with_the_server_recovering(self):
+        self.layer.server.kill_backend(self.connection.info.backend_pid)
+
+    def test_left_with_everything_suspended(self):
+        for pid in self.layer.server.backend_pids():
+            self.layer.server.suspend_backend(pid)
