@@ -55,9 +55,7 @@ class DatabaseTestCase(unittest.TestCase):
 
     def sessions(self):
         """The process ids of the sessions in the test's database."""
-        rows = self.server.query(
-            "SELECT pid FROM pg_stat_activity WHERE datname = %s", self.dbname
-        )
+        rows = self.server.query("SELECT pid FROM pg_stat_activity WHERE datname = %s", self.dbname)
         return [pid for (pid,) in rows]
 
     def lose_session(self, connection):

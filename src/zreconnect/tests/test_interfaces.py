@@ -43,9 +43,7 @@ class InterfaceTests(DatabaseTestCase):
         verifyObject(interfaces.IConnectionDescriptor, descriptor)
 
     def test_zopeless(self):
-        verifyClass(
-            interfaces.IZopelessTransactionManager, zreconnect.ZopelessTransactionManager
-        )
+        verifyClass(interfaces.IZopelessTransactionManager, zreconnect.ZopelessTransactionManager)
         manager = zreconnect.ZopelessTransactionManager(self.dsn, implicitBegin=False)
         verifyObject(interfaces.IZopelessTransactionManager, manager)
 

@@ -1,0 +1,10 @@
+"""Tools to test how a program bears the loss of its database.
+
+`EmbeddedPostgres` is a server to crash, `PortForward` a line to cut. `zreconnect.testing.layers`
+has layers for zope.testrunner that provide both.
+"""
+
+from zreconnect.testing.portforward import Count, PortForward
+from zreconnect.testing.postgres import EmbeddedPostgres, EmbeddedPostgresError
+
+__all__ = ["Count", "EmbeddedPostgres", "EmbeddedPostgresError", "PortForward"]

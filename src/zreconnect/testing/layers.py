@@ -1,0 +1,101 @@
+"""Layers for zope.testrunner: one PostgreSQL server, and a bad line to it, for many tests.
+
+Name one of the two layers in a test case::
+
+    from zreconnect.testing.layers import PORT_FORWARD_LAYER
+
+    class BadLine(unittest.TestCase):
+        layer = PORT_FORWARD_LAYER
+
+        def test_disconnect(self):
+            connection = psycopg2.connect(self.layer.dsn())
+            self.layer.forward.drop()
+            ...
+
+The server is started before the first such test and ended after the last. A test may crash the
+server, suspend its processes and leave the line in any state: the next test finds both in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from zreconnect.testing.portforward import PortForward
+from zreconnect.testing.postgres import EmbeddedPostgres
+
+
+class PostgresLayer:
+    """Starts one EmbeddedPostgres for all tests that name this layer.
+
+    Make another one, with a name of its own, for other `settings` of the server.
+    """
+
+    #: The server, while the layer is set up.
+    server: EmbeddedPostgres
+
+    def __init__(
+        self, name: str = "PostgresLayer", settings: Mapping[str, object] | None = None
+    ) -> None:
+        self.__name__ = name
+        self.__bases__: tuple[object, ...] = ()
+        self._settings = settings
+
+    def setUp(self) -> None:
+        """Start the server."""
+        self.server = EmbeddedPostgres(settings=self._settings)
+        self.server.start()
+
+    def tearDown(self) -> None:
+        """End the server and remove its data."""
+        self.server.stop()
+        del self.server
+
+    def testTearDown(self) -> None:
+        """Make sure that the server runs for the next test, whatever this one did to it."""
+        self.server.ensure_running()
+
+
+class PortForwardLayer:
+    """Puts one PortForward before the server of a PostgresLayer."""
+
+    #: The forwarder, while the layer is set up.
+    forward: PortForward
+
+    def __init__(self, postgres: PostgresLayer, name: str = "PortForwardLayer") -> None:
+        self.__name__ = name
+        self.__bases__: tuple[object, ...] = (postgres,)
+        self._postgres = postgres
+
+    @property
+    def server(self) -> EmbeddedPostgres:
+        """The server that is forwarded to."""
+        return self._postgres.server
+
+    def dsn(self, user: str = "postgres", dbname: str = "postgres") -> str:
+        """Return the URL to connect with through the forwarder."""
+        return self.server.dsn(user, dbname, self.forward.host, self.forward.port)
+
+    def setUp(self) -> None:
+        """Start the forwarder."""
+        self.forward = PortForward(self.server.host, self.server.port)
+        self.forward.start()
+
+    def tearDown(self) -> None:
+        """Stop the forwarder."""
+        self.forward.stop()
+        del self.forward
+
+    def testSetUp(self) -> None:
+        """Let the forwarder accept and forward, without connections, silence or delay."""
+        self.forward.drop()
+        self.forward.delay(0)
+        self.forward.resume()
+        self.forward.accept()
+
+    def testTearDown(self) -> None:
+        """End what connections the test has left."""
+        self.forward.drop()
+
+
+POSTGRES_LAYER = PostgresLayer()
+PORT_FORWARD_LAYER = PortForwardLayer(POSTGRES_LAYER)
