@@ -537,6 +537,8 @@ class ReconnectingConnection:
         """Connect within the policy; ``first_use`` of the raw connection is part of an attempt."""
         started = time.monotonic()
         number = 0
+        # Not self, which tenacity's own reference cycles would keep until the next collection.
+        server = self._server
 
         def announce_failure(state: tenacity.RetryCallState) -> None:
             assert state.outcome is not None and state.next_action is not None
@@ -544,7 +546,7 @@ class ReconnectingConnection:
             assert isinstance(failure, _AttemptFailed)
             events.announce(
                 events.ConnectionAttemptFailed(
-                    self.server,
+                    server.address,
                     state.attempt_number,
                     time.monotonic() - started,
                     state.next_action.sleep,

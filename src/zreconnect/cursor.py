@@ -183,7 +183,8 @@ class ReconnectingCursor:
         cursor meets one here."""
         self._closed = True
         raw, self._raw = self._raw, None
-        if raw is None or self._raw_connection is not self.connection._raw:
+        raw_connection, self._raw_connection = self._raw_connection, None
+        if raw is None or raw_connection is not self.connection._raw:
             return
         try:
             raw.close()

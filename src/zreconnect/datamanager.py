@@ -29,7 +29,8 @@ class ConnectionDataManager:
 
     def abort(self, transaction: ITransaction) -> None:
         self._connection._data_manager = None
-        self._connection.rollback()
+        if not self._connection.closed:
+            self._connection.rollback()
 
     def tpc_begin(self, transaction: ITransaction) -> None:
         # Also when the program rolled back the lost connection itself: a part of the transaction's

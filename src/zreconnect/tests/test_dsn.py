@@ -3,8 +3,8 @@
 import unittest
 
 from zreconnect import connect
-from zreconnect.dsn import driver_name, parse_dbi, redacted
 from zreconnect.drivers.psycopg2 import driver
+from zreconnect.dsn import driver_name, parse_dbi, redacted
 
 
 class DriverNameTests(unittest.TestCase):

@@ -1,0 +1,67 @@
+"""What a healthy transaction costs on the wire, beside plain psycopg2."""
+
+from zreconnect.tests.base import DatabaseTestCase
+
+
+class RoundTripTests(DatabaseTestCase):
+    def transaction(self, connection, end):
+        def use():
+            cursor = connection.cursor()
+            cursor.execute("SELECT 1")
+            cursor.fetchall()
+            cursor.close()
+            end(connection)
+
+        return use
+
+    def test_one_statement(self):
+        ours = self.connect()
+        with self.plain() as plain:
+            for end in (type(plain).commit, type(plain).rollback):
+                name = end.__name__
+                counts = []
+                for connection in (ours, plain):
+                    use = self.transaction(connection, lambda c, name=name: getattr(c, name)())
+                    use()
+                    counts.append(self.round_trips(use))
+                self.assertEqual(counts, [3, 3])
+
+    def test_a_server_side_cursor_costs_one_more(self):
+        ours = self.connect()
+        with self.plain() as plain:
+
+            def use(connection):
+                cursor = connection.cursor("numbers")
+                cursor.execute("SELECT 1")
+                cursor.fetchall()
+                cursor.close()
+                connection.commit()
+
+            counts = []
+            for connection in (ours, plain):
+                use(connection)
+                counts.append(self.round_trips(lambda connection=connection: use(connection)))
+        self.assertEqual(counts[0] - counts[1], 1)
+
+    def test_an_idle_connection_sends_nothing(self):
+        connection = self.connect()
+        connection.begin()
+        connection.commit()
+        before = self.forward.count()
+        for _ in range(3):
+            connection.rollback()
+            connection.commit()
+            connection.cursor().close()
+        self.assertEqual(self.forward.count(), before)
+
+    def test_reconnecting_sends_begin_once_more_and_nothing_else(self):
+        connection = self.connect()
+        use = self.transaction(connection, lambda connection: connection.commit())
+
+        def first():
+            self.connect().begin()
+
+        connecting = self.round_trips(first) - 1
+        use()
+        self.forward.drop()
+        self.assertEqual(self.round_trips(use), connecting + 3)
