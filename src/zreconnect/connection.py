@@ -7,14 +7,12 @@ import itertools
 import os
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn
 
-import tenacity
 from transaction.interfaces import TransientError
 from zope.interface import implementer
 
@@ -38,6 +36,7 @@ from zreconnect.interfaces import (
 from zreconnect.policy import PERSIST, RetryPolicy
 from zreconnect.retry import run_unit_of_work
 from zreconnect.server import Server, server_from_dsn, server_from_factory
+from zreconnect.session import open_session
 
 # PEP 249, "Exceptions": a connection has them as attributes.
 DBAPI_EXCEPTIONS = {
@@ -52,14 +51,6 @@ DBAPI_EXCEPTIONS = {
     "ProgrammingError",
     "NotSupportedError",
 }
-
-
-class _AttemptFailed(Exception):
-    """An attempt to connect failed with ``error``, and another one may succeed."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(error)
-        self.error = error
 
 
 @implementer(IReconnectingConnection)
@@ -120,7 +111,6 @@ class ReconnectingConnection:
         self._on_connect = on_connect
         self._settings = SessionSettings()
         self._process = os.getpid()
-        self._thread = 0
         self._had_session = False
         self._inside_with = False
         self._savepoints = itertools.count(1)
@@ -129,6 +119,8 @@ class ReconnectingConnection:
         self._data_manager: Any = None
         self._before_begin: Callable[[], None] | None = None
         self._owner: int | None = None
+        # The only thread that may use the connection now; None for any.
+        self._thread: int | None = None
         self._implicit_begin = True
         _connections.add(self)
 
@@ -181,7 +173,7 @@ class ReconnectingConnection:
                 self._driver.rollback(self._raw)
             except self._driver.module.Error as error:
                 self._end_session(error)
-        self._state = IDLE
+        self._be_idle()
 
     def close(self) -> None:
         self._state = CLOSED
@@ -376,9 +368,9 @@ class ReconnectingConnection:
 
     def _need_transaction(self) -> None:
         """Begin a transaction if a statement needs one; else see that there is a session."""
-        if self._state == ACTIVE and self._thread == threading.get_ident():
-            return
         self._check_usable()
+        if self._state == ACTIVE:
+            return
         if self._settings.autocommit and not self._inside_with:
             self._need_session()
         elif not self._implicit_begin:
@@ -387,11 +379,6 @@ class ReconnectingConnection:
             )
         else:
             self._begin_for_statement()
-
-    def _need_answerable(self) -> None:
-        """Raise unless this thread may ask for results now."""
-        if self._state != ACTIVE or self._thread != threading.get_ident():
-            self._check_usable()
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -455,9 +442,9 @@ class ReconnectingConnection:
                 self._doom()
                 raise CommitOutcomeUnknown(self.server) from error
             if not self._driver.in_transaction(self._raw):
-                self._state = IDLE
+                self._be_idle()
             raise
-        self._state = IDLE
+        self._be_idle()
 
     def _may_run_again(self, error: BaseException) -> bool:
         """Whether a unit of work that raised ``error`` was not committed and may succeed later."""
@@ -473,21 +460,16 @@ class ReconnectingConnection:
             raise self._driver.module.InterfaceError("The connection is closed")
 
     def _check_usable(self) -> None:
-        self._check_open()
         self._check_thread()
-        self._check_not_doomed()
+        if self._state != ACTIVE and self._state != IDLE:
+            self._check_open()
+            self._check_not_doomed()
 
     def _check_thread(self) -> None:
-        thread = threading.get_ident()
-        if self._owner is not None and self._owner != thread:
+        if self._thread is not None and self._thread != threading.get_ident():
             raise self._driver.module.ProgrammingError(
-                "The connection belongs to another thread: each thread gets its own from the "
-                "descriptor or the transaction manager"
-            )
-        if self._state in (ACTIVE, DOOMED) and self._thread != thread:
-            raise self._driver.module.ProgrammingError(
-                "The connection's transaction belongs to another thread: use a connection for "
-                "each thread; fork() makes one"
+                "The connection belongs to another thread, for good or until its transaction "
+                "ends: use a connection for each thread; fork() makes one"
             )
 
     def _check_outside_transaction(self, what: str) -> None:
@@ -534,72 +516,21 @@ class ReconnectingConnection:
             self._connect(lambda raw: None)
 
     def _connect(self, first_use: Callable[[Any], None]) -> None:
-        """Connect within the policy; ``first_use`` of the raw connection is part of an attempt."""
-        started = time.monotonic()
-        number = 0
-        # Not self, which tenacity's own reference cycles would keep until the next collection.
-        server = self._server
+        """Open a session; ``first_use`` of the raw connection is part of an attempt."""
 
-        def announce_failure(state: tenacity.RetryCallState) -> None:
-            assert state.outcome is not None and state.next_action is not None
-            failure = state.outcome.exception()
-            assert isinstance(failure, _AttemptFailed)
-            events.announce(
-                events.ConnectionAttemptFailed(
-                    server.address,
-                    state.attempt_number,
-                    time.monotonic() - started,
-                    state.next_action.sleep,
-                    failure.error,
-                )
-            )
-
-        try:
-            for attempt in self._policy.retrying(_AttemptFailed, announce_failure):
-                with attempt:
-                    number = attempt.retry_state.attempt_number
-                    elapsed = time.monotonic() - started
-                    self._raw = self._open_session(self._policy.longest_attempt(elapsed), first_use)
-        except _AttemptFailed as failure:
-            self._give_up(number, time.monotonic() - started, failure.error)
-        if self._had_session or number > 1:
-            events.announce(events.Reconnected(self.server, number, time.monotonic() - started))
-        self._had_session = True
-
-    def _open_session(self, timeout: float, first_use: Callable[[Any], None]) -> Any:
-        """One attempt: a raw connection that has its settings and has been used once."""
-        try:
-            raw = self._server.connect(timeout)
-        except Exception as error:
-            if self._server.passes(error):
-                raise _AttemptFailed(error) from error
-            raise
-        try:
+        def prepare(raw: Any) -> None:
             if self._on_connect is not None:
                 self._on_connect(raw)
             self._driver.restore(raw, self._settings)
             first_use(raw)
-        except BaseException as error:
-            is_lost = (
-                isinstance(error, self._driver.module.Error)
-                and self._driver.meaning(error, raw) is Meaning.DISCONNECT
-            )
-            self._driver.close(raw)
-            if is_lost:
-                raise _AttemptFailed(error) from error
-            raise
-        self._process = os.getpid()
-        return raw
 
-    def _give_up(self, attempts: int, seconds: float, error: BaseException) -> NoReturn:
-        events.announce(events.GaveUp(self.server, attempts, seconds, error))
-        if not self._policy.fails_fast:
-            raise ReconnectTimeout(self.server, attempts, seconds, error) from error
-        raise self._driver.disconnection_error(
-            f"No connection to {self.server}, and no transaction was begun. Run the work again "
-            f"when the server is back. The driver said: {one_line(error)}",
-            (type(error), error, error.__traceback__),
-        ) from error
+        self._raw = open_session(self._server, self._policy, prepare, self._had_session)
+        self._process = os.getpid()
+        self._had_session = True
+
+    def _be_idle(self) -> None:
+        self._state = IDLE
+        self._thread = self._owner
 
     def _doom(self) -> None:
         self._state = DOOMED

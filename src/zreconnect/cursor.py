@@ -132,7 +132,7 @@ class ReconnectingCursor:
         return self._answer("fetchall")
 
     def _answer(self, method: str, *args: Any) -> Any:
-        self.connection._need_answerable()
+        self.connection._check_usable()
         raw = self._raw_cursor()
         try:
             return getattr(raw, method)(*args)
@@ -141,10 +141,10 @@ class ReconnectingCursor:
             raise
 
     def __iter__(self) -> Iterator[Any]:
-        self.connection._need_answerable()
+        self.connection._check_usable()
         rows = iter(self._raw_cursor())
         while True:
-            self.connection._need_answerable()
+            self.connection._check_usable()
             try:
                 row = next(rows)
             except StopIteration:

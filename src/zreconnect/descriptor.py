@@ -68,7 +68,7 @@ class ConnectionDescriptor:
 
     def _new_connection(self) -> ReconnectingConnection:
         connection = self._model.fork()
-        connection._owner = threading.get_ident()
+        connection._owner = connection._thread = threading.get_ident()
         connection._implicit_begin = self._implicit_begin
         join_transactions(connection, self._transaction_manager)
         return connection

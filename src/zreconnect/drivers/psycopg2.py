@@ -153,7 +153,7 @@ class Psycopg2Driver:
         self._execute(raw, "BEGIN" + _modes(raw, settings))
 
     def commit(self, raw: Any) -> None:
-        failed = raw.info.transaction_status == extensions.TRANSACTION_STATUS_INERROR
+        failed = raw.get_transaction_status() == extensions.TRANSACTION_STATUS_INERROR
         if raw.autocommit:
             self._execute(raw, "COMMIT")
         else:
@@ -184,7 +184,7 @@ class Psycopg2Driver:
             del raw.notices[notices:]
 
     def in_transaction(self, raw: Any) -> bool:
-        status = raw.info.transaction_status
+        status = raw.get_transaction_status()
         return bool(
             status in (extensions.TRANSACTION_STATUS_INTRANS, extensions.TRANSACTION_STATUS_INERROR)
         )

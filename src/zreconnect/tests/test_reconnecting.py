@@ -299,8 +299,10 @@ class DoorTests(DatabaseTestCase):
             thread.join()
 
     def test_a_shared_failure_is_everybodys(self):
-        server = server_from_dsn(self.dsn)
-        self.assertIs(server, server_from_dsn(self.dsn))
+        # A server of its own, not known to be up, as one that other tests use may be.
+        dsn = self.dsn + "?application_name=door"
+        server = server_from_dsn(dsn)
+        self.assertIs(server, server_from_dsn(dsn))
         self.forward.silence()
         errors = []
 
