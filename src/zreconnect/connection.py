@@ -402,6 +402,13 @@ class ReconnectingConnection:
 
         return call
 
+    def _check_statement_lost(self, error: BaseException) -> None:
+        """As `_check_lost`, for a statement, which in autocommit mode is a commit as well."""
+        if self._state == IDLE and self._means_disconnect(error):
+            self._end_session(error)
+            raise CommitOutcomeUnknown(self.server, "a statement in autocommit mode") from error
+        self._check_lost(error)
+
     def _check_lost(self, error: BaseException) -> None:
         """Doom the transaction and raise `DisconnectionError` if ``error`` means a lost session."""
         if self._state == CLOSED or not self._means_disconnect(error):

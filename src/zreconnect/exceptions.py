@@ -84,22 +84,24 @@ class ReconnectTimeout(Exception):
 
 
 class CommitOutcomeUnknown(Exception):
-    """The connection was lost while COMMIT was under way: the work may be committed or not.
+    """The connection was lost while a commit was under way: the work may be committed or not.
 
-    No retry loop runs the work again by itself, because that could do it twice.
+    In autocommit mode every statement is a commit. No retry loop runs the work again by itself,
+    because that could do it twice.
 
     server: the server's address without password.
+    request: what was under way.
     """
 
-    def __init__(self, server: str) -> None:
-        super().__init__(server)
+    def __init__(self, server: str, request: str = "COMMIT") -> None:
+        super().__init__(server, request)
         self.server = server
+        self.request = request
 
     def __str__(self) -> str:
         return (
-            f"The connection to {self.server} was lost while COMMIT was under way. The "
-            "transaction may be committed or not: look for its work in the database before "
-            "you do it again."
+            f"The connection to {self.server} was lost while {self.request} was under way. Its "
+            "work may be committed or not: look for it in the database before you do it again."
         )
 
 

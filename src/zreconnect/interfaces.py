@@ -157,7 +157,8 @@ class IReconnectingConnection(Interface):
     server = Attribute("The server's address, without password.")
     driver_connection = Attribute("The driver's own connection; connects if there is none.")
     autocommit = Attribute(
-        "True: each statement is a transaction of its own. A disconnect then dooms nothing."
+        "True: each statement is a transaction of its own. A disconnect then dooms nothing: the "
+        "statement that met it raises `CommitOutcomeUnknown`, the next one reconnects."
     )
     isolation_level = Attribute("As the driver has it. It holds for later transactions.")
     readonly = Attribute("As the driver has it. It holds for later transactions.")
