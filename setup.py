@@ -54,7 +54,7 @@ setup(
         "cli": CLI,
         "docs": ["Sphinx >= 7.0"],
         "embedded": EMBEDDED,
-        "test": ["coverage >= 7.13", "zope.testrunner >= 6.6", *CLI],
+        "test": ["coverage >= 7.13", "zope.testrunner >= 8.1", *CLI],
     },
     entry_points={"console_scripts": ["zreconnect = zreconnect.cli:main"]},
 )
