@@ -402,11 +402,16 @@ class ReconnectingConnection:
 
         return call
 
-    def _check_statement_lost(self, error: BaseException) -> None:
-        """As `_check_lost`, for a statement, which in autocommit mode is a commit as well."""
-        if self._state == IDLE and self._means_disconnect(error):
-            self._end_session(error)
-            raise CommitOutcomeUnknown(self.server, "a statement in autocommit mode") from error
+    def _check_statement_lost(self, error: BaseException, raw_cursor: Any) -> None:
+        """As `_check_lost`, for a statement, which may have been a commit as well."""
+        if self._state != CLOSED and self._means_disconnect(error):
+            if self._state == IDLE:
+                self._end_session(error)
+                raise CommitOutcomeUnknown(self.server, "a statement in autocommit mode") from error
+            if self._driver.may_have_committed(raw_cursor):
+                self._end_session(error)
+                self._doom()
+                raise CommitOutcomeUnknown(self.server) from error
         self._check_lost(error)
 
     def _check_lost(self, error: BaseException) -> None:

@@ -117,7 +117,7 @@ class ReconnectingCursor:
                 connection._driver.own_transaction(connection._raw)
             return getattr(self._raw, method)(*args, **keywords)
         except self._error as error:
-            connection._check_statement_lost(error)
+            connection._check_statement_lost(error, self._raw)
             raise
 
     # Results

@@ -125,6 +125,9 @@ class IDriver(Interface):
         raw: the raw connection; its state decides first, then SQLSTATE, then the message.
         """
 
+    def may_have_committed(raw_cursor):
+        """Whether the statement that ``raw_cursor`` sent last may have been a COMMIT."""
+
     def is_transient(error):
         """Whether ``error`` is of the driver's, and the same work may succeed when run again."""
 

@@ -50,6 +50,8 @@ DISCONNECT_MESSAGES = (
     "SSL SYSCALL error",
     "connection already closed",
 )
+# A program may end the transaction by a statement of its own.
+COMMIT_STATEMENT = re.compile(rb"(?:^|;)\s*(?:COMMIT|END|PREPARE\s+TRANSACTION)\b", re.IGNORECASE)
 # Errors of connecting carry no SQLSTATE. These are 53300 and 55000, which pass, although they
 # quote the name of the role or the database as refusals do.
 PASSING_MESSAGES = (
@@ -210,6 +212,9 @@ class Psycopg2Driver:
         if any(message in str(error) for message in DISCONNECT_MESSAGES):
             return Meaning.DISCONNECT
         return Meaning.USER
+
+    def may_have_committed(self, raw_cursor: Any) -> bool:
+        return COMMIT_STATEMENT.search(raw_cursor.query or b"") is not None
 
     def is_transient(self, error: BaseException) -> bool:
         return isinstance(error, psycopg2.Error) and error.pgcode in TRANSIENT_STATES

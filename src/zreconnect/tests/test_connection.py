@@ -374,6 +374,21 @@ class CommitTests(DatabaseTestCase):
             self.assertEqual(self.query("SELECT n FROM once"), [(2,)])
             self.query("DELETE FROM once")
 
+    def test_a_commit_that_the_program_sends_itself_is_one_too(self):
+        connection = self.connect()
+        cursor = connection.cursor()
+        for statement in ("COMMIT", "select 1;\n commit", "END", "PREPARE TRANSACTION 'x'"):
+            cursor.execute("SELECT 1")
+            self.forward.drop()
+            with self.assertRaises(CommitOutcomeUnknown):
+                cursor.execute(statement)
+            self.assertEqual(connection.state, "doomed")
+            connection.rollback()
+        cursor.execute("SELECT 1")
+        self.forward.drop()
+        with self.assertRaises(DisconnectionError):
+            cursor.execute("SELECT CASE WHEN true THEN 'COMMIT' END")
+
     def test_an_error_that_leaves_the_transaction_open_keeps_it_active(self):
         connection = self.connect()
         connection.begin()
