@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 import unittest
+from unittest import mock
 
 import psycopg2
 
@@ -79,6 +80,17 @@ def receive(connected, size):
     return received
 
 
+def receive_all(connected):
+    """Receive until the end, and return the bytes and how it ended."""
+    received = b""
+    try:
+        while chunk := connected.recv(65536):
+            received += chunk
+    except ConnectionResetError:
+        return received, "RST"
+    return received, "FIN"
+
+
 def readable(connected):
     return bool(select.select([connected], [], [], 0)[0])
 
@@ -107,17 +119,17 @@ class EchoTests(unittest.TestCase):
         self.exchange(client)
         return client
 
-
-class ForwardingTests(EchoTests):
     def connected_by_hand(self):
-        """Return both ends of a connection, of which no thread uses the server's."""
+        """Return a forwarder and both ends of its connection; no thread uses the server's."""
         listener = self.enterContext(socket.create_server(("127.0.0.1", 0)))
         forward = self.enterContext(PortForward(*listener.getsockname()))
         address = (forward.host, forward.port)
         client = self.enterContext(socket.create_connection(address, TIMEOUT))
         accepted, _address = listener.accept()
-        return client, self.enterContext(accepted)
+        return forward, client, self.enterContext(accepted)
 
+
+class ForwardingTests(EchoTests):
     def test_bytes_arrive_unchanged_in_both_directions(self):
         client = self.connect()
         sent = os.urandom(5_000_000)
@@ -160,7 +172,7 @@ class ForwardingTests(EchoTests):
         self.assertEqual(client.recv(1), b"")
 
     def test_reset_by_the_server_reaches_the_client(self):
-        client, accepted = self.connected_by_hand()
+        _forward, client, accepted = self.connected_by_hand()
         accepted.sendall(b"farewell")
         # The kernel may throw away what is not read when the reset arrives.
         self.assertEqual(receive(client, 8), b"farewell")
@@ -168,7 +180,7 @@ class ForwardingTests(EchoTests):
         self.assertRaises(ConnectionResetError, client.recv, 1)
 
     def test_sending_to_a_server_that_has_closed_resets_the_client(self):
-        client, accepted = self.connected_by_hand()
+        _forward, client, accepted = self.connected_by_hand()
         accepted.sendall(b"farewell")
         accepted.close()
         self.assertEqual(receive(client, 100), b"farewell")
@@ -305,6 +317,272 @@ class DropTests(EchoTests):
         self.forward.resume()
         self.connected()
         self.assertNotIn(b"lost", self.server.received)
+
+
+class CutTests(EchoTests):
+    ends_by = ((False, "FIN"), (True, "RST"))
+
+    def cut_in_passing(self, client, direction, after, reset):
+        """Send eight bytes, have them cut, and return what the server and the client received."""
+        before = len(self.server.received)
+        cut = self.forward.cut(direction, after, reset=reset)
+        client.sendall(b"12345678")
+        received = receive_all(client)
+        self.assertTrue(cut.wait(TIMEOUT))
+        wait_for(lambda: len(self.server.ends) == self.forward.count().connections)
+        return bytes(self.server.received[before:]), received
+
+    def test_to_server_exactly_so_many_bytes_arrive(self):
+        for with_reset, end in self.ends_by:
+            for after in range(9):
+                count = self.forward.count()
+                at_server, at_client = self.cut_in_passing(
+                    self.connect(), "to_server", after, with_reset
+                )
+                self.assertEqual(at_server, b"12345678"[:after])
+                self.assertEqual(at_client, (b"", end))
+                expected = Count(connections=1, bytes_to_server=after)
+                self.assertEqual(self.forward.count() - count, expected)
+
+    def test_to_client_exactly_so_many_bytes_arrive(self):
+        for with_reset, end in self.ends_by:
+            for after in range(9):
+                at_server, at_client = self.cut_in_passing(
+                    self.connect(), "to_client", after, with_reset
+                )
+                self.assertEqual(at_server, b"12345678")
+                self.assertEqual(at_client, (b"12345678"[:after], end))
+
+    def test_both_sides_are_ended_alike(self):
+        for with_reset, seen in ((False, "FIN"), (True, "ConnectionResetError")):
+            self.server.ends.clear()
+            self.connected()
+            cut = self.forward.cut("to_server", 0, reset=with_reset)
+            self.connect().sendall(b"x")
+            self.assertTrue(cut.wait(TIMEOUT))
+            wait_for(lambda seen=seen: self.server.ends == [seen, seen])
+
+    def test_it_happens_once(self):
+        client = self.connected()
+        cut = self.forward.cut("to_server", 4)
+        self.assertFalse(cut.happened)
+        client.sendall(b"1234")
+        self.assertEqual(receive_all(client), (b"", "FIN"))
+        self.assertTrue(cut.wait(TIMEOUT))
+        self.assertTrue(cut.happened)
+        self.assertFalse(self.forward.cancel_cut())
+        client = self.connected()
+        self.exchange(client, b"1234" * 10)
+
+    def test_bytes_count_from_the_call_on_and_over_all_connections(self):
+        first, second = self.connected(), self.connected()
+        cut = self.forward.cut("to_client", 6)
+        self.exchange(first, b"12")
+        self.exchange(second, b"34")
+        third = self.connect()
+        self.exchange(third, b"5")
+        self.assertFalse(cut.happened)
+        third.sendall(b"6789")
+        self.assertEqual(receive_all(third), (b"6", "FIN"))
+        self.assertEqual(receive_all(first), (b"", "FIN"))
+        self.assertEqual(receive_all(second), (b"", "FIN"))
+
+    def test_large_amounts_are_delivered_to_slow_receivers(self):
+        sent = os.urandom(5_000_000)
+        for with_reset, end in self.ends_by:
+            client = self.connect()
+            cut = self.forward.cut("to_client", 3_000_001, reset=with_reset)
+            sender = threading.Thread(target=self.send_in_vain, args=(client, sent))
+            sender.start()
+            received = b""
+            # Until the rest fits into the client's buffer, the forwarder waits for the client.
+            while not cut.happened and len(received) < 3_000_001:
+                received += client.recv(20_000)
+            rest, how = receive_all(client)
+            sender.join()
+            self.assertEqual((received + rest, how), (sent[:3_000_001], end))
+
+    def send_in_vain(self, client, data):
+        with contextlib.suppress(ConnectionError):
+            client.sendall(data)
+
+    def cut_with_a_full_line(self):
+        """Return the ends of a connection, and a cut that has to wait for the server to read."""
+        forward, client, accepted = self.connected_by_hand()
+        client.settimeout(0.2)
+        with contextlib.suppress(socket.timeout):
+            while True:
+                client.send(bytes(65536))
+        client.settimeout(TIMEOUT)
+        passed = forward.count().bytes_to_server
+        cut = forward.cut("to_client", 1, reset=True)
+        accepted.sendall(b"12")
+        self.assertEqual(client.recv(1), b"1")
+        return client, accepted, cut, passed
+
+    def test_a_receiver_that_does_not_read_is_cut_off_in_the_end(self):
+        with mock.patch("zreconnect.testing.portforward._DELIVERY_TIMEOUT", 0.05):
+            client, accepted, cut, passed = self.cut_with_a_full_line()
+            self.assertTrue(cut.wait(TIMEOUT))
+        self.assertEqual(receive_all(client), (b"", "RST"))
+        received, end = receive_all(accepted)
+        self.assertEqual(end, "RST")
+        self.assertLess(len(received), passed)
+
+    def test_a_receiver_that_goes_away_is_not_waited_for(self):
+        with mock.patch("zreconnect.testing.portforward._DELIVERY_TIMEOUT", 2 * TIMEOUT):
+            client, accepted, cut, _passed = self.cut_with_a_full_line()
+            self.assertFalse(cut.happened)
+            reset(accepted)
+            self.assertTrue(cut.wait(TIMEOUT))
+        self.assertEqual(receive_all(client), (b"", "RST"))
+
+    def test_nothing_passes_in_the_other_direction_either(self):
+        forward, client, accepted = self.connected_by_hand()
+        forward.silence()
+        client.sendall(b"1234")
+        accepted.sendall(b"abcd")
+        cut = forward.cut("to_server", 2)
+        forward.resume()
+        self.assertTrue(cut.wait(TIMEOUT))
+        self.assertEqual(receive_all(accepted), (b"12", "FIN"))
+        self.assertEqual(receive_all(client), (b"", "FIN"))
+        self.assertEqual(forward.count(), Count(connections=1, bytes_to_server=2))
+
+    def test_what_is_held_back_has_not_passed(self):
+        client = self.connected()
+        self.forward.silence("to_server")
+        cut = self.forward.cut("to_server", 2)
+        client.sendall(b"1234")
+        self.forward.count()
+        self.assertFalse(cut.happened)
+        self.forward.resume()
+        self.assertTrue(cut.wait(TIMEOUT))
+        wait_for(lambda: self.server.ends == ["FIN"])
+        self.assertEqual(bytes(self.server.received), b"ping12")
+
+    def test_drop_leaves_it_pending(self):
+        cut = self.forward.cut("to_server", 5)
+        self.connected()
+        self.forward.drop()
+        self.connect().sendall(b"x")
+        self.assertTrue(cut.wait(TIMEOUT))
+
+    def test_then_comes_after_delivery_and_before_the_end(self):
+        for with_reset, end in self.ends_by:
+            self.server.received.clear()
+            self.server.ends.clear()
+            client = self.connect()
+            seen = []
+
+            def look(client=client, seen=seen):
+                wait_for(lambda: self.server.received == b"123")
+                seen.append((self.server.ends[:], readable(client)))
+
+            cut = self.forward.cut("to_server", 3, reset=with_reset, then=look)
+            client.sendall(b"1234")
+            self.assertTrue(cut.wait(TIMEOUT))
+            self.assertEqual(seen, [([], False)])
+            self.assertEqual(receive_all(client), (b"", end))
+            wait_for(lambda: self.server.ends)
+
+    def test_then_may_block(self):
+        client = self.connected()
+        entered, leave = threading.Event(), threading.Event()
+        self.addCleanup(leave.set)
+
+        def block():
+            entered.set()
+            leave.wait(TIMEOUT)
+
+        cut = self.forward.cut("to_server", 1, then=block)
+        client.sendall(b"x")
+        self.assertTrue(entered.wait(TIMEOUT))
+        late = self.connect()
+        late.sendall(b"late")
+        self.assertFalse(cut.wait(0.05))
+        self.assertFalse(readable(client))
+        leave.set()
+        self.assertTrue(cut.wait(TIMEOUT))
+        self.assertEqual(receive_all(client), (b"", "FIN"))
+        self.assertEqual(receive(late, 4), b"late")
+
+    def test_then_may_ask_the_forwarder(self):
+        client = self.connected()
+        counts, cuts = [], []
+
+        def ask():
+            counts.append(self.forward.count())
+            cuts.append(self.forward.cut("to_client", 2))
+            self.forward.refuse()
+
+        before = self.forward.count()
+        cut = self.forward.cut("to_server", 3, then=ask)
+        client.sendall(b"1234")
+        self.assertTrue(cut.wait(TIMEOUT))
+        self.assertEqual([count - before for count in counts], [Count(bytes_to_server=3)])
+        self.assertRaises(ConnectionRefusedError, self.connect)
+        self.forward.accept()
+        client = self.connect()
+        client.sendall(b"1234")
+        self.assertEqual(receive_all(client), (b"12", "FIN"))
+        self.assertTrue(cuts[0].wait(TIMEOUT))
+
+    def test_wait_raises_what_then_raised(self):
+        client = self.connected()
+        for then, error in ((lambda: 1 / 0, ZeroDivisionError), (self.forward.stop, RuntimeError)):
+            cut = self.forward.cut("to_server", 1, then=then)
+            client.sendall(b"x")
+            self.assertEqual(receive_all(client), (b"", "FIN"))
+            self.assertRaises(error, cut.wait, TIMEOUT)
+            self.assertTrue(cut.happened)
+            client = self.connected()
+
+    def test_cancelled_cuts_never_happen(self):
+        client = self.connected()
+        cut = self.forward.cut("to_server", 3)
+        self.exchange(client, b"12")
+        self.assertTrue(self.forward.cancel_cut())
+        self.assertFalse(self.forward.cancel_cut())
+        self.exchange(client, b"34")
+        self.assertFalse(cut.wait(TIMEOUT))
+        self.assertFalse(cut.happened)
+        self.forward.cut("to_server", 1)
+        client.sendall(b"x")
+        self.assertEqual(receive_all(client), (b"", "FIN"))
+
+    def test_who_waits_learns_of_the_end_of_waiting(self):
+        for cancel in (self.forward.cancel_cut, self.forward.stop):
+            cut = self.forward.cut("to_server", 1)
+            answers = []
+            waiting = threading.Thread(
+                target=lambda cut=cut, answers=answers: answers.append(cut.wait(2 * TIMEOUT))
+            )
+            waiting.start()
+            cancel()
+            waiting.join(TIMEOUT)
+            self.assertEqual(answers, [False])
+        self.forward.start()
+        self.connected()
+
+    def test_one_at_a_time(self):
+        cut = self.forward.cut("to_server", 1)
+        self.assertRaisesRegex(RuntimeError, "pending already", self.forward.cut, "to_client", 1)
+        self.connect().sendall(b"x")
+        self.assertTrue(cut.wait(TIMEOUT))
+
+    def test_bad_arguments(self):
+        for arguments, message in (
+            (("both", 1), "^direction must be one of .*to_server.*to_client.* not 'both'$"),
+            (("to_server", -1), "^after must be a number of bytes, not -1$"),
+            (("to_server", 1.5), "^after must be a number of bytes, not 1.5$"),
+            (("to_server", 1, False, "later"), "^then must be callable, not 'later'$"),
+        ):
+            with self.assertRaisesRegex(ValueError, message):
+                self.forward.cut(*arguments)
+        self.assertFalse(self.forward.cancel_cut())
+        self.forward.stop()
+        self.assertRaisesRegex(RuntimeError, "not running", self.forward.cut, "to_server", 1)
 
 
 class RefuseTests(EchoTests):
@@ -639,6 +917,110 @@ class PostgresTests(unittest.TestCase):
         self.assertEqual(answers, [42])
 
 
+class CutPostgresTests(unittest.TestCase):
+    """Transactions of one INSERT, cut at every byte."""
+
+    layer = PORT_FORWARD_LAYER
+
+    def setUp(self):
+        self.forward = self.layer.forward
+        self.server = self.layer.server
+        self.dsn = self.layer.dsn()
+        self.server.query("CREATE TABLE applied (number integer)")
+        self.addCleanup(self.server.query, "DROP TABLE applied")
+        # All are of the same length in the protocol.
+        self.numbers = iter(range(1000, 10000))
+
+    def connect(self):
+        connection = psycopg2.connect(self.dsn, connect_timeout=int(TIMEOUT))
+        self.addCleanup(connection.close)
+        return connection
+
+    def insert(self, connection, number):
+        connection.cursor().execute("INSERT INTO applied VALUES (%s)", (number,))
+
+    def is_applied(self, number):
+        return self.server.query("SELECT 1 FROM applied WHERE number = %s", number) == [(1,)]
+
+    def measured(self):
+        """Return what a transaction passes in all, and what before its COMMIT."""
+        connection = self.connect()
+        start = self.forward.count()
+        self.insert(connection, next(self.numbers))
+        before_commit = self.forward.count() - start
+        connection.commit()
+        whole = self.forward.count() - start
+        connection.close()
+        return whole, before_commit
+
+    def cut(self, direction, after, reset):
+        """Cut a transaction, and return its number and whether the client saw it succeed."""
+        number = next(self.numbers)
+        connection = self.connect()
+        before = self.forward.count()
+        cut = self.forward.cut(direction, after, reset=reset)
+        try:
+            self.insert(connection, number)
+            connection.commit()
+            succeeded = True
+        except psycopg2.OperationalError:
+            succeeded = False
+        self.assertTrue(cut.wait(TIMEOUT))
+        passed = self.forward.count() - before
+        self.assertEqual(getattr(passed, f"bytes_{direction}"), after)
+        self.assertEqual(self.forward.drop(), 0)
+        connection.close()
+        return number, succeeded
+
+    def sweep(self, direction, reset, size, applied_from):
+        """Cut at each of the direction's bytes; what is applied is known from there on."""
+        numbers = []
+        for after in range(size + 1):
+            number, succeeded = self.cut(direction, after, reset)
+            self.assertEqual(succeeded, direction == "to_client" and after == size)
+            numbers.append(number)
+        # Each has got what it will ever get, and has ended when it has done that.
+        wait_for(lambda: self.server.backend_pids() == [])
+        applied = "SELECT number FROM applied WHERE number = ANY(%s) ORDER BY number"
+        expected = [(number,) for number in numbers[applied_from:]]
+        self.assertEqual(self.server.query(applied, numbers), expected)
+
+    def test_every_byte_to_the_server(self):
+        whole, _before_commit = self.measured()
+        for with_reset in (False, True):
+            size = whole.bytes_to_server
+            self.sweep("to_server", with_reset, size, applied_from=size)
+
+    def test_every_byte_to_the_client(self):
+        whole, before_commit = self.measured()
+        for with_reset in (False, True):
+            applied_from = before_commit.bytes_to_client + 1
+            self.sweep("to_client", with_reset, whole.bytes_to_client, applied_from)
+
+    def test_backend_killed_before_the_end_of_the_connection(self):
+        for with_reset in (False, True):
+            whole, before_commit = self.measured()
+            for after, applied in (
+                (before_commit.bytes_to_client, False),
+                (whole.bytes_to_client - 1, True),
+            ):
+                connection = self.connect()
+                pid = connection.info.backend_pid
+                number = next(self.numbers)
+                cut = self.forward.cut(
+                    "to_client",
+                    after,
+                    reset=with_reset,
+                    then=lambda pid=pid: self.server.kill_backend(pid),
+                )
+                with self.assertRaises(psycopg2.OperationalError):
+                    self.insert(connection, number)
+                    connection.commit()
+                self.assertTrue(cut.wait(TIMEOUT))
+                self.server.wait_until_ready()
+                self.assertEqual(self.is_applied(number), applied)
+
+
 class LayerTests(unittest.TestCase):
     """Each leaves the line in disorder and needs it in order, so that any order tests it."""
 
@@ -655,6 +1037,9 @@ class LayerTests(unittest.TestCase):
 
     def test_left_silent(self):
         self.layer.forward.silence()
+
+    def test_left_with_a_cut_pending(self):
+        self.layer.forward.cut("to_server", 1)
 
     def test_left_slow(self):
         self.layer.forward.delay(3600)

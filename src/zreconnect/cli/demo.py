@@ -1,0 +1,286 @@
+"""``zreconnect demo``: a batch job imports a source tree while its database is interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import secrets
+import shlex
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg2
+import zope.event
+
+from zreconnect.cli.comparison import Comparison, compare
+from zreconnect.cli.errors import CommandError
+from zreconnect.cli.interruptions import Interrupter, Interruption, make_plan
+from zreconnect.cli.job import import_files
+from zreconnect.cli.target import Target
+from zreconnect.cli.ways import ways_to_interrupt
+from zreconnect.events import ConnectionLost
+from zreconnect.exceptions import CommitOutcomeUnknown, ReconnectTimeout, one_line
+from zreconnect.interfaces import ACTIVE, IDLE
+from zreconnect.testing import EmbeddedPostgres, EmbeddedPostgresError
+
+if TYPE_CHECKING:
+    from zreconnect.cli.display import Display
+
+DEFAULT_INTERRUPTIONS = 24
+LARGEST_RANDOM_SEED = 999999
+# The tests are more than half of the standard library; with them the import takes over a minute
+# on a slow machine.
+NOT_IN_DEFAULT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+DESCRIPTION = """\
+Import a source tree into PostgreSQL by a batch job: each .py file is a work item, parsed while
+the database is not in use and recorded, with its definitions, in one transaction. Meanwhile
+the server is restarted and killed, and the job's connection is cut, silenced and delayed, at
+random moments. At the end the tree is compared with the tables.
+"""
+EPILOG = """\
+The seconds until the job worked again are counted from the end of an interruption (of one that
+does not last: from the moment it was ordered) to the next commit, the parsing of the item
+included.
+
+exit status: 0 if every file is recorded exactly once, 1 if not, 2 if the demonstration cannot be
+given, 130 if it was interrupted by Ctrl-C.
+"""
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to the argparse subparsers."""
+    parser = commands.add_parser(
+        "demo",
+        help="import a source tree into a database that is interrupted meanwhile",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "directory",
+        metavar="DIRECTORY",
+        nargs="?",
+        type=_directory,
+        help="the source tree; by default Python's own standard library without its tests",
+    )
+    parser.add_argument(
+        "--interruptions",
+        metavar="N",
+        type=_natural_number,
+        default=DEFAULT_INTERRUPTIONS,
+        help="how often to interrupt the database (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="S",
+        type=_natural_number,
+        help="repeats the interruptions of an earlier run, which has printed its seed",
+    )
+    parser.add_argument(
+        "--dsn",
+        help="use this database, through TCP, and not a server that is started for the purpose; "
+        "it is not restarted or killed, only its line is interrupted and the job's sessions are "
+        "terminated; the tables are in a schema of their own",
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the tables, and say where they are"
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="show what zreconnect logs meanwhile"
+    )
+    parser.set_defaults(command="demo", run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Give the demonstration and return its exit status.
+
+    Raises `CommandError` if it cannot be given.
+    """
+    directory = options.directory or Path(sysconfig.get_paths()["stdlib"])
+    names = python_files(directory, () if options.directory else NOT_IN_DEFAULT)
+    if not names:
+        raise CommandError(f"there are no .py files in {directory}")
+    try:
+        comparison = _demonstrate(options, directory, names)
+    except (EmbeddedPostgresError, psycopg2.Error) as error:
+        raise CommandError(str(error)) from error
+    return 0 if comparison.is_exact else 1
+
+
+def _demonstrate(options: argparse.Namespace, directory: Path, names: Sequence[str]) -> Comparison:
+    # rich is in the extra "cli": help and bad arguments do without it.
+    from zreconnect.cli.display import Display
+
+    started = time.monotonic()
+    seed = random.randrange(LARGEST_RANDOM_SEED) if options.seed is None else options.seed
+    display = Display()
+    with _database(options, display) as (target, server), _logging(display, options.verbose):
+        display.line(
+            f"Importing the {len(names)} .py files of {directory} into {target.address}, "
+            f"with {options.interruptions} interruptions, --seed {seed}"
+        )
+        stopping = threading.Event()
+        ways = ways_to_interrupt(target, server, stopping)
+        plan = make_plan(list(ways), options.interruptions, len(names), seed)
+        interrupter = Interrupter(
+            plan,
+            ways,
+            lambda: target.forward.count().messages_to_server,
+            lambda each: display.line(f"  item {each.item + 1} of {len(names)}: {each.kind}"),
+            stopping,
+        )
+        with _losses() as losses:
+            known = _import(target.forwarded_dsn, directory, names, interrupter, display)
+        display.line("Comparing the tree with the tables")
+        comparison = compare(directory, names, target.direct_dsn)
+        _report(display, comparison, known, losses, plan, interrupter)
+        display.line(f"{time.monotonic() - started:.0f} seconds in all")
+    return comparison
+
+
+def python_files(directory: Path, skipped: Collection[str] = ()) -> list[str]:
+    """Return the names of all .py files in a directory and below it, relative to it, in order.
+
+    skipped: the names of directories to leave out.
+    """
+    found = []
+    for parent, directories, files in os.walk(directory):
+        directories[:] = [each for each in directories if each not in skipped]
+        paths = (Path(parent, each) for each in files if each.endswith(".py"))
+        found += [path.relative_to(directory).as_posix() for path in paths if path.is_file()]
+    return sorted(found)
+
+
+def _import(
+    dsn: str, directory: Path, names: Sequence[str], interrupter: Interrupter, display: Display
+) -> int:
+    """Run the job among the interruptions; return how many items the unique key recognised.
+
+    If the job fails that is shown, and the comparison then tells how far it came.
+    """
+    with display.progress("Recording", len(names)) as advance, interrupter:
+
+        def items() -> Iterator[str]:
+            for name in interrupter.items(names):
+                yield name
+                advance()
+
+        try:
+            return import_files(dsn, directory, items())
+        except (psycopg2.Error, ReconnectTimeout, CommitOutcomeUnknown) as error:
+            if interrupter.error:
+                raise interrupter.error from None
+            display.line(f"The job failed: {type(error).__name__}: {one_line(error)}")
+            return 0
+
+
+def _report(
+    display: Display,
+    comparison: Comparison,
+    known: int,
+    losses: Counter[str],
+    plan: Sequence[Interruption],
+    interrupter: Interrupter,
+) -> None:
+    display.interruptions(Counter(each.kind for each in plan), interrupter.recoveries())
+    display.figures(
+        {
+            "connection lost between transactions": losses[IDLE],
+            "connection lost inside a transaction": losses[ACTIVE],
+            "commits recognised by the unique key": known,
+            "definitions recorded": comparison.definitions,
+            "files found": comparison.found,
+            "recorded": comparison.recorded,
+            "lost": len(comparison.lost),
+            "recorded twice": len(comparison.twice),
+        }
+    )
+    display.paths("Lost", comparison.lost)
+    display.paths("Recorded twice", comparison.twice)
+
+
+@contextmanager
+def _database(
+    options: argparse.Namespace, display: Display
+) -> Iterator[tuple[Target, EmbeddedPostgres | None]]:
+    """The database to import into, and its server if it is one of our own."""
+    if options.dsn is not None:
+        with Target(options.dsn, options.keep) as target:
+            try:
+                yield target, None
+            finally:
+                if options.keep:
+                    display.line(f"Kept: the schema {target.schema} in {target.address}")
+        return
+    directory = None
+    if options.keep:
+        directory = Path(tempfile.gettempdir(), f"zreconnect-demo-{secrets.token_hex(4)}")
+    with EmbeddedPostgres(directory) as server, Target(server.dsn(), keep=True) as target:
+        try:
+            yield target, server
+            if directory is not None and sys.stdin.isatty() and sys.stdout.isatty():
+                display.line(f"To look at the tables: psql {shlex.quote(target.direct_dsn)}")
+                input("Enter ends the server. ")
+        finally:
+            if directory is not None:
+                display.line(
+                    f"Kept: the schema {target.schema} in the server's directory {directory}; "
+                    f"zreconnect.testing.EmbeddedPostgres({str(directory)!r}).start() starts it"
+                )
+
+
+@contextmanager
+def _logging(display: Display, verbose: bool) -> Iterator[None]:
+    """Print what the library logs if that is wanted, and keep it from the terminal if not."""
+    logger = logging.getLogger("zreconnect")
+    handler = display.log_handler() if verbose else logging.NullHandler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextmanager
+def _losses() -> Iterator[Counter[str]]:
+    """Count the connections that are lost during the block, by the state they are in."""
+    losses: Counter[str] = Counter()
+
+    def count(event: object) -> None:
+        if isinstance(event, ConnectionLost):
+            losses[event.state] += 1
+
+    zope.event.subscribers.append(count)
+    try:
+        yield losses
+    finally:
+        zope.event.subscribers.remove(count)
+
+
+def _directory(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {text!r}")
+    return path
+
+
+def _natural_number(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"it must be a whole number of at least 0, not {text!r}")
+    return number

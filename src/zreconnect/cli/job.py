@@ -1,0 +1,66 @@
+"""A batch job: record Python files and what they define, each file exactly once."""
+
+import ast
+import os
+import warnings
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+from psycopg2.extras import execute_values
+from tenacity import retry, retry_if_exception_type, stop_after_attempt
+
+from zreconnect import CommitOutcomeUnknown, ReconnectingCursor, initZopeless
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS file (path text PRIMARY KEY, error text);
+CREATE TABLE IF NOT EXISTS definition (path text, name text, kind text, line integer)
+"""
+DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+Parsed = tuple[str | None, list[tuple[str, str, int]]]
+# After a lost COMMIT the work may be done or not; doing it again tells which, see record().
+again_if_unknown = retry(
+    retry=retry_if_exception_type(CommitOutcomeUnknown), stop=stop_after_attempt(10), reraise=True
+)
+
+
+def import_files(dsn: str, directory: Path, names: Iterable[str]) -> int:
+    """Record the named files of a directory; return how many had been recorded already."""
+    ztm = initZopeless(dsn, implicitBegin=False, timeout=60)
+    run = again_if_unknown(partial(ztm.run, attempts=10))
+    known = 0
+    try:
+        run(partial(ztm.cursor().execute, TABLES))
+        for name in names:
+            parsed = parse(directory / name)
+            known += not run(partial(record, ztm.cursor(), name, parsed))
+    finally:
+        ztm.uninstall()
+    return known
+
+
+def parse(path: Path) -> Parsed:
+    """Return why a file cannot be parsed, or None, and name, kind and line of its definitions."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nodes = ast.walk(ast.parse(path.read_bytes()))
+    except (SyntaxError, ValueError, OSError, RecursionError, MemoryError) as error:
+        return f"{type(error).__name__}: {error}", []
+    found = [node for node in nodes if isinstance(node, DEFINITIONS)]
+    return None, [(node.name, type(node).__name__, node.lineno) for node in found]
+
+
+def record(cursor: ReconnectingCursor, name: str, parsed: Parsed) -> bool:
+    """Record a file in the current transaction; return False if it had been recorded already."""
+    path = os.fsencode(name).decode(errors="backslashreplace")
+    error, definitions = parsed
+    # If a lost session is still committing this path, the server has us wait for its end.
+    cursor.execute(
+        "INSERT INTO file VALUES (%s, %s) ON CONFLICT DO NOTHING RETURNING path", (path, error)
+    )
+    if cursor.fetchone() is None:
+        return False
+    rows = [(path, *definition) for definition in definitions]
+    execute_values(cursor, "INSERT INTO definition VALUES %s", rows)
+    return True
