@@ -1,0 +1,276 @@
+"""Did that commit happen? What is written down before COMMIT, and looked up when its answer is lost.
+
+A witness is chosen for a connection and knows how to ask. Its observer belongs to one connection
+and knows what to ask for: it learns of each new session and each transaction, and a later session
+asks it for the outcome of the last transaction of a lost one.
+
+Before an outcome is believed, the server process of the lost session is ended if it still exists:
+until then it could commit late.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from zope.interface import implementer
+
+from zreconnect.drivers.base import SessionSettings
+from zreconnect.interfaces import IObserver, IWitness
+
+# How long an orphaned server process that was told to end, or may not be told to, is waited for.
+PATIENCE_WITH_ORPHANS = 10.0
+POLL_INTERVAL = 0.01
+# pg_current_xact_id() and pg_xact_status() exist since PostgreSQL 13.
+FIRST_VERSION_WITH_XACT_STATUS = 130000
+
+
+class Outcome(enum.Enum):
+    """What became of a transaction whose COMMIT had no answer."""
+
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One server process; process ids are given again, so the start time is part of it."""
+
+    pid: int
+    start: Any
+
+
+@dataclass(frozen=True)
+class History:
+    """What stays the same as long as a transaction id means the same transaction.
+
+    A crash of the server may hand out ids again whose WAL was not flushed; it resets the
+    statistics. A failover goes on in another timeline, a restored backup may be another system.
+    """
+
+    system_identifier: Any
+    timeline: str
+    stats_reset: Any
+
+
+@implementer(IWitness)
+class XidWitness:
+    """Takes the transaction id down, and asks the server what became of it.
+
+    Needs no table. It costs no round trip: the question for the id rides on BEGIN. It proves a
+    commit unless the server crashed or failed over since; then the outcome is unknown. That it
+    was not committed, it proves always.
+    """
+
+    def __repr__(self) -> str:
+        return "XidWitness()"
+
+    def observer(self, driver: Any) -> XidObserver:
+        return XidObserver(driver)
+
+
+@implementer(IWitness)
+class Ledger:
+    """Keeps a row for each connection, which each transaction updates along with its work.
+
+    The update rides on BEGIN and costs no round trip. It decides in every case in which the
+    database can be reached again: after crashes and failovers too.
+
+    table: the table's name, with or without a schema. It is made on first use by those who may.
+
+    Raises ValueError if ``table`` is no plain name.
+    """
+
+    def __init__(self, table: str = "zreconnect_ledger") -> None:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)?", table):
+            raise ValueError(f"table must be a name or schema.name, not {table!r}")
+        self.table = table
+
+    def __repr__(self) -> str:
+        return f"Ledger(table={self.table!r})"
+
+    def observer(self, driver: Any) -> LedgerObserver:
+        return LedgerObserver(driver, self.table)
+
+
+@implementer(IObserver)
+class NoObserver:
+    """For a connection without a witness: it knows nothing of any transaction."""
+
+    def new_session(self, raw: Any) -> None:
+        """Nothing is taken down."""
+
+    def rider(self, settings: SessionSettings) -> str:
+        return ""
+
+    def began(self, row: Any) -> bool:
+        return True
+
+    def fence(self, raw: Any) -> None:
+        """The lost session is not known."""
+
+    def outcome(self, raw: Any) -> Outcome:
+        return Outcome.UNKNOWN
+
+    def describe(self) -> str:
+        return "The connection has no witness."
+
+    def close(self, raw: Any) -> None:
+        """Nothing is to be taken away."""
+
+
+class _SessionObserver:
+    """What the witnesses have in common: which server process, and which transaction."""
+
+    def __init__(self, driver: Any) -> None:
+        self._driver = driver
+        self._backend: Backend | None = None
+        self._xid: int | None = None
+        self._may_write = False
+
+    def fence(self, raw: Any) -> None:
+        """End the server process of the session before, and wait until it has ended.
+
+        Not if it works in a transaction of somebody else, to whom a pooler has given it.
+        """
+        if self._backend is None:
+            return
+        deadline = time.monotonic() + PATIENCE_WITH_ORPHANS
+        while self._terminate(raw) and time.monotonic() < deadline:
+            time.sleep(POLL_INTERVAL)
+
+    def _terminate(self, raw: Any) -> bool:
+        """Tell the orphan to end; whether there still was one."""
+        assert self._backend is not None
+        # backend_xid has the lower half of the 64 bits that pg_current_xact_id() gives.
+        xid = None if self._xid is None else str(self._xid % 2**32)
+        orphan = (
+            "FROM pg_stat_activity WHERE pid = %s AND backend_start = %s"
+            " AND (backend_xid IS NULL OR backend_xid::text = %s)"
+        )
+        parameters = (self._backend.pid, self._backend.start, xid)
+        try:
+            return bool(
+                self._driver.query(raw, f"SELECT pg_terminate_backend(pid) {orphan}", parameters)
+            )
+        except self._driver.module.ProgrammingError:
+            # A session of a superuser's cannot be ended by others; it is waited for.
+            return bool(self._driver.query(raw, f"SELECT true {orphan}", parameters))
+
+    def _take_down(self, row: Any, settings: SessionSettings) -> None:
+        self._xid = None if row is None else int(row[0])
+
+
+@implementer(IObserver)
+class XidObserver(_SessionObserver):
+    """Knows the id of a connection's last transaction, and the history that the id belongs to."""
+
+    _history: History | None = None
+    _is_standby = False
+    _knows_status = False
+
+    def new_session(self, raw: Any) -> None:
+        self._knows_status = raw.server_version >= FIRST_VERSION_WITH_XACT_STATUS
+        ((pid, start, self._is_standby),) = self._driver.query(
+            raw,
+            "SELECT pid, backend_start, pg_is_in_recovery() FROM pg_stat_activity"
+            " WHERE pid = pg_backend_pid()",
+        )
+        self._backend = Backend(pid, start)
+        self._xid = None
+        self._history = None if self._is_standby else self._present_history(raw)
+
+    def rider(self, settings: SessionSettings) -> str:
+        self._may_write = not (settings.readonly or self._is_standby)
+        # An id is given to every transaction that asks, and there are but 2**31 before a vacuum.
+        return "SELECT pg_current_xact_id()" if self._may_write and self._knows_status else ""
+
+    def began(self, row: Any) -> bool:
+        self._xid = None if row is None else int(row[0])
+        return True
+
+    def outcome(self, raw: Any) -> Outcome:
+        if not self._may_write:
+            return Outcome.ABORTED
+        if self._xid is None:
+            return Outcome.UNKNOWN
+        try:
+            ((status,),) = self._driver.query(
+                raw, "SELECT pg_xact_status(%s::text::xid8)", (self._xid,)
+            )
+        except self._driver.module.DataError:
+            # "transaction ID is in the future": the server lost it in a crash.
+            return Outcome.ABORTED
+        if status == "aborted":
+            return Outcome.ABORTED
+        if status == "committed" and self._history is not None:
+            return (
+                Outcome.COMMITTED
+                if self._present_history(raw) == self._history
+                else Outcome.UNKNOWN
+            )
+        return Outcome.UNKNOWN
+
+    def describe(self) -> str:
+        return (
+            f"Its transaction id was {self._xid}. Ask with SELECT pg_xact_status('{self._xid}'), "
+            "which is only right if the server did not crash or fail over since."
+        )
+
+    def close(self, raw: Any) -> None:
+        """Nothing is to be taken away."""
+
+    def _present_history(self, raw: Any) -> History | None:
+        try:
+            ((system_identifier, timeline, stats_reset),) = self._driver.query(
+                raw,
+                "SELECT system_identifier, substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8),"
+                " stats_reset FROM pg_control_system(), pg_stat_bgwriter",
+            )
+        except self._driver.module.ProgrammingError:
+            # Somebody took the right to ask away.
+            return None
+        return History(system_identifier, timeline, stats_reset)
+
+
+@implementer(IObserver)
+class LedgerObserver(_SessionObserver):
+    """Knows a connection's row in the ledger, and the number of its last transaction there."""
+
+    _is_standby = False
+
+    def __init__(self, driver: Any, table: str) -> None:
+        super().__init__(driver)
+        self._table = table
+        self._id = str(uuid.uuid4())
+        self._number = 0
+
+    def new_session(self, raw: Any) -> None:
+        ((pid, start, self._is_standby),) = self._driver.query(
+            raw,
+            "SELECT pid, backend_start, pg_is_in_recovery() FROM pg_stat_activity"
+            " WHERE pid = pg_backend_pid()",
+        )
+        self._backend = Backend(pid, start)
+        self._xid = None
+        if not self._is_standby:
+            self._open_row(raw)
+
+    def rider(self, settings: SessionSettings) -> str:
+        self._may_write = not (settings.readonly or self._is_standby)
+        if not self._may_write:
+            return ""
+        self._number += 1
+        return (
+            f"UPDATE {self._table} SET number = {self._number}, used = now()"
+            f" WHERE id = '{self._id}' RETURNING pg_current_xact_id()"
+        )
+
+    def began(self, row: Any) -> bool:
+        self._xid = None if row is None else int(row[0])
+        return row is not None or not self._may_write
