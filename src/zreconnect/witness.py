@@ -1,4 +1,4 @@
-"""Did that commit happen? What is written down before COMMIT, and looked up when its answer is lost.
+"""Did that commit happen? What is taken down before COMMIT, and asked when its answer is lost.
 
 A witness is chosen for a connection and knows how to ask. Its observer belongs to one connection
 and knows what to ask for: it learns of each new session and each transaction, and a later session
@@ -25,6 +25,8 @@ from zreconnect.interfaces import IObserver, IWitness
 # How long an orphaned server process that was told to end, or may not be told to, is waited for.
 PATIENCE_WITH_ORPHANS = 10.0
 POLL_INTERVAL = 0.01
+# How long a row of the ledger is kept that nobody has used.
+KEPT_DAYS = 30
 # pg_current_xact_id() and pg_xact_status() exist since PostgreSQL 13.
 FIRST_VERSION_WITH_XACT_STATUS = 130000
 
@@ -131,6 +133,7 @@ class _SessionObserver:
         self._driver = driver
         self._backend: Backend | None = None
         self._xid: int | None = None
+        self._is_standby = False
         self._may_write = False
 
     def fence(self, raw: Any) -> None:
@@ -162,20 +165,7 @@ class _SessionObserver:
             # A session of a superuser's cannot be ended by others; it is waited for.
             return bool(self._driver.query(raw, f"SELECT true {orphan}", parameters))
 
-    def _take_down(self, row: Any, settings: SessionSettings) -> None:
-        self._xid = None if row is None else int(row[0])
-
-
-@implementer(IObserver)
-class XidObserver(_SessionObserver):
-    """Knows the id of a connection's last transaction, and the history that the id belongs to."""
-
-    _history: History | None = None
-    _is_standby = False
-    _knows_status = False
-
-    def new_session(self, raw: Any) -> None:
-        self._knows_status = raw.server_version >= FIRST_VERSION_WITH_XACT_STATUS
+    def _identify(self, raw: Any) -> None:
         ((pid, start, self._is_standby),) = self._driver.query(
             raw,
             "SELECT pid, backend_start, pg_is_in_recovery() FROM pg_stat_activity"
@@ -183,6 +173,18 @@ class XidObserver(_SessionObserver):
         )
         self._backend = Backend(pid, start)
         self._xid = None
+
+
+@implementer(IObserver)
+class XidObserver(_SessionObserver):
+    """Knows the id of a connection's last transaction, and the history that the id belongs to."""
+
+    _history: History | None = None
+    _knows_status = False
+
+    def new_session(self, raw: Any) -> None:
+        self._identify(raw)
+        self._knows_status = raw.server_version >= FIRST_VERSION_WITH_XACT_STATUS
         self._history = None if self._is_standby else self._present_history(raw)
 
     def rider(self, settings: SessionSettings) -> str:
@@ -197,7 +199,8 @@ class XidObserver(_SessionObserver):
     def outcome(self, raw: Any) -> Outcome:
         if not self._may_write:
             return Outcome.ABORTED
-        if self._xid is None:
+        history = self._present_history(raw)
+        if self._xid is None or not self._is_same_system(history):
             return Outcome.UNKNOWN
         try:
             ((status,),) = self._driver.query(
@@ -208,13 +211,16 @@ class XidObserver(_SessionObserver):
             return Outcome.ABORTED
         if status == "aborted":
             return Outcome.ABORTED
-        if status == "committed" and self._history is not None:
-            return (
-                Outcome.COMMITTED
-                if self._present_history(raw) == self._history
-                else Outcome.UNKNOWN
-            )
+        if status == "committed" and history == self._history:
+            return Outcome.COMMITTED
         return Outcome.UNKNOWN
+
+    def _is_same_system(self, history: History | None) -> bool:
+        return (
+            history is not None
+            and self._history is not None
+            and history.system_identifier == self._history.system_identifier
+        )
 
     def describe(self) -> str:
         return (
@@ -242,8 +248,6 @@ class XidObserver(_SessionObserver):
 class LedgerObserver(_SessionObserver):
     """Knows a connection's row in the ledger, and the number of its last transaction there."""
 
-    _is_standby = False
-
     def __init__(self, driver: Any, table: str) -> None:
         super().__init__(driver)
         self._table = table
@@ -251,13 +255,7 @@ class LedgerObserver(_SessionObserver):
         self._number = 0
 
     def new_session(self, raw: Any) -> None:
-        ((pid, start, self._is_standby),) = self._driver.query(
-            raw,
-            "SELECT pid, backend_start, pg_is_in_recovery() FROM pg_stat_activity"
-            " WHERE pid = pg_backend_pid()",
-        )
-        self._backend = Backend(pid, start)
-        self._xid = None
+        self._identify(raw)
         if not self._is_standby:
             self._open_row(raw)
 
@@ -274,3 +272,96 @@ class LedgerObserver(_SessionObserver):
     def began(self, row: Any) -> bool:
         self._xid = None if row is None else int(row[0])
         return row is not None or not self._may_write
+
+    def outcome(self, raw: Any) -> Outcome:
+        if not self._may_write:
+            return Outcome.ABORTED
+        # The transaction has the row locked until it has ended, whichever way.
+        self._driver.query(raw, f"SET lock_timeout = '{PATIENCE_WITH_ORPHANS}s'")
+        try:
+            rows = self._driver.query(
+                raw, f"SELECT number FROM {self._table} WHERE id = %s FOR UPDATE", (self._id,)
+            )
+        except self._driver.module.errors.LockNotAvailable:
+            return Outcome.UNKNOWN
+        self._driver.query(raw, "RESET lock_timeout")
+        if not rows:
+            return Outcome.UNKNOWN
+        return Outcome.COMMITTED if rows[0][0] == self._number else Outcome.ABORTED
+
+    def describe(self) -> str:
+        return (
+            f"Its row in the ledger is {self._id}: it was committed if SELECT number FROM "
+            f"{self._table} WHERE id = '{self._id}' gives {self._number}."
+        )
+
+    def close(self, raw: Any) -> None:
+        self._driver.query(raw, f"DELETE FROM {self._table} WHERE id = %s", (self._id,))
+
+    def _open_row(self, raw: Any) -> None:
+        assert self._backend is not None
+        errors = self._driver.module.errors
+        statement = (
+            f"INSERT INTO {self._table} (id, pid, backend_start) VALUES (%s, %s, %s)"
+            " ON CONFLICT (id) DO UPDATE SET pid = excluded.pid,"
+            " backend_start = excluded.backend_start, used = now()"
+        )
+        parameters = (self._id, self._backend.pid, self._backend.start)
+        try:
+            self._driver.query(raw, statement, parameters)
+        except errors.UndefinedTable:
+            make_ledger(self._driver, raw, self._table)
+            self._driver.query(raw, statement, parameters)
+        self._driver.query(raw, self._remove_rows_of_the_dead())
+
+    def _remove_rows_of_the_dead(self) -> str:
+        # A connection may be waiting for its server, to look up its outcome here.
+        return (
+            f"DELETE FROM {self._table} row WHERE used < now() - interval '{KEPT_DAYS} days'"
+            " AND NOT EXISTS (SELECT FROM pg_stat_activity session"
+            " WHERE session.pid = row.pid AND session.backend_start = row.backend_start)"
+        )
+
+
+def make_ledger(driver: Any, raw: Any, table: str) -> None:
+    """Make the table of a `Ledger`, unless it exists.
+
+    raw: a raw connection in autocommit mode. Raises the driver's ProgrammingError without the
+    right to create tables.
+    """
+    statement = (
+        f"CREATE TABLE IF NOT EXISTS {table} ("
+        " id uuid PRIMARY KEY,"
+        " number bigint NOT NULL DEFAULT 0,"
+        " pid integer NOT NULL,"
+        " backend_start timestamptz NOT NULL,"
+        " used timestamptz NOT NULL DEFAULT now()"
+        # Room for updates in place, which leave the index alone.
+        ") WITH (fillfactor = 50)"
+    )
+    try:
+        driver.query(raw, statement)
+    except driver.module.errors.UniqueViolation:
+        # Another session makes it at this moment, and IF NOT EXISTS is no lock.
+        driver.query(raw, statement)
+    except driver.module.errors.InsufficientPrivilege as error:
+        raise driver.module.ProgrammingError(
+            f"There is no ledger {table}, and this role may not create it. Have somebody who may "
+            f"run: zreconnect ledger --table {table} DSN"
+        ) from error
+
+
+def choose_witness(witness: Any) -> Any:
+    """The observer factory for the value of a ``witness`` keyword.
+
+    Raises TypeError or ValueError if it is neither "xid", nor None, nor an `IWitness`.
+    """
+    if witness is None:
+        return None
+    if isinstance(witness, str):
+        if witness != "xid":
+            raise ValueError(f'witness must be "xid", None or a Ledger, not {witness!r}')
+        return XidWitness()
+    if not IWitness.providedBy(witness):
+        raise TypeError(f'witness must be "xid", None or a Ledger, not {witness!r}')
+    return witness

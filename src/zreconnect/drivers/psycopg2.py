@@ -151,13 +151,15 @@ class Psycopg2Driver:
                 deferrable=settings.deferrable,
             )
 
-    def begin(self, raw: Any, settings: SessionSettings) -> None:
-        self._execute(raw, "BEGIN" + _modes(raw, settings))
+    def begin(self, raw: Any, settings: SessionSettings, rider: str = "") -> Any:
+        cursor = extensions.cursor(raw)  # As in query().
+        cursor.execute(f"BEGIN{_modes(raw, settings)};{rider}")
+        return cursor.fetchone() if rider else None
 
     def commit(self, raw: Any) -> None:
         failed = raw.get_transaction_status() == extensions.TRANSACTION_STATUS_INERROR
         if raw.autocommit:
-            self._execute(raw, "COMMIT")
+            self.query(raw, "COMMIT")
         else:
             raw.tpc_commit()
             raw.autocommit = True
@@ -169,10 +171,16 @@ class Psycopg2Driver:
 
     def rollback(self, raw: Any) -> None:
         if raw.autocommit:
-            self._execute(raw, "ROLLBACK")
+            self.query(raw, "ROLLBACK")
         else:
             raw.tpc_rollback()
             raw.autocommit = True
+
+    def query(self, raw: Any, statement: str, parameters: Any = None) -> list[Any]:
+        # Not raw.cursor(): a cursor class of the user's may log or change what it executes.
+        cursor = extensions.cursor(raw)
+        cursor.execute(statement, parameters)
+        return cursor.fetchall() if cursor.description else []
 
     def own_transaction(self, raw: Any) -> None:
         # psycopg2 refuses server-side cursors and large objects in autocommit mode, and offers no
@@ -236,12 +244,6 @@ class Psycopg2Driver:
         if names and re.search(rf"[{QUOTES}]\s?({names})\s?[{QUOTES}]", answer):
             return Meaning.PERMANENT
         return Meaning.DISCONNECT
-
-    def _execute(self, raw: Any, statement: str) -> None:
-        # Not raw.cursor(): a cursor class of the user's may log or change what it executes.
-        cursor = extensions.cursor(raw)
-        cursor.execute(statement)
-        cursor.close()
 
 
 def _modes(raw: Any, settings: SessionSettings) -> str:
