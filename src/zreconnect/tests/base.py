@@ -40,6 +40,7 @@ class DatabaseTestCase(unittest.TestCase):
         wait_until(lambda: not self.sessions())
         self.query("DROP SCHEMA public CASCADE")
         self.query("CREATE SCHEMA public")
+        self.query("GRANT USAGE ON SCHEMA public TO PUBLIC")
         self.dsn = self.layer.dsn(dbname=self.dbname)
         self.addCleanup(transaction.abort)
 
