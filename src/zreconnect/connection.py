@@ -32,10 +32,11 @@ from zreconnect.interfaces import (
     IReconnectingConnection,
     ISavepoint,
 )
-from zreconnect.policy import PERSIST, RetryPolicy
+from zreconnect.policy import LONGEST_ATTEMPT, PERSIST, RetryPolicy, check_number
 from zreconnect.retry import run_unit_of_work
 from zreconnect.server import Server, server_from_dsn, server_from_factory
 from zreconnect.session import open_session
+from zreconnect.watchdog import NO_WATCH, Watch
 from zreconnect.witness import NoObserver, Outcome, choose_witness
 
 # PEP 249, "Exceptions": a connection has them as attributes.
@@ -65,6 +66,8 @@ class ReconnectingConnection:
     policy: how long connecting is tried when a transaction begins.
     witness: how the outcome of a lost COMMIT is looked up: "xid", a `Ledger`, or None for not.
     on_connect: called with each new raw connection, outside a transaction, to set up the session.
+    response_timeout: seconds after which a request without an answer counts as a disconnect; None
+    waits for ever, except for beginning and rolling back.
 
     Raises TypeError or ValueError, naming the argument, for one that makes no sense.
     """
@@ -84,11 +87,13 @@ class ReconnectingConnection:
         "_policy",
         "_process",
         "_raw",
+        "_response_timeout",
         "_savepoints",
         "_server",
         "_settings",
         "_state",
         "_thread",
+        "_watch",
         "_witness",
     )
 
@@ -99,20 +104,25 @@ class ReconnectingConnection:
         policy: RetryPolicy = PERSIST,
         witness: Any = "xid",
         on_connect: Callable[[Any], object] | None = None,
+        response_timeout: float | None = None,
     ) -> None:
         # First, so that nothing goes on to __getattr__ if an argument is refused.
         self._raw: Any = None
         self._state = IDLE
+        self._watch = NO_WATCH
         if not isinstance(connection_factory, Server):
             connection_factory = server_from_factory(connection_factory, driver)
         if not isinstance(policy, RetryPolicy):
             raise TypeError(f"policy must be a RetryPolicy, not {policy!r}")
         if on_connect is not None and not callable(on_connect):
             raise TypeError(f"on_connect must be callable, not {on_connect!r}")
+        if response_timeout is not None:
+            check_number("response_timeout", response_timeout, at_least=0)
         self._server = connection_factory
         self._driver = self._server.driver
         self._policy = policy
         self._on_connect = on_connect
+        self._response_timeout = response_timeout
         self._witness = choose_witness(witness)
         self._observer = self._new_observer()
         self._settings = SessionSettings()
@@ -176,14 +186,19 @@ class ReconnectingConnection:
         self._check_thread()
         if self._state == ACTIVE:
             try:
-                self._driver.rollback(self._raw)
+                # A session that does not answer is given up, which rolls back as well.
+                with self._watch.awaiting(self._response_timeout or LONGEST_ATTEMPT):
+                    self._driver.rollback(self._raw)
             except self._driver.module.Error as error:
                 self._end_session(error)
         self._be_idle()
 
     def close(self) -> None:
         if self._state == IDLE and self._raw is not None and self._process == os.getpid():
-            with contextlib.suppress(self._driver.module.Error):
+            with (
+                contextlib.suppress(self._driver.module.Error),
+                self._watch.awaiting(self._response_timeout or LONGEST_ATTEMPT),
+            ):
                 self._observer.close(self._raw)
         self._state = CLOSED
         self._drop_session()
@@ -245,6 +260,7 @@ class ReconnectingConnection:
             policy=self._policy,
             witness=self._witness,
             on_connect=self._on_connect,
+            response_timeout=self._response_timeout,
         )
         forked._settings = replace(self._settings)
         return forked
@@ -396,7 +412,8 @@ class ReconnectingConnection:
     def _guarded(self) -> Iterator[None]:
         """Turn the driver's errors in this block into ours where they mean a lost session."""
         try:
-            yield
+            with self._watch.awaiting(self._response_timeout):
+                yield
         except self._driver.module.Error as error:
             self._check_lost(error)
             raise
@@ -462,7 +479,8 @@ class ReconnectingConnection:
         if self._state != ACTIVE:
             return
         try:
-            self._driver.commit(self._raw)
+            with self._watch.awaiting(self._response_timeout):
+                self._driver.commit(self._raw)
         except self._driver.module.Error as error:
             if self._means_disconnect(error):
                 self._settle_lost_commit(error)
@@ -567,8 +585,10 @@ class ReconnectingConnection:
 
     def _begin_in_session(self) -> bool:
         """Whether BEGIN arrived: if the session has ended while idle, this is how it shows."""
+        limit = self._policy.longest_attempt(0)
         try:
-            self._begin_raw(self._raw)
+            with self._watch.awaiting(min(limit, self._response_timeout or limit)):
+                self._begin_raw(self._raw)
         except self._driver.module.Error as error:
             if not self._means_disconnect(error):
                 raise
@@ -585,13 +605,21 @@ class ReconnectingConnection:
     def _connect(self, first_use: Callable[[Any], None]) -> None:
         """Open a session; ``first_use`` of the raw connection is part of an attempt."""
 
-        def prepare(raw: Any) -> None:
-            if self._on_connect is not None:
-                self._on_connect(raw)
-            self._driver.restore(raw, self._settings)
-            # Until the orphan of the session before has ended, it can commit late, and holds locks.
-            self._observer.fence(raw)
-            first_use(raw)
+        def prepare(raw: Any, timeout: float) -> None:
+            watch = Watch(raw.fileno(), self.server)
+            try:
+                with watch.awaiting(timeout):
+                    if self._on_connect is not None:
+                        self._on_connect(raw)
+                    self._driver.restore(raw, self._settings)
+                    # Until the orphan of the session before has ended, it can commit late, and
+                    # holds locks.
+                    self._observer.fence(raw)
+                    first_use(raw)
+            except BaseException:
+                watch.close()
+                raise
+            self._watch = watch
 
         self._raw = open_session(self._server, self._policy, prepare, self._had_session)
         self._process = os.getpid()
@@ -617,6 +645,8 @@ class ReconnectingConnection:
         raw, self._raw = self._raw, None
         if raw is None:
             return
+        self._watch.close()
+        self._watch = NO_WATCH
         if self._process == os.getpid():
             self._driver.close(raw)
         else:
@@ -683,6 +713,7 @@ def connect(
     policy: RetryPolicy = PERSIST,
     witness: Any = "xid",
     on_connect: Callable[[Any], object] | None = None,
+    response_timeout: float | None = None,
 ) -> ReconnectingConnection:
     """A `ReconnectingConnection` to the server that ``dsn`` names.
 
@@ -694,11 +725,19 @@ def connect(
     policy: how long connecting is tried when a transaction begins.
     witness: how the outcome of a lost COMMIT is looked up: "xid", a `Ledger`, or None for not.
     on_connect: called with each new raw connection, outside a transaction, to set up the session.
+    response_timeout: seconds after which a request without an answer counts as a disconnect; None
+    waits for ever, except for beginning and rolling back.
 
     Raises TypeError or ValueError, naming the argument, for one that makes no sense.
     """
     server = server_from_dsn(dsn, driver)
-    return ReconnectingConnection(server, policy=policy, witness=witness, on_connect=on_connect)
+    return ReconnectingConnection(
+        server,
+        policy=policy,
+        witness=witness,
+        on_connect=on_connect,
+        response_timeout=response_timeout,
+    )
 
 
 def _flag(name: str, value: bool | str | None) -> bool | None:

@@ -39,6 +39,7 @@ class ZopelessTransactionManager:
         driver: str | None = None,
         witness: Any = "xid",
         on_connect: Callable[[Any], object] | None = None,
+        response_timeout: float | None = None,
     ) -> None:
         if implicitBegin not in (None, True, False):
             raise TypeError(f"implicitBegin must be True, False or None, not {implicitBegin!r}")
@@ -55,6 +56,7 @@ class ZopelessTransactionManager:
             driver,
             witness,
             on_connect,
+            response_timeout,
         )
         self._transaction_manager = transaction.manager
         self._descriptor = ConnectionDescriptor(
@@ -63,6 +65,7 @@ class ZopelessTransactionManager:
             policy=RetryPolicy(timeout=timeout),
             witness=witness,
             on_connect=on_connect,
+            response_timeout=response_timeout,
             transaction_manager=self._transaction_manager,
             implicit_begin=implicitBegin is not False,
         )
@@ -150,12 +153,13 @@ def initZopeless(
     driver: str | None = None,
     witness: Any = "xid",
     on_connect: Callable[[Any], object] | None = None,
+    response_timeout: float | None = None,
 ) -> ZopelessTransactionManager:
     """Install the process's `ZopelessTransactionManager` and return it.
 
     The server is first contacted when the first transaction begins.
 
-    dsn, driver, witness, on_connect: as for `connect`.
+    dsn, driver, witness, on_connect, response_timeout: as for `connect`.
     sqlClass: a class that gets the `ConnectionDescriptor` as ``_connection``.
     implicitBegin: False leaves it to ``begin()`` to begin transactions. None and True begin one
     after each commit and abort; they are deprecated, which None tells with a
@@ -168,7 +172,15 @@ def initZopeless(
     ValueError, naming the argument, for one that makes no sense; then nothing is installed.
     """
     manager = ZopelessTransactionManager(
-        dsn, sqlClass, implicitBegin, timeout, isolation, driver, witness, on_connect
+        dsn,
+        sqlClass,
+        implicitBegin,
+        timeout,
+        isolation,
+        driver,
+        witness,
+        on_connect,
+        response_timeout,
     )
     with _lock:
         if _installed is not None:

@@ -68,6 +68,14 @@ REFUSAL_MESSAGES = (
 )
 
 QUOTES = "\"'«»„“”‚‘’‹›「」『』"  # noqa: RUF001
+# The kernel's defaults notice a silent peer after two hours if nothing is sent, and after a quarter
+# of an hour if something is. tcp_user_timeout is in milliseconds.
+KEEPALIVE = {
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60000,
+}
 # libpq's ConnStatusType; psycopg2 has no name for it.
 CONNECTION_OK = 0
 
@@ -119,7 +127,7 @@ class Psycopg2Driver:
         limit = math.ceil(timeout)
         if int(parameters.get("connect_timeout") or 0) > 0:
             limit = min(limit, int(parameters["connect_timeout"]))
-        keywords: dict[str, Any] = {**parameters, "connect_timeout": limit}
+        keywords: dict[str, Any] = {**KEEPALIVE, **parameters, "connect_timeout": limit}
         return psycopg2.connect(**keywords)
 
     def parameters(self, raw: Any) -> dict[str, str]:
