@@ -492,12 +492,13 @@ class ReconnectingConnection:
 
     def _settle_lost_commit(self, error: BaseException) -> None:
         """Return if the transaction was committed; else raise what became of it."""
+        evidence = self._observer.describe()
         self._end_session(error)
         self._doom()
         outcome, problem = self._look_up_outcome(error)
         events.announce(events.CommitLookedUp(self.server, outcome.value))
         if outcome is Outcome.UNKNOWN:
-            raise CommitOutcomeUnknown(self.server, evidence=self._observer.describe()) from problem
+            raise CommitOutcomeUnknown(self.server, evidence=evidence) from problem
         if outcome is Outcome.ABORTED:
             self._raise_lost(error, was_active=True)
         if self._data_manager is not None:
@@ -526,7 +527,12 @@ class ReconnectingConnection:
         return isinstance(error, TransientError) or self._driver.is_transient(error)
 
     def _means_disconnect(self, error: BaseException) -> bool:
-        return self._raw is None or self._driver.meaning(error, self._raw) is Meaning.DISCONNECT
+        if self._raw is None or self._driver.meaning(error, self._raw) is Meaning.DISCONNECT:
+            return True
+        # A primary that became a standby is of no use to who did not ask for a read-only session.
+        return self._settings.readonly is not True and bool(
+            self._driver.is_refused_by_standby(error, self._raw)
+        )
 
     # Checks
 
@@ -593,6 +599,13 @@ class ReconnectingConnection:
             if not self._means_disconnect(error):
                 raise
             self._end_session(error)
+            return False
+        if self._server.is_missed_by(self._raw):
+            self._end_session(
+                self._driver.module.OperationalError(
+                    "the server is no longer what target_session_attrs asks for"
+                )
+            )
             return False
         return True
 

@@ -131,6 +131,15 @@ class IDriver(Interface):
         raw: the raw connection; its state decides first, then SQLSTATE, then the message.
         """
 
+    def is_refused_by_standby(error, raw):
+        """Whether ``error`` says that the server takes no writes, as one that was a primary."""
+
+    def misses_target(raw, parameters):
+        """Whether the server is not, or no longer, of the kind that ``parameters`` ask for.
+
+        Needs no round trip, and knows of a change when the server has answered a request since.
+        """
+
     def may_have_committed(raw_cursor):
         """Whether the statement that ``raw_cursor`` sent last may have been a COMMIT."""
 

@@ -35,6 +35,7 @@ DISCONNECT_STATES = {
     "57P05",  # idle_session_timeout
     "25P03",  # idle_in_transaction_session_timeout
 }
+READ_ONLY_SQL_TRANSACTION = "25006"
 TRANSIENT_STATES = {
     "40001",  # serialization_failure
     "40P01",  # deadlock_detected
@@ -228,6 +229,21 @@ class Psycopg2Driver:
         if any(message in str(error) for message in DISCONNECT_MESSAGES):
             return Meaning.DISCONNECT
         return Meaning.USER
+
+    def is_refused_by_standby(self, error: BaseException, raw: Any) -> bool:
+        if getattr(error, "pgcode", None) != READ_ONLY_SQL_TRANSACTION:
+            return False
+        # Reported since PostgreSQL 14; before, nobody can tell.
+        return bool(raw.get_parameter_status("in_hot_standby") != "off")
+
+    def misses_target(self, raw: Any, parameters: Mapping[str, str]) -> bool:
+        target = parameters.get("target_session_attrs", "any")
+        if target in ("any", "prefer-standby"):
+            return False
+        refuses_writes = raw.get_parameter_status("in_hot_standby") == "on"
+        if target in ("read-write", "read-only"):
+            refuses_writes |= raw.get_parameter_status("default_transaction_read_only") == "on"
+        return refuses_writes == (target in ("read-write", "primary"))
 
     def may_have_committed(self, raw_cursor: Any) -> bool:
         return COMMIT_STATEMENT.search(raw_cursor.query or b"") is not None

@@ -86,7 +86,8 @@ class PortForwardLayer:
         del self.forward
 
     def testSetUp(self) -> None:
-        """Let the forwarder accept and forward, without connections, silence or delay."""
+        """Let the forwarder accept and forward, without connections, silence, delay or cut."""
+        self.forward.cancel_cut()
         self.forward.drop()
         self.forward.delay(0)
         self.forward.resume()

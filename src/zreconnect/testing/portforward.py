@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import enum
 import errno
+import fcntl
 import os
 import selectors
 import socket
 import struct
+import termios
 import threading
 import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import astuple, dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from zreconnect.testing._ports import LOCALHOST, bind
 
@@ -32,6 +35,9 @@ _CHUNK = 65536
 _HELD_BYTES_LIMIT = 1 << 20
 _COMMAND_TIMEOUT = 30.0
 _LINGER_RESET = struct.pack("ii", 1, 0)
+_DELIVERY_TIMEOUT = 5.0
+_DELIVERY_POLL_INTERVAL = 0.0005
+_TCP_CLOSE = 7
 
 _SSL_REQUEST = 80877103
 _GSSENC_REQUEST = 80877104
@@ -64,6 +70,48 @@ class Count:
         )
 
 
+class Cut:
+    """A cut that `PortForward.cut()` has prepared."""
+
+    def __init__(
+        self, direction: str, after: int, reset: bool, then: Callable[[], object] | None
+    ) -> None:
+        self._direction = direction
+        self._remaining = after
+        self._reset = reset
+        self._then = then
+        self._due = False
+        self._outcome: Future[None] = Future()
+
+    @property
+    def happened(self) -> bool:
+        """Whether `then` has returned or raised, and the connections have been ended."""
+        return self._outcome.done() and not self._outcome.cancelled()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until the cut has happened, and return whether it has.
+
+        That is False after `timeout` seconds, and as soon as the cut has been cancelled. Raises
+        what `then` raised.
+        """
+        try:
+            error = self._outcome.exception(timeout)
+        except (CancelledError, FutureTimeoutError):
+            return False
+        if error is not None:
+            raise error
+        return True
+
+    def _clip(self, direction: Direction, chunk: bytes) -> bytes:
+        """Return what may still pass of the bytes that are about to."""
+        if direction != self._direction:
+            return chunk
+        passing = chunk[: self._remaining]
+        self._remaining -= len(passing)
+        self._due = not self._remaining
+        return passing
+
+
 class PortForward:
     """Forwards TCP connections from a port of 127.0.0.1 to a server, and fails on request.
 
@@ -91,6 +139,7 @@ class PortForward:
         self._commands: deque[Callable[[], None]] = deque()
         self._connections: set[_Connection] = set()
         self._listener: socket.socket | None = None
+        self._cut: Cut | None = None
 
     def __repr__(self) -> str:
         return (
@@ -111,7 +160,7 @@ class PortForward:
         self.stop()
 
     def start(self) -> None:
-        """Listen and forward, with neither silence nor delay.
+        """Listen and forward, with neither silence, delay nor cut.
 
         Raises RuntimeError if it has been started already, OSError if the target's name does not
         resolve, or if somebody else took the port after `stop()`.
@@ -123,6 +172,7 @@ class PortForward:
         self.port = self._reservation.getsockname()[1]
         self._silent: frozenset[str] = frozenset()
         self._delay = 0.0
+        self._cut = None
         self._stopping = False
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = socket.socketpair()
@@ -133,7 +183,12 @@ class PortForward:
         _started.add(self)
 
     def stop(self) -> None:
-        """End all connections with FIN and stop listening. Does nothing if it is not running."""
+        """End all connections with FIN and stop listening. Does nothing if it is not running.
+
+        A pending cut is cancelled. Raises RuntimeError if `then` of a cut calls it.
+        """
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(f"{self!r} cannot be stopped by what it calls itself")
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -156,6 +211,66 @@ class PortForward:
         there were; their sockets are closed by then. Raises RuntimeError if it is not running.
         """
         return self._call(lambda: self._drop(reset))
+
+    def cut(
+        self,
+        direction: str,
+        after: int,
+        reset: bool = False,
+        then: Callable[[], object] | None = None,
+    ) -> Cut:
+        """End all connections once, as soon as `after` more bytes have passed in a direction.
+
+        `direction` is "to_server" or "to_client". The bytes are those of all connections, present
+        and new, as `count()` counts them from this call on; bytes held back by `silence()` or
+        `delay()` have not passed. With `after` 0 the cut happens when the next byte is about to
+        pass, and that byte does not. From the cut on nothing passes in either direction; what is
+        held, and the rest of what crossed the boundary, is lost. Then, in this order:
+
+        1. What has passed is sent. If `then` or a RST is to follow, it is delivered, too: the
+           receivers' kernels have acknowledged it, which they may delay by 40 milliseconds.
+        2. `then` is called, without arguments, while the connections are still open.
+        3. The connections are ended, with FIN, or with RST if `reset`.
+        4. New connections are accepted and forwarded, those made meanwhile included.
+
+        A FIN never overtakes the bytes. Acknowledged is not read: Linux lets a receiver read what
+        came before a RST, other systems may discard it. A receiver that leaves no room for the
+        bytes for 5 seconds is cut off without them.
+
+        `then` runs in the forwarder's thread. It may block, and everybody waits with it: nothing
+        is forwarded, and methods called from other threads return after it, or raise TimeoutError
+        after 30 seconds. It may call all methods but `stop()`, so `refuse()`, or `cut()` for the
+        next one. What it raises does not keep the connections from being ended; `Cut.wait()`
+        raises it.
+
+        Returns an object to wait for the cut with. Raises ValueError for another direction, if
+        `after` is not an integer of at least 0, or if `then` cannot be called; RuntimeError if
+        another cut is pending, or if it is not running.
+        """
+        if direction not in get_args(Direction):
+            raise ValueError(
+                f"direction must be one of {list(get_args(Direction))}, not {direction!r}"
+            )
+        if not isinstance(after, int) or after < 0:
+            raise ValueError(f"after must be a number of bytes, not {after!r}")
+        if then is not None and not callable(then):
+            raise ValueError(f"then must be callable, not {then!r}")
+        cut = Cut(direction, after, reset, then)
+
+        def prepare() -> None:
+            if self._cut is not None:
+                raise RuntimeError(f"{self!r} has a cut pending already")
+            self._cut = cut
+
+        self._call(prepare)
+        return cut
+
+    def cancel_cut(self) -> bool:
+        """Forget the cut that has not happened yet, and return whether there was one.
+
+        Raises RuntimeError if it is not running.
+        """
+        return self._call(self._cancel_cut)
 
     def refuse(self) -> None:
         """Refuse new connections until `accept()`; present ones live on.
@@ -218,6 +333,8 @@ class PortForward:
 
     def _ask(self, function: Callable[[], Result]) -> Result:
         """Have the loop's thread, the only one that touches connections, call the function."""
+        if threading.current_thread() is self._thread:
+            return function()
         future: Future[Result] = Future()
 
         def command() -> None:
@@ -244,13 +361,54 @@ class PortForward:
                     self._receive(key.data, key.fileobj)
             for connection in list(self._connections):
                 self._advance(connection)
+            if self._cut is not None and self._cut._due:
+                self._perform(self._cut)
             if woken:
                 # One for each round, so that whatever happened before a command was given is
                 # seen by the round that executes it.
                 self._wake_reader.recv(1)
                 self._commands.popleft()()
 
+    def _perform(self, cut: Cut) -> None:
+        self._cut = None
+        self._deliver(acknowledged=cut._reset or cut._then is not None)
+        try:
+            if cut._then is not None:
+                cut._then()
+        except BaseException as error:
+            self._drop(cut._reset)
+            cut._outcome.set_exception(error)
+        else:
+            self._drop(cut._reset)
+            cut._outcome.set_result(None)
+
+    def _deliver(self, acknowledged: bool) -> None:
+        """Send what has passed, and wait until it is acknowledged: a RST destroys what is not."""
+        deadline = time.monotonic() + _DELIVERY_TIMEOUT
+        undelivered = [
+            (connection, flow)
+            for connection in self._connections
+            if connection.connected
+            for flow in connection.flows
+        ]
+        while True:
+            for connection, flow in undelivered:
+                self._send(connection, flow)
+            undelivered = [
+                (connection, flow)
+                for connection, flow in undelivered
+                if flow.outgoing or (acknowledged and _unacknowledged(flow.destination))
+            ]
+            if not undelivered or time.monotonic() > deadline:
+                return
+            time.sleep(_DELIVERY_POLL_INTERVAL)
+
+    def _cancel_cut(self) -> bool:
+        cut, self._cut = self._cut, None
+        return cut is not None and cut._outcome.cancel()
+
     def _leave_loop(self) -> None:
+        self._cancel_cut()
         self._drop(reset=False)
         self._close_listener()
         self._stopping = True
@@ -339,6 +497,8 @@ class PortForward:
             return
         latest = time.monotonic() - self._delay
         while flow.held and flow.held[0][0] <= latest:
+            if self._cut is not None and self._cut._due:
+                return
             _arrival, chunk = flow.held.popleft()
             if isinstance(chunk, _End):
                 flow.ending = chunk
@@ -347,6 +507,10 @@ class PortForward:
 
     def _pass_on(self, connection: _Connection, flow: _Flow, chunk: bytes) -> None:
         """Count the bytes and have them sent: all bytes of all connections go through here."""
+        if self._cut is not None:
+            chunk = self._cut._clip(flow.direction, chunk)
+        if not chunk:
+            return
         if flow.direction == "to_client" and connection.direction == "to_server":
             self._tally["round_trips"] += 1
         connection.direction = flow.direction
@@ -537,6 +701,15 @@ def _resolve(host: str, port: int) -> tuple[int, Any]:
         found, key=lambda each: each[0] != socket.AF_INET
     )
     return family, address
+
+
+def _unacknowledged(connected: socket.socket) -> int:
+    """Return how many bytes the peer's kernel has not acknowledged, 0 if it never will."""
+    state = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    if state == _TCP_CLOSE:
+        return 0
+    (size,) = struct.unpack("i", fcntl.ioctl(connected, termios.TIOCOUTQ, bytes(4)))
+    return int(size)
 
 
 def _finish(connected: socket.socket) -> None:
