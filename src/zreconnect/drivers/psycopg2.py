@@ -240,7 +240,7 @@ class Psycopg2Driver:
         target = parameters.get("target_session_attrs", "any")
         if target in ("any", "prefer-standby"):
             return False
-        refuses_writes = raw.get_parameter_status("in_hot_standby") == "on"
+        refuses_writes: bool = raw.get_parameter_status("in_hot_standby") == "on"
         if target in ("read-write", "read-only"):
             refuses_writes |= raw.get_parameter_status("default_transaction_read_only") == "on"
         return refuses_writes == (target in ("read-write", "primary"))
