@@ -496,7 +496,8 @@ class ReconnectingConnection:
         self._end_session(error)
         self._doom()
         outcome, problem = self._look_up_outcome(error)
-        events.announce(events.CommitLookedUp(self.server, outcome.value))
+        if self._witness is not None:
+            events.announce(events.CommitLookedUp(self.server, outcome.value))
         if outcome is Outcome.UNKNOWN:
             raise CommitOutcomeUnknown(self.server, evidence=evidence) from problem
         if outcome is Outcome.ABORTED:
@@ -513,7 +514,7 @@ class ReconnectingConnection:
             nonlocal outcome
             if outcome is None:
                 outcome = self._observer.outcome(raw)
-            self._observer.new_session(raw)
+            self._take_down_session(raw)
 
         if self._witness is not None:
             try:
@@ -576,18 +577,23 @@ class ReconnectingConnection:
         self._state = ACTIVE
         self._thread = threading.get_ident()
 
+    def _take_down_session(self, raw: Any) -> None:
+        self._observer.new_session(raw, self._settings)
+
     def _begin_in_new_session(self, raw: Any) -> None:
-        self._observer.new_session(raw)
+        self._take_down_session(raw)
         self._begin_raw(raw)
 
     def _begin_raw(self, raw: Any) -> None:
         observer = self._observer
-        row = self._driver.begin(raw, self._settings, observer.rider(self._settings))
+        row = self._driver.begin(raw, self._settings, observer.rider(raw, self._settings))
         if not observer.began(row):
             # Somebody has emptied the ledger.
             self._driver.rollback(raw)
-            observer.new_session(raw)
-            observer.began(self._driver.begin(raw, self._settings, observer.rider(self._settings)))
+            observer.new_session(raw, self._settings)
+            observer.began(
+                self._driver.begin(raw, self._settings, observer.rider(raw, self._settings))
+            )
 
     def _begin_in_session(self) -> bool:
         """Whether BEGIN arrived: if the session has ended while idle, this is how it shows."""
@@ -613,7 +619,7 @@ class ReconnectingConnection:
         self._check_open()
         if self._raw is None:
             self._check_not_doomed()
-            self._connect(self._observer.new_session)
+            self._connect(self._take_down_session)
 
     def _connect(self, first_use: Callable[[Any], None]) -> None:
         """Open a session; ``first_use`` of the raw connection is part of an attempt."""

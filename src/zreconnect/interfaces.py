@@ -93,6 +93,9 @@ class IDriver(Interface):
         rider: a statement that is sent along; its row is returned, or None if it has none.
         """
 
+    def begins_read_only(raw, settings):
+        """Whether `begin` asks for a read-only transaction."""
+
     def query(raw, statement, parameters=None):
         """Execute a statement of zreconnect's own, and return its rows."""
 
@@ -163,10 +166,10 @@ class IObserver(Interface):
     What it knows is of the last session and its last transaction, until `new_session` is called.
     """
 
-    def new_session(raw):
+    def new_session(raw, settings):
         """Take down the session. Raises the driver's errors."""
 
-    def rider(settings):
+    def rider(raw, settings):
         """The statement that goes along with BEGIN, or an empty string."""
 
     def began(row):

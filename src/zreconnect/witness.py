@@ -15,6 +15,7 @@ import re
 import time
 import uuid
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 from zope.interface import implementer
@@ -104,10 +105,10 @@ class Ledger:
 class NoObserver:
     """For a connection without a witness: it knows nothing of any transaction."""
 
-    def new_session(self, raw: Any) -> None:
+    def new_session(self, raw: Any, settings: SessionSettings) -> None:
         """Nothing is taken down."""
 
-    def rider(self, settings: SessionSettings) -> str:
+    def rider(self, raw: Any, settings: SessionSettings) -> str:
         return ""
 
     def began(self, row: Any) -> bool:
@@ -165,6 +166,17 @@ class _SessionObserver:
             # A session of a superuser's cannot be ended by others; it is waited for.
             return bool(self._driver.query(raw, f"SELECT true {orphan}", parameters))
 
+    def _can_write(self, raw: Any, settings: SessionSettings) -> bool:
+        return not (self._is_standby or self._driver.begins_read_only(raw, settings))
+
+    def _describe_session(self) -> str:
+        assert self._backend is not None
+        lost = datetime.now(timezone.utc).isoformat(sep=" ", timespec="seconds")
+        return (
+            f"It was lost at {lost}, in the server process {self._backend.pid} that had started "
+            f"at {self._backend.start}."
+        )
+
     def _identify(self, raw: Any) -> None:
         ((pid, start, self._is_standby),) = self._driver.query(
             raw,
@@ -182,13 +194,13 @@ class XidObserver(_SessionObserver):
     _history: History | None = None
     _knows_status = False
 
-    def new_session(self, raw: Any) -> None:
+    def new_session(self, raw: Any, settings: SessionSettings) -> None:
         self._identify(raw)
         self._knows_status = raw.server_version >= FIRST_VERSION_WITH_XACT_STATUS
         self._history = None if self._is_standby else self._present_history(raw)
 
-    def rider(self, settings: SessionSettings) -> str:
-        self._may_write = not (settings.readonly or self._is_standby)
+    def rider(self, raw: Any, settings: SessionSettings) -> str:
+        self._may_write = self._can_write(raw, settings)
         # An id is given to every transaction that asks, and there are but 2**31 before a vacuum.
         return "SELECT pg_current_xact_id()" if self._may_write and self._knows_status else ""
 
@@ -224,8 +236,9 @@ class XidObserver(_SessionObserver):
 
     def describe(self) -> str:
         return (
-            f"Its transaction id was {self._xid}. Ask with SELECT pg_xact_status('{self._xid}'), "
-            "which is only right if the server did not crash or fail over since."
+            f"{self._describe_session()} Its transaction id was {self._xid}. Ask with "
+            f"SELECT pg_xact_status('{self._xid}'), which is only right if the server did not "
+            "crash or fail over since."
         )
 
     def close(self, raw: Any) -> None:
@@ -254,13 +267,13 @@ class LedgerObserver(_SessionObserver):
         self._id = str(uuid.uuid4())
         self._number = 0
 
-    def new_session(self, raw: Any) -> None:
+    def new_session(self, raw: Any, settings: SessionSettings) -> None:
         self._identify(raw)
-        if not self._is_standby:
+        if self._can_write(raw, settings):
             self._open_row(raw)
 
-    def rider(self, settings: SessionSettings) -> str:
-        self._may_write = not (settings.readonly or self._is_standby)
+    def rider(self, raw: Any, settings: SessionSettings) -> str:
+        self._may_write = self._can_write(raw, settings)
         if not self._may_write:
             return ""
         self._number += 1
@@ -291,28 +304,36 @@ class LedgerObserver(_SessionObserver):
 
     def describe(self) -> str:
         return (
-            f"Its row in the ledger is {self._id}: it was committed if SELECT number FROM "
-            f"{self._table} WHERE id = '{self._id}' gives {self._number}."
+            f"{self._describe_session()} Its row in the ledger is {self._id}: it was committed if "
+            f"SELECT number FROM {self._table} WHERE id = '{self._id}' gives {self._number}."
         )
 
     def close(self, raw: Any) -> None:
         self._driver.query(raw, f"DELETE FROM {self._table} WHERE id = %s", (self._id,))
 
     def _open_row(self, raw: Any) -> None:
-        assert self._backend is not None
         errors = self._driver.module.errors
-        statement = (
-            f"INSERT INTO {self._table} (id, pid, backend_start) VALUES (%s, %s, %s)"
-            " ON CONFLICT (id) DO UPDATE SET pid = excluded.pid,"
-            " backend_start = excluded.backend_start, used = now()"
-        )
-        parameters = (self._id, self._backend.pid, self._backend.start)
         try:
-            self._driver.query(raw, statement, parameters)
+            self._insert_row(raw)
         except errors.UndefinedTable:
             make_ledger(self._driver, raw, self._table)
-            self._driver.query(raw, statement, parameters)
+            self._insert_row(raw)
+        except errors.ReadOnlySqlTransaction as error:
+            raise self._driver.module.ProgrammingError(
+                "The ledger cannot be written, because default_transaction_read_only is on: set "
+                "readonly on the connection, or use another witness"
+            ) from error
         self._driver.query(raw, self._remove_rows_of_the_dead())
+
+    def _insert_row(self, raw: Any) -> None:
+        assert self._backend is not None
+        self._driver.query(
+            raw,
+            f"INSERT INTO {self._table} (id, pid, backend_start) VALUES (%s, %s, %s)"
+            " ON CONFLICT (id) DO UPDATE SET pid = excluded.pid,"
+            " backend_start = excluded.backend_start, used = now()",
+            (self._id, self._backend.pid, self._backend.start),
+        )
 
     def _remove_rows_of_the_dead(self) -> str:
         # A connection may be waiting for its server, to look up its outcome here.

@@ -165,6 +165,9 @@ class Psycopg2Driver:
         cursor.execute(f"BEGIN{_modes(raw, settings)};{rider}")
         return cursor.fetchone() if rider else None
 
+    def begins_read_only(self, raw: Any, settings: SessionSettings) -> bool:
+        return bool(raw.readonly if settings.readonly is None else settings.readonly)
+
     def commit(self, raw: Any) -> None:
         failed = raw.get_transaction_status() == extensions.TRANSACTION_STATUS_INERROR
         if raw.autocommit:

@@ -5,17 +5,21 @@ import os
 import threading
 
 import psycopg2
+import transaction
 
 import zreconnect
 from zreconnect import (
     CommitOutcomeUnknown,
+    ConnectionDescriptor,
     DisconnectionError,
     Ledger,
     ReconnectingConnection,
     RetryPolicy,
     XidWitness,
 )
+from zreconnect.drivers.psycopg2 import driver
 from zreconnect.tests.base import DatabaseTestCase, wait_until
+from zreconnect.witness import make_ledger
 
 
 class WitnessTestCase(DatabaseTestCase):
@@ -108,11 +112,11 @@ class BothTests(WitnessTestCase):
             asked = []
 
             class Interrupted(type(observer)):
-                def new_session(observer, raw, asked=asked):
+                def new_session(observer, raw, settings, asked=asked):
                     asked.append(raw)
                     if len(asked) == 1:
                         self.forward.drop()
-                    super().new_session(raw)
+                    super().new_session(raw, settings)
 
             observer.__class__ = Interrupted
             self.lose_answer_to_commit(connection)
@@ -161,6 +165,29 @@ class BothTests(WitnessTestCase):
             resume.join()
             self.assertEqual(self.names(), [])
             connection.close()
+
+
+class JoinedTests(WitnessTestCase):
+    def test_the_transaction_goes_on_when_the_commit_had_arrived(self):
+        descriptor = ConnectionDescriptor(self.dsn)
+        self.addCleanup(descriptor.close)
+        connection = descriptor.connection()
+        connection.cursor().execute("SELECT 1")
+        transaction.abort()
+        self.insert(connection)
+        self.lose_answer_to_commit(transaction)
+        self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
+
+    def test_without_a_witness_nothing_is_taken_down_and_nothing_announced(self):
+        connection = self.connect(witness=None)
+        self.insert(connection)
+        with self.events() as seen, self.assertRaises(CommitOutcomeUnknown) as unknown:
+            self.lose_answer_to_commit(connection)
+        self.assertEqual([type(event).__name__ for event in seen], ["ConnectionLost"])
+        self.assertIn("no witness", unknown.exception.evidence)
+        connection.rollback()
+        connection.run(lambda: None)
+        connection.close()
 
 
 class XidTests(WitnessTestCase):
@@ -301,6 +328,42 @@ class LedgerTests(WitnessTestCase):
         ):
             connection.begin()
         self.assertEqual(connection.state, "idle")
+
+    def test_a_table_that_another_session_is_making(self):
+        holder = psycopg2.connect(self.server.dsn(dbname=self.dbname))
+        self.addCleanup(holder.close)
+        holder.set_session(autocommit=False)
+        make_ledger(driver, holder, "zreconnect_ledger")
+        connection = self.connect(witness=Ledger())
+        thread = threading.Thread(target=connection.run, args=[lambda: None])
+        thread.start()
+        wait_until(
+            lambda: self.query("SELECT true FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        )
+        holder.commit()
+        thread.join()
+        self.assertEqual(len(self.rows()), 1)
+
+    def test_sessions_that_are_read_only_by_default(self):
+        self.connect(witness=Ledger()).run(lambda: None)
+        dsn = self.dsn + "?options=-c%20default_transaction_read_only%3Don"
+        connection = self.connect(dsn, witness=Ledger())
+        with self.assertRaisesRegex(psycopg2.ProgrammingError, "default_transaction_read_only"):
+            connection.begin()
+        connection.readonly = True
+        connection.run(lambda: connection.cursor().execute("SELECT 1"))
+
+        def read_only_factory():
+            raw = psycopg2.connect(self.dsn)
+            raw.readonly = True
+            return raw
+
+        connection = ReconnectingConnection(read_only_factory, witness=Ledger())
+        self.addCleanup(connection.close)
+        connection.run(lambda: connection.cursor().execute("SELECT 1"))
+        connection.readonly = False
+        connection.run(self.insert, connection)
+        self.assertEqual(len(self.rows()), 2)
 
     def test_many_connections_make_it_at_once(self):
         connections = [self.connect(witness=Ledger()) for _ in range(8)]

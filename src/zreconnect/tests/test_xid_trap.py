@@ -41,9 +41,6 @@ class XidTrapTests(DatabaseTestCase):
         super().setUp()
         self.make_table()
 
-    def connect_victim(self, witness):
-        return self.connect(witness=witness, policy=RetryPolicy(timeout=PATIENCE))
-
     def rob(self, connection):
         """As a unit of work: its COMMIT never arrives, and its id goes to a committed thief."""
         with connection.cursor() as cursor:
@@ -65,36 +62,41 @@ class XidTrapTests(DatabaseTestCase):
         ((xid,),) = self.query("SELECT pg_current_xact_id()::text::bigint")
         return xid
 
-    def fall_into_trap(self, connection, attempts=1):
-        """What ``run`` raised, or None, when the thief had got the victim's id."""
+    def insert(self, connection):
+        with connection.cursor() as cursor:
+            cursor.execute("INSERT INTO item VALUES ('victim')")
+
+    def fall_into_trap(self, witness):
+        """Run a unit of work, which is robbed once, with two attempts. What it raised, or None."""
+        connection = self.connect(witness=witness, policy=RetryPolicy(timeout=PATIENCE))
         deadline = time.monotonic() + PATIENCE
         while True:
-            raised = None
-            robberies = iter([self.rob])
-            try:
-                connection.run(lambda: next(robberies, self.insert)(connection), attempts=attempts)
-            except CommitOutcomeUnknown as error:
-                raised = error
+            self.query("TRUNCATE item")
+            raised = self.run_robbed(connection)
             self.assertTrue(self.cut.wait(PATIENCE))
             # Otherwise something else had the victim's WAL flushed, or took the id.
             if self.stolen == self.xid:
                 return raised
             self.assertLess(time.monotonic(), deadline, "the ids never coincided")
 
-    def insert(self, connection):
-        with connection.cursor() as cursor:
-            cursor.execute("INSERT INTO item VALUES ('victim')")
+    def run_robbed(self, connection):
+        attempts = iter([self.rob, self.insert])
+        try:
+            connection.run(lambda: next(attempts)(connection), attempts=2)
+        except CommitOutcomeUnknown as error:
+            return error
+        return None
 
     def test_a_naive_witness_falls_into_it_and_loses_the_transaction(self):
-        self.assertIsNone(self.fall_into_trap(self.connect_victim(NaiveWitness())))
+        self.assertIsNone(self.fall_into_trap(NaiveWitness()))
         self.assertEqual(self.names(), [])
 
     def test_the_xid_witness_does_not_say_committed(self):
-        raised = self.fall_into_trap(self.connect_victim("xid"))
+        raised = self.fall_into_trap("xid")
         self.assertIsInstance(raised, CommitOutcomeUnknown)
         self.assertIn(str(self.xid), str(raised))
         self.assertEqual(self.names(), [])
 
     def test_the_ledger_knows(self):
-        self.assertIsNone(self.fall_into_trap(self.connect_victim(Ledger()), attempts=2))
+        self.assertIsNone(self.fall_into_trap(Ledger()))
         self.assertEqual(self.names(), ["victim"])
