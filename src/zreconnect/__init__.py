@@ -11,6 +11,7 @@ from zreconnect.exceptions import (
     ReconnectTimeout,
 )
 from zreconnect.policy import FAIL_FAST, PERSIST, RetryPolicy
+from zreconnect.witness import Ledger, XidWitness
 from zreconnect.zopeless import ZopelessTransactionManager, initZopeless, isZopeless
 
 __all__ = [
@@ -21,10 +22,12 @@ __all__ = [
     "ConnectionDescriptor",
     "DisconnectedConnectionError",
     "DisconnectionError",
+    "Ledger",
     "ReconnectTimeout",
     "ReconnectingConnection",
     "ReconnectingCursor",
     "RetryPolicy",
+    "XidWitness",
     "ZopelessTransactionManager",
     "connect",
     "initZopeless",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -33,10 +32,12 @@ from zreconnect.interfaces import (
     IReconnectingConnection,
     ISavepoint,
 )
-from zreconnect.policy import PERSIST, RetryPolicy
+from zreconnect.policy import LONGEST_ATTEMPT, PERSIST, RetryPolicy, check_number
 from zreconnect.retry import run_unit_of_work
 from zreconnect.server import Server, server_from_dsn, server_from_factory
 from zreconnect.session import open_session
+from zreconnect.watchdog import NO_WATCH, Watch
+from zreconnect.witness import NoObserver, Outcome, choose_witness
 
 # PEP 249, "Exceptions": a connection has them as attributes.
 DBAPI_EXCEPTIONS = {
@@ -63,7 +64,10 @@ class ReconnectingConnection:
     mode. It is called in a thread of its own, so that the policy's deadline holds for it too.
     driver: the name of the driver that the raw connections belong to.
     policy: how long connecting is tried when a transaction begins.
+    witness: how the outcome of a lost COMMIT is looked up: "xid", a `Ledger`, or None for not.
     on_connect: called with each new raw connection, outside a transaction, to set up the session.
+    response_timeout: seconds after which a request without an answer counts as a disconnect; None
+    waits for ever, except for beginning and rolling back.
 
     Raises TypeError or ValueError, naming the argument, for one that makes no sense.
     """
@@ -77,16 +81,20 @@ class ReconnectingConnection:
         "_had_session",
         "_implicit_begin",
         "_inside_with",
+        "_observer",
         "_on_connect",
         "_owner",
         "_policy",
         "_process",
         "_raw",
+        "_response_timeout",
         "_savepoints",
         "_server",
         "_settings",
         "_state",
         "_thread",
+        "_watch",
+        "_witness",
     )
 
     def __init__(
@@ -94,21 +102,29 @@ class ReconnectingConnection:
         connection_factory: Callable[[], Any] | Server,
         driver: str = "psycopg2",
         policy: RetryPolicy = PERSIST,
+        witness: Any = "xid",
         on_connect: Callable[[Any], object] | None = None,
+        response_timeout: float | None = None,
     ) -> None:
         # First, so that nothing goes on to __getattr__ if an argument is refused.
         self._raw: Any = None
         self._state = IDLE
+        self._watch = NO_WATCH
         if not isinstance(connection_factory, Server):
             connection_factory = server_from_factory(connection_factory, driver)
         if not isinstance(policy, RetryPolicy):
             raise TypeError(f"policy must be a RetryPolicy, not {policy!r}")
         if on_connect is not None and not callable(on_connect):
             raise TypeError(f"on_connect must be callable, not {on_connect!r}")
+        if response_timeout is not None:
+            check_number("response_timeout", response_timeout, at_least=0)
         self._server = connection_factory
         self._driver = self._server.driver
         self._policy = policy
         self._on_connect = on_connect
+        self._response_timeout = response_timeout
+        self._witness = choose_witness(witness)
+        self._observer = self._new_observer()
         self._settings = SessionSettings()
         self._process = os.getpid()
         self._had_session = False
@@ -170,12 +186,20 @@ class ReconnectingConnection:
         self._check_thread()
         if self._state == ACTIVE:
             try:
-                self._driver.rollback(self._raw)
+                # A session that does not answer is given up, which rolls back as well.
+                with self._watch.awaiting(self._response_timeout or LONGEST_ATTEMPT):
+                    self._driver.rollback(self._raw)
             except self._driver.module.Error as error:
                 self._end_session(error)
         self._be_idle()
 
     def close(self) -> None:
+        if self._state == IDLE and self._raw is not None and self._process == os.getpid():
+            with (
+                contextlib.suppress(self._driver.module.Error),
+                self._watch.awaiting(self._response_timeout or LONGEST_ATTEMPT),
+            ):
+                self._observer.close(self._raw)
         self._state = CLOSED
         self._drop_session()
 
@@ -232,7 +256,11 @@ class ReconnectingConnection:
 
     def fork(self) -> ReconnectingConnection:
         forked = ReconnectingConnection(
-            self._server, policy=self._policy, on_connect=self._on_connect
+            self._server,
+            policy=self._policy,
+            witness=self._witness,
+            on_connect=self._on_connect,
+            response_timeout=self._response_timeout,
         )
         forked._settings = replace(self._settings)
         return forked
@@ -384,7 +412,8 @@ class ReconnectingConnection:
     def _guarded(self) -> Iterator[None]:
         """Turn the driver's errors in this block into ours where they mean a lost session."""
         try:
-            yield
+            with self._watch.awaiting(self._response_timeout):
+                yield
         except self._driver.module.Error as error:
             self._check_lost(error)
             raise
@@ -422,11 +451,14 @@ class ReconnectingConnection:
         self._end_session(error)
         if was_active:
             self._doom()
+        self._raise_lost(error, was_active)
+
+    def _raise_lost(self, error: BaseException, was_active: bool) -> NoReturn:
         raise self._driver.disconnection_error(
             f"The connection to {self.server} was lost"
             + (" inside a transaction, and nothing of it is committed" if was_active else "")
             + f". Roll back (or abort) and run the work again. The driver said: {one_line(error)}",
-            sys.exc_info(),
+            (type(error), error, error.__traceback__),
         ) from error
 
     def _check_not_doomed(self) -> None:
@@ -447,23 +479,61 @@ class ReconnectingConnection:
         if self._state != ACTIVE:
             return
         try:
-            self._driver.commit(self._raw)
+            with self._watch.awaiting(self._response_timeout):
+                self._driver.commit(self._raw)
         except self._driver.module.Error as error:
             if self._means_disconnect(error):
-                self._end_session(error)
-                self._doom()
-                raise CommitOutcomeUnknown(self.server) from error
+                self._settle_lost_commit(error)
+                return
             if not self._driver.in_transaction(self._raw):
                 self._be_idle()
             raise
         self._be_idle()
+
+    def _settle_lost_commit(self, error: BaseException) -> None:
+        """Return if the transaction was committed; else raise what became of it."""
+        evidence = self._observer.describe()
+        self._end_session(error)
+        self._doom()
+        outcome, problem = self._look_up_outcome(error)
+        if self._witness is not None:
+            events.announce(events.CommitLookedUp(self.server, outcome.value))
+        if outcome is Outcome.UNKNOWN:
+            raise CommitOutcomeUnknown(self.server, evidence=evidence) from problem
+        if outcome is Outcome.ABORTED:
+            self._raise_lost(error, was_active=True)
+        if self._data_manager is not None:
+            self._data_manager.disconnected = False
+        self._be_idle()
+
+    def _look_up_outcome(self, error: BaseException) -> tuple[Outcome, BaseException]:
+        """What became of the transaction, and the error that keeps us from knowing better."""
+        outcome: Outcome | None = None
+
+        def look_up(raw: Any) -> None:
+            nonlocal outcome
+            if outcome is None:
+                outcome = self._observer.outcome(raw)
+            self._take_down_session(raw)
+
+        if self._witness is not None:
+            try:
+                self._connect(look_up)
+            except Exception as problem:
+                error = problem
+        return outcome or Outcome.UNKNOWN, error
 
     def _may_run_again(self, error: BaseException) -> bool:
         """Whether a unit of work that raised ``error`` was not committed and may succeed later."""
         return isinstance(error, TransientError) or self._driver.is_transient(error)
 
     def _means_disconnect(self, error: BaseException) -> bool:
-        return self._raw is None or self._driver.meaning(error, self._raw) is Meaning.DISCONNECT
+        if self._raw is None or self._driver.meaning(error, self._raw) is Meaning.DISCONNECT:
+            return True
+        # A primary that became a standby is of no use to who did not ask for a read-only session.
+        return self._settings.readonly is not True and bool(
+            self._driver.is_refused_by_standby(error, self._raw)
+        )
 
     # Checks
 
@@ -503,21 +573,45 @@ class ReconnectingConnection:
         if self._before_begin is not None:
             self._before_begin()
         if self._raw is None or not self._begin_in_session():
-            self._connect(self._begin_raw)
+            self._connect(self._begin_in_new_session)
         self._state = ACTIVE
         self._thread = threading.get_ident()
 
+    def _take_down_session(self, raw: Any) -> None:
+        self._observer.new_session(raw, self._settings)
+
+    def _begin_in_new_session(self, raw: Any) -> None:
+        self._take_down_session(raw)
+        self._begin_raw(raw)
+
     def _begin_raw(self, raw: Any) -> None:
-        self._driver.begin(raw, self._settings)
+        observer = self._observer
+        row = self._driver.begin(raw, self._settings, observer.rider(raw, self._settings))
+        if not observer.began(row):
+            # Somebody has emptied the ledger.
+            self._driver.rollback(raw)
+            observer.new_session(raw, self._settings)
+            observer.began(
+                self._driver.begin(raw, self._settings, observer.rider(raw, self._settings))
+            )
 
     def _begin_in_session(self) -> bool:
         """Whether BEGIN arrived: if the session has ended while idle, this is how it shows."""
+        limit = self._policy.longest_attempt(0)
         try:
-            self._begin_raw(self._raw)
+            with self._watch.awaiting(min(limit, self._response_timeout or limit)):
+                self._begin_raw(self._raw)
         except self._driver.module.Error as error:
             if not self._means_disconnect(error):
                 raise
             self._end_session(error)
+            return False
+        if self._server.is_missed_by(self._raw):
+            self._end_session(
+                self._driver.module.OperationalError(
+                    "the server is no longer what target_session_attrs asks for"
+                )
+            )
             return False
         return True
 
@@ -525,16 +619,26 @@ class ReconnectingConnection:
         self._check_open()
         if self._raw is None:
             self._check_not_doomed()
-            self._connect(lambda raw: None)
+            self._connect(self._take_down_session)
 
     def _connect(self, first_use: Callable[[Any], None]) -> None:
         """Open a session; ``first_use`` of the raw connection is part of an attempt."""
 
-        def prepare(raw: Any) -> None:
-            if self._on_connect is not None:
-                self._on_connect(raw)
-            self._driver.restore(raw, self._settings)
-            first_use(raw)
+        def prepare(raw: Any, timeout: float) -> None:
+            watch = Watch(raw.fileno(), self.server)
+            try:
+                with watch.awaiting(timeout):
+                    if self._on_connect is not None:
+                        self._on_connect(raw)
+                    self._driver.restore(raw, self._settings)
+                    # Until the orphan of the session before has ended, it can commit late, and
+                    # holds locks.
+                    self._observer.fence(raw)
+                    first_use(raw)
+            except BaseException:
+                watch.close()
+                raise
+            self._watch = watch
 
         self._raw = open_session(self._server, self._policy, prepare, self._had_session)
         self._process = os.getpid()
@@ -560,6 +664,8 @@ class ReconnectingConnection:
         raw, self._raw = self._raw, None
         if raw is None:
             return
+        self._watch.close()
+        self._watch = NO_WATCH
         if self._process == os.getpid():
             self._driver.close(raw)
         else:
@@ -569,8 +675,13 @@ class ReconnectingConnection:
         """In a forked child: the session, and a transaction in it, are the parent's."""
         if self._raw is not None:
             self._drop_session()
+            # What the parent's observer knows is of a session that must not be ended.
+            self._observer = self._new_observer()
             if self._state == ACTIVE:
                 self._doom()
+
+    def _new_observer(self) -> Any:
+        return NoObserver() if self._witness is None else self._witness.observer(self._driver)
 
 
 @implementer(ISavepoint)
@@ -619,7 +730,9 @@ def connect(
     dsn: str,
     driver: str | None = None,
     policy: RetryPolicy = PERSIST,
+    witness: Any = "xid",
     on_connect: Callable[[Any], object] | None = None,
+    response_timeout: float | None = None,
 ) -> ReconnectingConnection:
     """A `ReconnectingConnection` to the server that ``dsn`` names.
 
@@ -629,12 +742,21 @@ def connect(
     ``host=... dbname=...``.
     driver: the driver's name; None takes the one for the DSN's scheme.
     policy: how long connecting is tried when a transaction begins.
+    witness: how the outcome of a lost COMMIT is looked up: "xid", a `Ledger`, or None for not.
     on_connect: called with each new raw connection, outside a transaction, to set up the session.
+    response_timeout: seconds after which a request without an answer counts as a disconnect; None
+    waits for ever, except for beginning and rolling back.
 
     Raises TypeError or ValueError, naming the argument, for one that makes no sense.
     """
     server = server_from_dsn(dsn, driver)
-    return ReconnectingConnection(server, policy=policy, on_connect=on_connect)
+    return ReconnectingConnection(
+        server,
+        policy=policy,
+        witness=witness,
+        on_connect=on_connect,
+        response_timeout=response_timeout,
+    )
 
 
 def _flag(name: str, value: bool | str | None) -> bool | None:

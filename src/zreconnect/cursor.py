@@ -113,9 +113,10 @@ class ReconnectingCursor:
         if self._raw_connection is not connection._raw:
             self._open()
         try:
-            if self.name is not None and connection._state == ACTIVE:
-                connection._driver.own_transaction(connection._raw)
-            return getattr(self._raw, method)(*args, **keywords)
+            with connection._watch.awaiting(connection._response_timeout):
+                if self.name is not None and connection._state == ACTIVE:
+                    connection._driver.own_transaction(connection._raw)
+                return getattr(self._raw, method)(*args, **keywords)
         except self._error as error:
             connection._check_statement_lost(error, self._raw)
             raise
@@ -132,25 +133,29 @@ class ReconnectingCursor:
         return self._answer("fetchall")
 
     def _answer(self, method: str, *args: Any) -> Any:
-        self.connection._check_usable()
+        connection = self.connection
+        connection._check_usable()
         raw = self._raw_cursor()
         try:
-            return getattr(raw, method)(*args)
+            with connection._watch.awaiting(connection._response_timeout):
+                return getattr(raw, method)(*args)
         except self._error as error:
-            self.connection._check_lost(error)
+            connection._check_lost(error)
             raise
 
     def __iter__(self) -> Iterator[Any]:
-        self.connection._check_usable()
+        connection = self.connection
+        connection._check_usable()
         rows = iter(self._raw_cursor())
         while True:
-            self.connection._check_usable()
+            connection._check_usable()
             try:
-                row = next(rows)
+                with connection._watch.awaiting(connection._response_timeout):
+                    row = next(rows)
             except StopIteration:
                 return
             except self._error as error:
-                self.connection._check_lost(error)
+                connection._check_lost(error)
                 raise
             yield row
 
@@ -186,11 +191,8 @@ class ReconnectingCursor:
         raw_connection, self._raw_connection = self._raw_connection, None
         if raw is None or raw_connection is not self.connection._raw:
             return
-        try:
+        with self.connection._guarded():
             raw.close()
-        except self._error as error:
-            self.connection._check_lost(error)
-            raise
 
     def __enter__(self) -> ReconnectingCursor:
         return self

@@ -20,7 +20,7 @@ from zreconnect.server import server_from_dsn
 class ConnectionDescriptor:
     """See `IConnectionDescriptor`.
 
-    dsn, driver, policy, on_connect: as for `connect`.
+    dsn, driver, policy, witness, on_connect, response_timeout: as for `connect`.
     transaction_manager: whose current transaction the connections take part in.
     implicit_begin: whether a statement outside a transaction begins one; if not, it raises the
     driver's ProgrammingError.
@@ -33,13 +33,19 @@ class ConnectionDescriptor:
         dsn: str,
         driver: str | None = None,
         policy: RetryPolicy = PERSIST,
+        witness: Any = "xid",
         on_connect: Callable[[Any], object] | None = None,
+        response_timeout: float | None = None,
         transaction_manager: Any = transaction.manager,
         implicit_begin: bool = True,
     ) -> None:
         # Made once to check the arguments, and never connected: each thread's is a fork of it.
         self._model = ReconnectingConnection(
-            server_from_dsn(dsn, driver), policy=policy, on_connect=on_connect
+            server_from_dsn(dsn, driver),
+            policy=policy,
+            witness=witness,
+            on_connect=on_connect,
+            response_timeout=response_timeout,
         )
         self._transaction_manager = transaction_manager
         self._implicit_begin = implicit_begin

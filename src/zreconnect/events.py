@@ -63,6 +63,15 @@ class Reconnected(ConnectionEvent):
         )
 
 
+@implementer(interfaces.ICommitLookedUp)
+@dataclass(frozen=True)
+class CommitLookedUp(ConnectionEvent):
+    outcome: str
+
+    def __str__(self) -> str:
+        return f"The outcome of a COMMIT whose answer from {self.server} was lost: {self.outcome}"
+
+
 @implementer(interfaces.IGaveUp)
 @dataclass(frozen=True)
 class GaveUp(ConnectionEvent):

@@ -91,18 +91,21 @@ class CommitOutcomeUnknown(Exception):
 
     server: the server's address without password.
     request: what was under way.
+    evidence: what a person needs to find the outcome out by hand, as far as it is known.
     """
 
-    def __init__(self, server: str, request: str = "COMMIT") -> None:
-        super().__init__(server, request)
+    def __init__(self, server: str, request: str = "COMMIT", evidence: str = "") -> None:
+        super().__init__(server, request, evidence)
         self.server = server
         self.request = request
+        self.evidence = evidence
 
     def __str__(self) -> str:
         return (
             f"The connection to {self.server} was lost while {self.request} was under way. Its "
-            "work may be committed or not: look for it in the database before you do it again."
-        )
+            "work may be committed or not: look for it in the database before you do it again. "
+            + self.evidence
+        ).rstrip()
 
 
 class ConflictingTransactionManagerError(Exception):

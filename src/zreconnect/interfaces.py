@@ -87,8 +87,17 @@ class IDriver(Interface):
     def restore(raw, settings):
         """Give a raw connection the session settings of an earlier one."""
 
-    def begin(raw, settings):
-        """Begin a transaction, in one round trip."""
+    def begin(raw, settings, rider=""):
+        """Begin a transaction, in one round trip.
+
+        rider: a statement that is sent along; its row is returned, or None if it has none.
+        """
+
+    def begins_read_only(raw, settings):
+        """Whether `begin` asks for a read-only transaction."""
+
+    def query(raw, statement, parameters=None):
+        """Execute a statement of zreconnect's own, and return its rows."""
 
     def commit(raw):
         """Commit, in one round trip.
@@ -125,6 +134,15 @@ class IDriver(Interface):
         raw: the raw connection; its state decides first, then SQLSTATE, then the message.
         """
 
+    def is_refused_by_standby(error, raw):
+        """Whether ``error`` says that the server takes no writes, as one that was a primary."""
+
+    def misses_target(raw, parameters):
+        """Whether the server is not, or no longer, of the kind that ``parameters`` ask for.
+
+        Needs no round trip, and knows of a change when the server has answered a request since.
+        """
+
     def may_have_committed(raw_cursor):
         """Whether the statement that ``raw_cursor`` sent last may have been a COMMIT."""
 
@@ -133,6 +151,42 @@ class IDriver(Interface):
 
     def connect_meaning(error, parameters):
         """What an error of `connect` means: DISCONNECT (try again) or PERMANENT."""
+
+
+class IWitness(Interface):
+    """A way to find out whether a transaction was committed whose COMMIT had no answer."""
+
+    def observer(driver):
+        """A new `IObserver` for one connection."""
+
+
+class IObserver(Interface):
+    """Takes down what a connection does, for the case that it loses the answer to a COMMIT.
+
+    What it knows is of the last session and its last transaction, until `new_session` is called.
+    """
+
+    def new_session(raw, settings):
+        """Take down the session. Raises the driver's errors."""
+
+    def rider(raw, settings):
+        """The statement that goes along with BEGIN, or an empty string."""
+
+    def began(row):
+        """Take down what the rider returned; whether the transaction can go on."""
+
+    def fence(raw):
+        """End the server process of the session, so that it can neither commit late nor hold
+        locks; wait until it has ended, for a while."""
+
+    def outcome(raw):
+        """What became of the transaction, an `Outcome`. Call `fence` before."""
+
+    def describe():
+        """What a person needs to find it out by hand."""
+
+    def close(raw):
+        """The connection ends; take away what was written down."""
 
 
 class IReconnectingConnection(Interface):
@@ -183,7 +237,9 @@ class IReconnectingConnection(Interface):
     def commit():
         """Commit the transaction. Does nothing if there is none.
 
-        Raises `CommitOutcomeUnknown` if the session is lost before the answer arrives; the
+        If the session is lost before the answer arrives, the connection reconnects and looks the
+        outcome up: if the transaction was committed, ``commit()`` returns; if not, it raises
+        `DisconnectionError`; if that cannot be found out, `CommitOutcomeUnknown`. Raises the
         driver's InternalError if a statement had failed, so that nothing was committed; the
         driver's ProgrammingError if the transaction belongs to a transaction manager.
         """
@@ -371,6 +427,12 @@ class IReconnected(IConnectionEvent):
 
     attempts = Attribute("The number of attempts.")
     seconds = Attribute("The seconds from the first attempt to the session.")
+
+
+class ICommitLookedUp(IConnectionEvent):
+    """The answer to a COMMIT was lost, and the outcome was looked up."""
+
+    outcome = Attribute("``committed``, ``aborted`` or ``unknown``.")
 
 
 class IGaveUp(IConnectionEvent):

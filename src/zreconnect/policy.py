@@ -45,10 +45,10 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         if self.timeout is not None:
-            _check_number("timeout", self.timeout, at_least=0)
-        _check_number("initial", self.initial, at_least=0)
-        _check_number("maximum", self.maximum, at_least=0)
-        _check_number("multiplier", self.multiplier, at_least=1)
+            check_number("timeout", self.timeout, at_least=0)
+        check_number("initial", self.initial, at_least=0)
+        check_number("maximum", self.maximum, at_least=0)
+        check_number("multiplier", self.multiplier, at_least=1)
         if self.attempts is not None:
             check_attempts(self.attempts)
 
@@ -90,7 +90,8 @@ class RetryPolicy:
         return min(pause, max(0.0, self.timeout - (state.seconds_since_start or 0.0)))
 
 
-def _check_number(name: str, value: float, at_least: float) -> None:
+def check_number(name: str, value: float, at_least: float) -> None:
+    """Raise TypeError or ValueError, with the argument's name, unless it is such a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of seconds or times, not {value!r}")
     if not math.isfinite(value) or value < at_least:

@@ -66,6 +66,11 @@ class Server:
         """Whether connecting may succeed later although it failed with this error."""
         return self.driver.connect_meaning(error, self._parameters) is Meaning.DISCONNECT
 
+    def is_missed_by(self, raw: Any) -> bool:
+        """Whether the session is with a server of another kind than the one asked for."""
+        missed: bool = self.driver.misses_target(raw, self._parameters)
+        return missed
+
     def lost(self) -> None:
         """A session has ended: the server may be down for everybody."""
         with self._lock:

@@ -24,11 +24,12 @@ class _AttemptFailed(Exception):
 
 
 def open_session(
-    server: Server, policy: RetryPolicy, prepare: Callable[[Any], None], again: bool
+    server: Server, policy: RetryPolicy, prepare: Callable[[Any, float], None], again: bool
 ) -> Any:
     """A raw connection to ``server`` that has been prepared.
 
-    prepare: called with the raw connection; a disconnect in it makes the attempt a failed one.
+    prepare: called with the raw connection and the seconds that each of its requests may take; a
+    disconnect in it makes the attempt a failed one.
     again: whether there was a session before, so that this one is announced.
 
     Raises `ReconnectTimeout` when the policy's patience ends, or `DisconnectionError` if the policy
@@ -64,7 +65,7 @@ def open_session(
     return raw
 
 
-def _attempt(server: Server, timeout: float, prepare: Callable[[Any], None]) -> Any:
+def _attempt(server: Server, timeout: float, prepare: Callable[[Any, float], None]) -> Any:
     try:
         raw = server.connect(timeout)
     except Exception as error:
@@ -72,7 +73,7 @@ def _attempt(server: Server, timeout: float, prepare: Callable[[Any], None]) -> 
             raise _AttemptFailed(error) from error
         raise
     try:
-        prepare(raw)
+        prepare(raw, timeout)
     except BaseException as error:
         # Asked before the connection is closed, for its state is what decides.
         is_lost = (

@@ -37,7 +37,9 @@ class ZopelessTransactionManager:
         timeout: float | None = None,
         isolation: int | str | None = None,
         driver: str | None = None,
+        witness: Any = "xid",
         on_connect: Callable[[Any], object] | None = None,
+        response_timeout: float | None = None,
     ) -> None:
         if implicitBegin not in (None, True, False):
             raise TypeError(f"implicitBegin must be True, False or None, not {implicitBegin!r}")
@@ -45,13 +47,25 @@ class ZopelessTransactionManager:
             raise TypeError(f"sqlClass must be a class, not {sqlClass!r}")
         self.implicitBegin = implicitBegin
         self.sqlClass = sqlClass
-        self._settings = (dsn, sqlClass, implicitBegin, timeout, isolation, driver, on_connect)
+        self._settings = (
+            dsn,
+            sqlClass,
+            implicitBegin,
+            timeout,
+            isolation,
+            driver,
+            witness,
+            on_connect,
+            response_timeout,
+        )
         self._transaction_manager = transaction.manager
         self._descriptor = ConnectionDescriptor(
             dsn,
             driver=driver,
             policy=RetryPolicy(timeout=timeout),
+            witness=witness,
             on_connect=on_connect,
+            response_timeout=response_timeout,
             transaction_manager=self._transaction_manager,
             implicit_begin=implicitBegin is not False,
         )
@@ -137,13 +151,15 @@ def initZopeless(
     timeout: float | None = None,
     isolation: int | str | None = None,
     driver: str | None = None,
+    witness: Any = "xid",
     on_connect: Callable[[Any], object] | None = None,
+    response_timeout: float | None = None,
 ) -> ZopelessTransactionManager:
     """Install the process's `ZopelessTransactionManager` and return it.
 
     The server is first contacted when the first transaction begins.
 
-    dsn, driver, on_connect: as for `connect`.
+    dsn, driver, witness, on_connect, response_timeout: as for `connect`.
     sqlClass: a class that gets the `ConnectionDescriptor` as ``_connection``.
     implicitBegin: False leaves it to ``begin()`` to begin transactions. None and True begin one
     after each commit and abort; they are deprecated, which None tells with a
@@ -156,7 +172,15 @@ def initZopeless(
     ValueError, naming the argument, for one that makes no sense; then nothing is installed.
     """
     manager = ZopelessTransactionManager(
-        dsn, sqlClass, implicitBegin, timeout, isolation, driver, on_connect
+        dsn,
+        sqlClass,
+        implicitBegin,
+        timeout,
+        isolation,
+        driver,
+        witness,
+        on_connect,
+        response_timeout,
     )
     with _lock:
         if _installed is not None:

@@ -35,6 +35,7 @@ DISCONNECT_STATES = {
     "57P05",  # idle_session_timeout
     "25P03",  # idle_in_transaction_session_timeout
 }
+READ_ONLY_SQL_TRANSACTION = "25006"
 TRANSIENT_STATES = {
     "40001",  # serialization_failure
     "40P01",  # deadlock_detected
@@ -68,6 +69,14 @@ REFUSAL_MESSAGES = (
 )
 
 QUOTES = "\"'«»„“”‚‘’‹›「」『』"  # noqa: RUF001
+# The kernel's defaults notice a silent peer after two hours if nothing is sent, and after a quarter
+# of an hour if something is. tcp_user_timeout is in milliseconds.
+KEEPALIVE = {
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60000,
+}
 # libpq's ConnStatusType; psycopg2 has no name for it.
 CONNECTION_OK = 0
 
@@ -119,7 +128,7 @@ class Psycopg2Driver:
         limit = math.ceil(timeout)
         if int(parameters.get("connect_timeout") or 0) > 0:
             limit = min(limit, int(parameters["connect_timeout"]))
-        keywords: dict[str, Any] = {**parameters, "connect_timeout": limit}
+        keywords: dict[str, Any] = {**KEEPALIVE, **parameters, "connect_timeout": limit}
         return psycopg2.connect(**keywords)
 
     def parameters(self, raw: Any) -> dict[str, str]:
@@ -151,13 +160,18 @@ class Psycopg2Driver:
                 deferrable=settings.deferrable,
             )
 
-    def begin(self, raw: Any, settings: SessionSettings) -> None:
-        self._execute(raw, "BEGIN" + _modes(raw, settings))
+    def begin(self, raw: Any, settings: SessionSettings, rider: str = "") -> Any:
+        cursor = extensions.cursor(raw)  # As in query().
+        cursor.execute(f"BEGIN{_modes(raw, settings)};{rider}")
+        return cursor.fetchone() if rider else None
+
+    def begins_read_only(self, raw: Any, settings: SessionSettings) -> bool:
+        return bool(raw.readonly if settings.readonly is None else settings.readonly)
 
     def commit(self, raw: Any) -> None:
         failed = raw.get_transaction_status() == extensions.TRANSACTION_STATUS_INERROR
         if raw.autocommit:
-            self._execute(raw, "COMMIT")
+            self.query(raw, "COMMIT")
         else:
             raw.tpc_commit()
             raw.autocommit = True
@@ -169,10 +183,16 @@ class Psycopg2Driver:
 
     def rollback(self, raw: Any) -> None:
         if raw.autocommit:
-            self._execute(raw, "ROLLBACK")
+            self.query(raw, "ROLLBACK")
         else:
             raw.tpc_rollback()
             raw.autocommit = True
+
+    def query(self, raw: Any, statement: str, parameters: Any = None) -> list[Any]:
+        # Not raw.cursor(): a cursor class of the user's may log or change what it executes.
+        cursor = extensions.cursor(raw)
+        cursor.execute(statement, parameters)
+        return cursor.fetchall() if cursor.description else []
 
     def own_transaction(self, raw: Any) -> None:
         # psycopg2 refuses server-side cursors and large objects in autocommit mode, and offers no
@@ -213,6 +233,21 @@ class Psycopg2Driver:
             return Meaning.DISCONNECT
         return Meaning.USER
 
+    def is_refused_by_standby(self, error: BaseException, raw: Any) -> bool:
+        if getattr(error, "pgcode", None) != READ_ONLY_SQL_TRANSACTION:
+            return False
+        # Reported since PostgreSQL 14; before, nobody can tell.
+        return bool(raw.get_parameter_status("in_hot_standby") != "off")
+
+    def misses_target(self, raw: Any, parameters: Mapping[str, str]) -> bool:
+        target = parameters.get("target_session_attrs", "any")
+        if target in ("any", "prefer-standby"):
+            return False
+        refuses_writes: bool = raw.get_parameter_status("in_hot_standby") == "on"
+        if target in ("read-write", "read-only"):
+            refuses_writes |= raw.get_parameter_status("default_transaction_read_only") == "on"
+        return refuses_writes == (target in ("read-write", "primary"))
+
     def may_have_committed(self, raw_cursor: Any) -> bool:
         return COMMIT_STATEMENT.search(raw_cursor.query or b"") is not None
 
@@ -236,12 +271,6 @@ class Psycopg2Driver:
         if names and re.search(rf"[{QUOTES}]\s?({names})\s?[{QUOTES}]", answer):
             return Meaning.PERMANENT
         return Meaning.DISCONNECT
-
-    def _execute(self, raw: Any, statement: str) -> None:
-        # Not raw.cursor(): a cursor class of the user's may log or change what it executes.
-        cursor = extensions.cursor(raw)
-        cursor.execute(statement)
-        cursor.close()
 
 
 def _modes(raw: Any, settings: SessionSettings) -> str:

@@ -5,6 +5,6 @@ has layers for zope.testrunner that provide both.
 """
 
 from zreconnect.testing.portforward import Count, PortForward
-from zreconnect.testing.postgres import EmbeddedPostgres, EmbeddedPostgresError
+from zreconnect.testing.postgres import EmbeddedPostgres, EmbeddedPostgresError, EmbeddedStandby
 
-__all__ = ["Count", "EmbeddedPostgres", "EmbeddedPostgresError", "PortForward"]
+__all__ = ["Count", "EmbeddedPostgres", "EmbeddedPostgresError", "EmbeddedStandby", "PortForward"]

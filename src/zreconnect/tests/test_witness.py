@@ -1,0 +1,392 @@
+"""What the two witnesses know, and what they do not."""
+
+import contextlib
+import os
+import threading
+
+import psycopg2
+import transaction
+
+import zreconnect
+from zreconnect import (
+    CommitOutcomeUnknown,
+    ConnectionDescriptor,
+    DisconnectionError,
+    Ledger,
+    ReconnectingConnection,
+    RetryPolicy,
+    XidWitness,
+)
+from zreconnect.drivers.psycopg2 import driver
+from zreconnect.tests.base import DatabaseTestCase, wait_until
+from zreconnect.witness import make_ledger
+
+
+class WitnessTestCase(DatabaseTestCase):
+    def setUp(self):
+        super().setUp()
+        self.make_table()
+
+    def insert(self, connection, name="one"):
+        connection.cursor().execute("INSERT INTO item VALUES (%s)", (name,))
+
+    def lose_answer_to_commit(self, connection, meanwhile=lambda: None):
+        """Commit; the line is cut when the server has committed, and ``meanwhile`` is done."""
+        self.forward.silence("to_client")
+
+        def cut():
+            try:
+                wait_until(self.names)
+                meanwhile()
+            finally:
+                self.forward.drop()
+                self.forward.resume()
+
+        thread = threading.Thread(target=cut)
+        thread.start()
+        try:
+            connection.commit()
+        finally:
+            thread.join()
+
+
+class BothTests(WitnessTestCase):
+    def connections(self, **keywords):
+        for witness in (XidWitness(), Ledger()):
+            with self.subTest(witness=witness):
+                yield self.connect(witness=witness, **keywords)
+                self.query("DELETE FROM item")
+
+    def test_the_orphan_of_a_silent_line_is_ended(self):
+        for connection in self.connections():
+            self.insert(connection)
+            orphan = connection.get_backend_pid()
+            self.forward.silence("to_server")
+            threading.Timer(0.05, lambda: (self.forward.drop(), self.forward.resume())).start()
+            with self.assertRaises(DisconnectionError):
+                connection.commit()
+            self.assertNotIn(orphan, self.sessions())
+            connection.rollback()
+            self.assertEqual(self.names(), [])
+
+    def test_the_orphan_of_a_lost_transaction_is_ended_before_the_work_runs_again(self):
+        for connection in self.connections():
+            self.insert(connection)
+            orphan = connection.get_backend_pid()
+            self.server.suspend_backend(orphan)
+            self.forward.drop()
+            resume = threading.Timer(0.3, self.server.resume_backend, [orphan])
+            resume.start()
+            connection.rollback()
+            connection.run(self.insert, connection)
+            resume.join()
+            self.assertNotIn(orphan, self.sessions())
+            self.assertEqual(self.names(), ["one"])
+
+    def test_a_server_that_does_not_come_back_leaves_it_unknown(self):
+        for connection in self.connections(policy=RetryPolicy(timeout=0.2)):
+            connection.run(lambda: None)
+            self.insert(connection)
+            with self.assertRaises(CommitOutcomeUnknown) as unknown:
+                self.lose_answer_to_commit(connection, self.forward.refuse)
+            self.assertIsInstance(unknown.exception.__cause__, zreconnect.ReconnectTimeout)
+            self.assertIn("SELECT", unknown.exception.evidence)
+            self.assertIn(unknown.exception.evidence, str(unknown.exception))
+            self.forward.accept()
+            connection.rollback()
+            self.assertEqual(self.names(), ["one"])
+
+    def test_a_readonly_transaction_may_always_run_again(self):
+        for connection in self.connections():
+            connection.readonly = True
+            connection.cursor().execute("SELECT 1")
+            self.forward.drop()
+            with self.assertRaises(DisconnectionError):
+                connection.commit()
+
+    def test_what_was_found_out_stays_true_when_the_line_is_cut_again(self):
+        for connection in self.connections():
+            connection.run(lambda: None)
+            self.insert(connection)
+            observer = connection._observer
+            asked = []
+
+            class Interrupted(type(observer)):
+                def new_session(observer, raw, settings, asked=asked):
+                    asked.append(raw)
+                    if len(asked) == 1:
+                        self.forward.drop()
+                    super().new_session(raw, settings)
+
+            observer.__class__ = Interrupted
+            self.lose_answer_to_commit(connection)
+            self.assertEqual(len(asked), 2)
+            self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
+
+    def test_a_forked_child_ends_nothing_of_the_parents(self):
+        for connection in self.connections():
+            self.insert(connection)
+            pid = os.fork()
+            if pid == 0:
+                status = 1
+                with contextlib.suppress(BaseException):
+                    connection.rollback()
+                    connection.begin()
+                    connection.rollback()
+                    status = 0
+                os._exit(status)
+            self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0)
+            connection.commit()
+            self.assertEqual(self.names(), ["one"])
+
+    def test_an_orphan_that_may_not_be_ended_is_waited_for(self):
+        self.query(f"CREATE ROLE watchman LOGIN PASSWORD '{self.server.password}'")
+        self.addCleanup(self.query, "DROP ROLE watchman")
+        self.addCleanup(self.query, "DROP OWNED BY watchman")
+        self.query("GRANT pg_monitor TO watchman")
+        self.query("GRANT CREATE ON SCHEMA public TO watchman")
+        self.query("GRANT ALL ON item TO watchman")
+        for witness in (XidWitness(), Ledger("watched")):
+            users = iter(["postgres", "watchman"])
+            connection = ReconnectingConnection(
+                lambda users=users: psycopg2.connect(self.layer.dsn(next(users), self.dbname)),
+                witness=witness,
+            )
+            self.addCleanup(connection.close)
+            self.insert(connection)
+            self.query("GRANT ALL ON ALL TABLES IN SCHEMA public TO watchman")
+            orphan = connection.get_backend_pid()
+            self.server.suspend_backend(orphan)
+            self.forward.drop()
+            resume = threading.Timer(0.3, self.server.resume_backend, [orphan])
+            resume.start()
+            with self.assertRaises(DisconnectionError):
+                connection.commit()
+            resume.join()
+            self.assertEqual(self.names(), [])
+            connection.close()
+
+
+class JoinedTests(WitnessTestCase):
+    def test_the_transaction_goes_on_when_the_commit_had_arrived(self):
+        descriptor = ConnectionDescriptor(self.dsn)
+        self.addCleanup(descriptor.close)
+        connection = descriptor.connection()
+        connection.cursor().execute("SELECT 1")
+        transaction.abort()
+        self.insert(connection)
+        self.lose_answer_to_commit(transaction)
+        self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
+
+    def test_without_a_witness_nothing_is_taken_down_and_nothing_announced(self):
+        connection = self.connect(witness=None)
+        self.insert(connection)
+        with self.events() as seen, self.assertRaises(CommitOutcomeUnknown) as unknown:
+            self.lose_answer_to_commit(connection)
+        self.assertEqual([type(event).__name__ for event in seen], ["ConnectionLost"])
+        self.assertIn("no witness", unknown.exception.evidence)
+        connection.rollback()
+        connection.run(lambda: None)
+        connection.close()
+
+
+class XidTests(WitnessTestCase):
+    def test_after_a_crash_a_commit_is_not_proven(self):
+        connection = self.connect()
+        self.insert(connection)
+
+        def crash():
+            self.server.kill_all()
+            self.server.start()
+
+        with self.assertRaises(CommitOutcomeUnknown) as unknown:
+            self.lose_answer_to_commit(connection, crash)
+        self.assertIn("pg_xact_status", str(unknown.exception))
+        connection.rollback()
+
+    def test_without_the_right_to_know_the_history_it_is_unknown(self):
+        self.query("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC")
+        self.addCleanup(self.query, "GRANT EXECUTE ON FUNCTION pg_control_system() TO PUBLIC")
+        self.query(f"CREATE ROLE clerk LOGIN PASSWORD '{self.server.password}'")
+        self.addCleanup(self.query, "DROP ROLE clerk")
+        self.query("GRANT ALL ON item TO clerk")
+        self.addCleanup(self.query, "DROP OWNED BY clerk")
+        connection = self.connect(self.layer.dsn(user="clerk", dbname=self.dbname))
+        self.insert(connection)
+        with self.assertRaises(CommitOutcomeUnknown):
+            self.lose_answer_to_commit(connection)
+        connection.close()
+        wait_until(lambda: not self.sessions())
+
+    def test_an_id_that_the_server_does_not_know_was_not_committed(self):
+        connection = self.connect()
+        self.insert(connection)
+        connection._observer._xid += 1000
+        self.forward.drop()
+        with self.assertRaises(DisconnectionError):
+            connection.commit()
+
+    def test_a_transaction_that_does_not_end_is_unknown(self):
+        holder = psycopg2.connect(self.server.dsn(dbname=self.dbname))
+        self.addCleanup(holder.close)
+        with holder.cursor() as cursor:
+            cursor.execute("SELECT pg_current_xact_id()")
+            (xid,) = cursor.fetchone()
+        connection = self.connect()
+        self.insert(connection)
+        connection._observer._xid = int(xid)
+        self.forward.drop()
+        with self.assertRaises(CommitOutcomeUnknown):
+            connection.commit()
+
+    def test_another_system_knows_nothing_of_it(self):
+        connection = self.connect()
+        self.insert(connection)
+        history = connection._observer._history
+        connection._observer._history = type(history)(0, history.timeline, history.stats_reset)
+        self.forward.drop()
+        with self.assertRaises(CommitOutcomeUnknown):
+            connection.commit()
+
+
+class LedgerTests(WitnessTestCase):
+    def rows(self):
+        return self.query("SELECT id::text, number FROM zreconnect_ledger ORDER BY id")
+
+    def test_after_a_crash_it_still_decides(self):
+        connection = self.connect(witness=Ledger())
+        self.insert(connection)
+
+        def crash():
+            self.server.kill_all()
+            self.server.start()
+
+        self.lose_answer_to_commit(connection, crash)
+        self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
+
+    def test_each_connection_has_a_row_until_it_is_closed(self):
+        first, second = self.connect(witness=Ledger()), self.connect(witness=Ledger())
+        for connection in (first, second, first):
+            connection.run(lambda: None)
+        self.assertEqual(sorted(number for _, number in self.rows()), [1, 2])
+        self.forward.drop()
+        first.run(lambda: None)
+        self.assertEqual(len(self.rows()), 2)
+        first.close()
+        self.assertEqual([number for _, number in self.rows()], [1])
+        second.begin()
+        second.close()
+        self.assertEqual(len(self.rows()), 1)
+
+    def test_rows_of_the_dead_are_removed_when_they_are_old(self):
+        connection = self.connect(witness=Ledger())
+        connection.run(lambda: None)
+        for age, pid in [("31 days", 0), ("29 days", 0)]:
+            self.query(
+                "INSERT INTO zreconnect_ledger (id, pid, backend_start, used)"
+                " VALUES (gen_random_uuid(), %s, now(), now() - %s::interval)",
+                pid,
+                age,
+            )
+        self.query("UPDATE zreconnect_ledger SET used = now() - interval '31 days' WHERE pid > 0")
+        self.connect(witness=Ledger()).run(lambda: None)
+        ages = self.query("SELECT pid > 0, (now() - used)::text FROM zreconnect_ledger")
+        self.assertEqual(len(ages), 3)
+        self.assertEqual(sum(alive for alive, _ in ages), 2)
+
+    def test_a_row_that_somebody_removed_is_made_again(self):
+        connection = self.connect(witness=Ledger())
+        connection.run(lambda: None)
+        self.query("DELETE FROM zreconnect_ledger")
+        self.insert(connection)
+        self.lose_answer_to_commit(connection)
+        self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
+
+    def test_without_its_row_the_outcome_is_unknown(self):
+        connection = self.connect(witness=Ledger())
+        self.insert(connection)
+        with self.assertRaises(CommitOutcomeUnknown) as unknown:
+            self.lose_answer_to_commit(
+                connection, lambda: self.query("DELETE FROM zreconnect_ledger")
+            )
+        self.assertIn("zreconnect_ledger", unknown.exception.evidence)
+
+    def test_without_the_right_to_make_it_the_error_says_what_to_do(self):
+        self.query(f"CREATE ROLE clerk LOGIN PASSWORD '{self.server.password}'")
+        self.addCleanup(self.query, "DROP ROLE clerk")
+        connection = self.connect(
+            self.layer.dsn(user="clerk", dbname=self.dbname), witness=Ledger("office.ledger")
+        )
+        with self.assertRaises(psycopg2.Error):
+            connection.begin()
+        self.query("CREATE SCHEMA office")
+        self.addCleanup(self.query, "DROP SCHEMA office CASCADE")
+        self.query("GRANT USAGE ON SCHEMA office TO clerk")
+        self.addCleanup(self.query, "DROP OWNED BY clerk")
+        with self.assertRaisesRegex(
+            psycopg2.ProgrammingError, "zreconnect ledger --table office.ledger DSN"
+        ):
+            connection.begin()
+        self.assertEqual(connection.state, "idle")
+
+    def test_a_table_that_another_session_is_making(self):
+        holder = psycopg2.connect(self.server.dsn(dbname=self.dbname))
+        self.addCleanup(holder.close)
+        holder.set_session(autocommit=False)
+        make_ledger(driver, holder, "zreconnect_ledger")
+        connection = self.connect(witness=Ledger())
+        thread = threading.Thread(target=connection.run, args=[lambda: None])
+        thread.start()
+        wait_until(
+            lambda: self.query("SELECT true FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        )
+        holder.commit()
+        thread.join()
+        self.assertEqual(len(self.rows()), 1)
+
+    def test_sessions_that_are_read_only_by_default(self):
+        self.connect(witness=Ledger()).run(lambda: None)
+        dsn = self.dsn + "?options=-c%20default_transaction_read_only%3Don"
+        connection = self.connect(dsn, witness=Ledger())
+        with self.assertRaisesRegex(psycopg2.ProgrammingError, "default_transaction_read_only"):
+            connection.begin()
+        connection.readonly = True
+        connection.run(lambda: connection.cursor().execute("SELECT 1"))
+
+        def read_only_factory():
+            raw = psycopg2.connect(self.dsn)
+            raw.readonly = True
+            return raw
+
+        connection = ReconnectingConnection(read_only_factory, witness=Ledger())
+        self.addCleanup(connection.close)
+        connection.run(lambda: connection.cursor().execute("SELECT 1"))
+        connection.readonly = False
+        connection.run(self.insert, connection)
+        self.assertEqual(len(self.rows()), 2)
+
+    def test_many_connections_make_it_at_once(self):
+        connections = [self.connect(witness=Ledger()) for _ in range(8)]
+        errors = []
+
+        def begin(connection):
+            try:
+                connection.begin()
+                connection.rollback()
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=begin, args=[each]) for each in connections]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(errors, [])
+        self.assertEqual(len(self.rows()), 8)
+
+    def test_bad_table_names(self):
+        for table in ("", "a b", "a.b.c", "a;DROP TABLE item", "1a"):
+            with self.assertRaisesRegex(ValueError, "table"):
+                Ledger(table)
+        self.assertEqual(repr(Ledger("office.ledger")), "Ledger(table='office.ledger')")
+        self.assertEqual(repr(XidWitness()), "XidWitness()")

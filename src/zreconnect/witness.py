@@ -1,0 +1,388 @@
+"""Did that commit happen? What is taken down before COMMIT, and asked when its answer is lost.
+
+A witness is chosen for a connection and knows how to ask. Its observer belongs to one connection
+and knows what to ask for: it learns of each new session and each transaction, and a later session
+asks it for the outcome of the last transaction of a lost one.
+
+Before an outcome is believed, the server process of the lost session is ended if it still exists:
+until then it could commit late.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from zope.interface import implementer
+
+from zreconnect.drivers.base import SessionSettings
+from zreconnect.interfaces import IObserver, IWitness
+
+# How long an orphaned server process that was told to end, or may not be told to, is waited for.
+PATIENCE_WITH_ORPHANS = 10.0
+POLL_INTERVAL = 0.01
+# How long a row of the ledger is kept that nobody has used.
+KEPT_DAYS = 30
+# pg_current_xact_id() and pg_xact_status() exist since PostgreSQL 13.
+FIRST_VERSION_WITH_XACT_STATUS = 130000
+
+
+class Outcome(enum.Enum):
+    """What became of a transaction whose COMMIT had no answer."""
+
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One server process; process ids are given again, so the start time is part of it."""
+
+    pid: int
+    start: Any
+
+
+@dataclass(frozen=True)
+class History:
+    """What stays the same as long as a transaction id means the same transaction.
+
+    A crash of the server may hand out ids again whose WAL was not flushed; it resets the
+    statistics. A failover goes on in another timeline, a restored backup may be another system.
+    """
+
+    system_identifier: Any
+    timeline: str
+    stats_reset: Any
+
+
+@implementer(IWitness)
+class XidWitness:
+    """Takes the transaction id down, and asks the server what became of it.
+
+    Needs no table. It costs no round trip: the question for the id rides on BEGIN. It proves a
+    commit unless the server crashed or failed over since; then the outcome is unknown. That it
+    was not committed, it proves always.
+    """
+
+    def __repr__(self) -> str:
+        return "XidWitness()"
+
+    def observer(self, driver: Any) -> XidObserver:
+        return XidObserver(driver)
+
+
+@implementer(IWitness)
+class Ledger:
+    """Keeps a row for each connection, which each transaction updates along with its work.
+
+    The update rides on BEGIN and costs no round trip. It decides in every case in which the
+    database can be reached again: after crashes and failovers too.
+
+    table: the table's name, with or without a schema. It is made on first use by those who may.
+
+    Raises ValueError if ``table`` is no plain name.
+    """
+
+    def __init__(self, table: str = "zreconnect_ledger") -> None:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)?", table):
+            raise ValueError(f"table must be a name or schema.name, not {table!r}")
+        self.table = table
+
+    def __repr__(self) -> str:
+        return f"Ledger(table={self.table!r})"
+
+    def observer(self, driver: Any) -> LedgerObserver:
+        return LedgerObserver(driver, self.table)
+
+
+@implementer(IObserver)
+class NoObserver:
+    """For a connection without a witness: it knows nothing of any transaction."""
+
+    def new_session(self, raw: Any, settings: SessionSettings) -> None:
+        """Nothing is taken down."""
+
+    def rider(self, raw: Any, settings: SessionSettings) -> str:
+        return ""
+
+    def began(self, row: Any) -> bool:
+        return True
+
+    def fence(self, raw: Any) -> None:
+        """The lost session is not known."""
+
+    def outcome(self, raw: Any) -> Outcome:
+        return Outcome.UNKNOWN
+
+    def describe(self) -> str:
+        return "The connection has no witness."
+
+    def close(self, raw: Any) -> None:
+        """Nothing is to be taken away."""
+
+
+class _SessionObserver:
+    """What the witnesses have in common: which server process, and which transaction."""
+
+    def __init__(self, driver: Any) -> None:
+        self._driver = driver
+        self._backend: Backend | None = None
+        self._xid: int | None = None
+        self._is_standby = False
+        self._may_write = False
+
+    def fence(self, raw: Any) -> None:
+        """End the server process of the session before, and wait until it has ended.
+
+        Not if it works in a transaction of somebody else, to whom a pooler has given it.
+        """
+        if self._backend is None:
+            return
+        deadline = time.monotonic() + PATIENCE_WITH_ORPHANS
+        while self._terminate(raw) and time.monotonic() < deadline:
+            time.sleep(POLL_INTERVAL)
+
+    def _terminate(self, raw: Any) -> bool:
+        """Tell the orphan to end; whether there still was one."""
+        assert self._backend is not None
+        # backend_xid has the lower half of the 64 bits that pg_current_xact_id() gives.
+        xid = None if self._xid is None else str(self._xid % 2**32)
+        orphan = (
+            "FROM pg_stat_activity WHERE pid = %s AND backend_start = %s"
+            " AND (backend_xid IS NULL OR backend_xid::text = %s)"
+        )
+        parameters = (self._backend.pid, self._backend.start, xid)
+        try:
+            return bool(
+                self._driver.query(raw, f"SELECT pg_terminate_backend(pid) {orphan}", parameters)
+            )
+        except self._driver.module.ProgrammingError:
+            # A session of a superuser's cannot be ended by others; it is waited for.
+            return bool(self._driver.query(raw, f"SELECT true {orphan}", parameters))
+
+    def _can_write(self, raw: Any, settings: SessionSettings) -> bool:
+        return not (self._is_standby or self._driver.begins_read_only(raw, settings))
+
+    def _describe_session(self) -> str:
+        assert self._backend is not None
+        lost = datetime.now(timezone.utc).isoformat(sep=" ", timespec="seconds")
+        return (
+            f"It was lost at {lost}, in the server process {self._backend.pid} that had started "
+            f"at {self._backend.start}."
+        )
+
+    def _identify(self, raw: Any) -> None:
+        ((pid, start, self._is_standby),) = self._driver.query(
+            raw,
+            "SELECT pid, backend_start, pg_is_in_recovery() FROM pg_stat_activity"
+            " WHERE pid = pg_backend_pid()",
+        )
+        self._backend = Backend(pid, start)
+        self._xid = None
+
+
+@implementer(IObserver)
+class XidObserver(_SessionObserver):
+    """Knows the id of a connection's last transaction, and the history that the id belongs to."""
+
+    _history: History | None = None
+    _knows_status = False
+
+    def new_session(self, raw: Any, settings: SessionSettings) -> None:
+        self._identify(raw)
+        self._knows_status = raw.server_version >= FIRST_VERSION_WITH_XACT_STATUS
+        self._history = None if self._is_standby else self._present_history(raw)
+
+    def rider(self, raw: Any, settings: SessionSettings) -> str:
+        self._may_write = self._can_write(raw, settings)
+        # An id is given to every transaction that asks, and there are but 2**31 before a vacuum.
+        return "SELECT pg_current_xact_id()" if self._may_write and self._knows_status else ""
+
+    def began(self, row: Any) -> bool:
+        self._xid = None if row is None else int(row[0])
+        return True
+
+    def outcome(self, raw: Any) -> Outcome:
+        if not self._may_write:
+            return Outcome.ABORTED
+        history = self._present_history(raw)
+        if self._xid is None or not self._is_same_system(history):
+            return Outcome.UNKNOWN
+        try:
+            ((status,),) = self._driver.query(
+                raw, "SELECT pg_xact_status(%s::text::xid8)", (self._xid,)
+            )
+        except self._driver.module.DataError:
+            # "transaction ID is in the future": the server lost it in a crash.
+            return Outcome.ABORTED
+        if status == "aborted":
+            return Outcome.ABORTED
+        if status == "committed" and history == self._history:
+            return Outcome.COMMITTED
+        return Outcome.UNKNOWN
+
+    def _is_same_system(self, history: History | None) -> bool:
+        return (
+            history is not None
+            and self._history is not None
+            and history.system_identifier == self._history.system_identifier
+        )
+
+    def describe(self) -> str:
+        return (
+            f"{self._describe_session()} Its transaction id was {self._xid}. Ask with "
+            f"SELECT pg_xact_status('{self._xid}'), which is only right if the server did not "
+            "crash or fail over since."
+        )
+
+    def close(self, raw: Any) -> None:
+        """Nothing is to be taken away."""
+
+    def _present_history(self, raw: Any) -> History | None:
+        try:
+            ((system_identifier, timeline, stats_reset),) = self._driver.query(
+                raw,
+                "SELECT system_identifier, substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8),"
+                " stats_reset FROM pg_control_system(), pg_stat_bgwriter",
+            )
+        except self._driver.module.ProgrammingError:
+            # Somebody took the right to ask away.
+            return None
+        return History(system_identifier, timeline, stats_reset)
+
+
+@implementer(IObserver)
+class LedgerObserver(_SessionObserver):
+    """Knows a connection's row in the ledger, and the number of its last transaction there."""
+
+    def __init__(self, driver: Any, table: str) -> None:
+        super().__init__(driver)
+        self._table = table
+        self._id = str(uuid.uuid4())
+        self._number = 0
+
+    def new_session(self, raw: Any, settings: SessionSettings) -> None:
+        self._identify(raw)
+        if self._can_write(raw, settings):
+            self._open_row(raw)
+
+    def rider(self, raw: Any, settings: SessionSettings) -> str:
+        self._may_write = self._can_write(raw, settings)
+        if not self._may_write:
+            return ""
+        self._number += 1
+        return (
+            f"UPDATE {self._table} SET number = {self._number}, used = now()"
+            f" WHERE id = '{self._id}' RETURNING pg_current_xact_id()"
+        )
+
+    def began(self, row: Any) -> bool:
+        self._xid = None if row is None else int(row[0])
+        return row is not None or not self._may_write
+
+    def outcome(self, raw: Any) -> Outcome:
+        if not self._may_write:
+            return Outcome.ABORTED
+        # The transaction has the row locked until it has ended, whichever way.
+        self._driver.query(raw, f"SET lock_timeout = '{PATIENCE_WITH_ORPHANS}s'")
+        try:
+            rows = self._driver.query(
+                raw, f"SELECT number FROM {self._table} WHERE id = %s FOR UPDATE", (self._id,)
+            )
+        except self._driver.module.errors.LockNotAvailable:
+            return Outcome.UNKNOWN
+        self._driver.query(raw, "RESET lock_timeout")
+        if not rows:
+            return Outcome.UNKNOWN
+        return Outcome.COMMITTED if rows[0][0] == self._number else Outcome.ABORTED
+
+    def describe(self) -> str:
+        return (
+            f"{self._describe_session()} Its row in the ledger is {self._id}: it was committed if "
+            f"SELECT number FROM {self._table} WHERE id = '{self._id}' gives {self._number}."
+        )
+
+    def close(self, raw: Any) -> None:
+        self._driver.query(raw, f"DELETE FROM {self._table} WHERE id = %s", (self._id,))
+
+    def _open_row(self, raw: Any) -> None:
+        errors = self._driver.module.errors
+        try:
+            self._insert_row(raw)
+        except errors.UndefinedTable:
+            make_ledger(self._driver, raw, self._table)
+            self._insert_row(raw)
+        except errors.ReadOnlySqlTransaction as error:
+            raise self._driver.module.ProgrammingError(
+                "The ledger cannot be written, because default_transaction_read_only is on: set "
+                "readonly on the connection, or use another witness"
+            ) from error
+        self._driver.query(raw, self._remove_rows_of_the_dead())
+
+    def _insert_row(self, raw: Any) -> None:
+        assert self._backend is not None
+        self._driver.query(
+            raw,
+            f"INSERT INTO {self._table} (id, pid, backend_start) VALUES (%s, %s, %s)"
+            " ON CONFLICT (id) DO UPDATE SET pid = excluded.pid,"
+            " backend_start = excluded.backend_start, used = now()",
+            (self._id, self._backend.pid, self._backend.start),
+        )
+
+    def _remove_rows_of_the_dead(self) -> str:
+        # A connection may be waiting for its server, to look up its outcome here.
+        return (
+            f"DELETE FROM {self._table} row WHERE used < now() - interval '{KEPT_DAYS} days'"
+            " AND NOT EXISTS (SELECT FROM pg_stat_activity session"
+            " WHERE session.pid = row.pid AND session.backend_start = row.backend_start)"
+        )
+
+
+def make_ledger(driver: Any, raw: Any, table: str) -> None:
+    """Make the table of a `Ledger`, unless it exists.
+
+    raw: a raw connection in autocommit mode. Raises the driver's ProgrammingError without the
+    right to create tables.
+    """
+    statement = (
+        f"CREATE TABLE IF NOT EXISTS {table} ("
+        " id uuid PRIMARY KEY,"
+        " number bigint NOT NULL DEFAULT 0,"
+        " pid integer NOT NULL,"
+        " backend_start timestamptz NOT NULL,"
+        " used timestamptz NOT NULL DEFAULT now()"
+        # Room for updates in place, which leave the index alone.
+        ") WITH (fillfactor = 50)"
+    )
+    try:
+        driver.query(raw, statement)
+    except driver.module.errors.UniqueViolation:
+        # Another session makes it at this moment, and IF NOT EXISTS is no lock.
+        driver.query(raw, statement)
+    except driver.module.errors.InsufficientPrivilege as error:
+        raise driver.module.ProgrammingError(
+            f"There is no ledger {table}, and this role may not create it. Have somebody who may "
+            f"run: zreconnect ledger --table {table} DSN"
+        ) from error
+
+
+def choose_witness(witness: Any) -> Any:
+    """The observer factory for the value of a ``witness`` keyword.
+
+    Raises TypeError or ValueError if it is neither "xid", nor None, nor an `IWitness`.
+    """
+    if witness is None:
+        return None
+    if isinstance(witness, str):
+        if witness != "xid":
+            raise ValueError(f'witness must be "xid", None or a Ledger, not {witness!r}')
+        return XidWitness()
+    if not IWitness.providedBy(witness):
+        raise TypeError(f'witness must be "xid", None or a Ledger, not {witness!r}')
+    return witness
