@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from psycopg2.extras import execute_values
-from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
-from zreconnect import CommitOutcomeUnknown, ReconnectingCursor, initZopeless
+from zreconnect import Ledger, ReconnectingCursor, initZopeless
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS file (path text PRIMARY KEY, error text);
@@ -18,16 +17,12 @@ CREATE TABLE IF NOT EXISTS definition (path text, name text, kind text, line int
 """
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 Parsed = tuple[str | None, list[tuple[str, str, int]]]
-# After a lost COMMIT the work may be done or not; doing it again tells which, see record().
-again_if_unknown = retry(
-    retry=retry_if_exception_type(CommitOutcomeUnknown), stop=stop_after_attempt(10), reraise=True
-)
 
 
 def import_files(dsn: str, directory: Path, names: Iterable[str]) -> int:
     """Record the named files of a directory; return how many had been recorded already."""
-    ztm = initZopeless(dsn, implicitBegin=False, timeout=60)
-    run = again_if_unknown(partial(ztm.run, attempts=10))
+    ztm = initZopeless(dsn, implicitBegin=False, timeout=60, witness=Ledger())
+    run = partial(ztm.run, attempts=10)
     known = 0
     try:
         run(partial(ztm.cursor().execute, TABLES))
@@ -55,7 +50,6 @@ def record(cursor: ReconnectingCursor, name: str, parsed: Parsed) -> bool:
     """Record a file in the current transaction; return False if it had been recorded already."""
     path = os.fsencode(name).decode(errors="backslashreplace")
     error, definitions = parsed
-    # If a lost session is still committing this path, the server has us wait for its end.
     cursor.execute(
         "INSERT INTO file VALUES (%s, %s) ON CONFLICT DO NOTHING RETURNING path", (path, error)
     )
