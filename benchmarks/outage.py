@@ -68,4 +68,4 @@ def main(tries=20, away=10.0):
 
 
 if __name__ == "__main__":
-    sys.exit(main(*(kind(value) for kind, value in zip((int, float), sys.argv[1:]))))
+    sys.exit(main(*(kind(value) for kind, value in zip((int, float), sys.argv[1:], strict=False))))
