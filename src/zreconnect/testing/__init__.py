@@ -4,7 +4,14 @@
 has layers for zope.testrunner that provide both.
 """
 
-from zreconnect.testing.portforward import Count, PortForward
+from zreconnect.testing.portforward import Count, Cut, PortForward
 from zreconnect.testing.postgres import EmbeddedPostgres, EmbeddedPostgresError, EmbeddedStandby
 
-__all__ = ["Count", "EmbeddedPostgres", "EmbeddedPostgresError", "EmbeddedStandby", "PortForward"]
+__all__ = [
+    "Count",
+    "Cut",
+    "EmbeddedPostgres",
+    "EmbeddedPostgresError",
+    "EmbeddedStandby",
+    "PortForward",
+]
