@@ -24,6 +24,7 @@ class ConnectionDescriptor:
     transaction_manager: whose current transaction the connections take part in.
     implicit_begin: whether a statement outside a transaction begins one; if not, it raises the
     driver's ProgrammingError.
+    two_phase: commit in two phases, as for `connect`.
 
     Raises TypeError or ValueError, naming the argument, for one that makes no sense.
     """
@@ -37,10 +38,15 @@ class ConnectionDescriptor:
         on_connect: Callable[[Any], object] | None = None,
         transaction_manager: Any = transaction.manager,
         implicit_begin: bool = True,
+        two_phase: bool = False,
     ) -> None:
         # Made once to check the arguments, and never connected: each thread's is a fork of it.
         self._model = ReconnectingConnection(
-            server_from_dsn(dsn, driver), policy=policy, witness=witness, on_connect=on_connect
+            server_from_dsn(dsn, driver),
+            policy=policy,
+            witness=witness,
+            on_connect=on_connect,
+            two_phase=two_phase,
         )
         self._transaction_manager = transaction_manager
         self._implicit_begin = implicit_begin
