@@ -11,6 +11,7 @@ from zreconnect.exceptions import (
     ReconnectTimeout,
 )
 from zreconnect.policy import FAIL_FAST, PERSIST, RetryPolicy
+from zreconnect.twophase import PreparedTransaction, recover
 from zreconnect.witness import Ledger, XidWitness
 from zreconnect.zopeless import ZopelessTransactionManager, initZopeless, isZopeless
 
@@ -23,6 +24,7 @@ __all__ = [
     "DisconnectedConnectionError",
     "DisconnectionError",
     "Ledger",
+    "PreparedTransaction",
     "ReconnectTimeout",
     "ReconnectingConnection",
     "ReconnectingCursor",
@@ -32,4 +34,5 @@ __all__ = [
     "connect",
     "initZopeless",
     "isZopeless",
+    "recover",
 ]

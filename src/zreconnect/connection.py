@@ -12,11 +12,13 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn
 
+import transaction
 from transaction.interfaces import TransientError
 from zope.interface import implementer
 
 from zreconnect import events
 from zreconnect.cursor import ReconnectingCursor
+from zreconnect.datamanager import ConnectionDataManager, join_transactions
 from zreconnect.drivers.base import Meaning, SessionSettings
 from zreconnect.exceptions import (
     CommitOutcomeUnknown,
@@ -29,6 +31,7 @@ from zreconnect.interfaces import (
     CLOSED,
     DOOMED,
     IDLE,
+    PREPARED,
     IReconnectingConnection,
     ISavepoint,
 )
@@ -36,6 +39,7 @@ from zreconnect.policy import LONGEST_ATTEMPT, PERSIST, RetryPolicy, check_numbe
 from zreconnect.retry import run_unit_of_work
 from zreconnect.server import Server, server_from_dsn, server_from_factory
 from zreconnect.session import open_session
+from zreconnect.twophase import TwoPhaseDataManager
 from zreconnect.watchdog import NO_WATCH, Watch
 from zreconnect.witness import NoObserver, Outcome, choose_witness
 
@@ -68,6 +72,9 @@ class ReconnectingConnection:
     on_connect: called with each new raw connection, outside a transaction, to set up the session.
     response_timeout: seconds after which a request without an answer counts as a disconnect; None
     waits for ever, except for beginning and rolling back.
+    two_phase: take part in the current transaction of ``transaction.manager``, and commit in two
+    phases, so that the transaction can have a part in several databases. The servers must allow
+    prepared transactions.
 
     Raises TypeError or ValueError, naming the argument, for one that makes no sense.
     """
@@ -77,6 +84,7 @@ class ReconnectingConnection:
         "__weakref__",
         "_before_begin",
         "_data_manager",
+        "_data_manager_class",
         "_driver",
         "_had_session",
         "_implicit_begin",
@@ -105,6 +113,7 @@ class ReconnectingConnection:
         witness: Any = "xid",
         on_connect: Callable[[Any], object] | None = None,
         response_timeout: float | None = None,
+        two_phase: bool = False,
     ) -> None:
         # First, so that nothing goes on to __getattr__ if an argument is refused.
         self._raw: Any = None
@@ -133,11 +142,14 @@ class ReconnectingConnection:
         # Set by the data manager and the descriptor, which make this connection part of something
         # larger.
         self._data_manager: Any = None
+        self._data_manager_class = TwoPhaseDataManager if two_phase else ConnectionDataManager
         self._before_begin: Callable[[], None] | None = None
         self._owner: int | None = None
         # The only thread that may use the connection now; None for any.
         self._thread: int | None = None
         self._implicit_begin = True
+        if two_phase:
+            join_transactions(self, transaction.manager)
         _connections.add(self)
 
     def __repr__(self) -> str:
@@ -261,6 +273,7 @@ class ReconnectingConnection:
             witness=self._witness,
             on_connect=self._on_connect,
             response_timeout=self._response_timeout,
+            two_phase=self._data_manager_class is TwoPhaseDataManager,
         )
         forked._settings = replace(self._settings)
         return forked
@@ -540,6 +553,11 @@ class ReconnectingConnection:
     def _check_open(self) -> None:
         if self._state == CLOSED:
             raise self._driver.module.InterfaceError("The connection is closed")
+        if self._state == PREPARED:
+            raise self._driver.module.ProgrammingError(
+                "The connection's transaction is prepared: its transaction manager is about to "
+                "commit or abort it, and the connection can be used afterwards"
+            )
 
     def _check_usable(self) -> None:
         self._check_thread()
@@ -733,6 +751,7 @@ def connect(
     witness: Any = "xid",
     on_connect: Callable[[Any], object] | None = None,
     response_timeout: float | None = None,
+    two_phase: bool = False,
 ) -> ReconnectingConnection:
     """A `ReconnectingConnection` to the server that ``dsn`` names.
 
@@ -746,6 +765,9 @@ def connect(
     on_connect: called with each new raw connection, outside a transaction, to set up the session.
     response_timeout: seconds after which a request without an answer counts as a disconnect; None
     waits for ever, except for beginning and rolling back.
+    two_phase: take part in the current transaction of ``transaction.manager``, and commit in two
+    phases, so that the transaction can have a part in several databases. The servers must allow
+    prepared transactions.
 
     Raises TypeError or ValueError, naming the argument, for one that makes no sense.
     """
@@ -756,6 +778,7 @@ def connect(
         witness=witness,
         on_connect=on_connect,
         response_timeout=response_timeout,
+        two_phase=two_phase,
     )
 
 

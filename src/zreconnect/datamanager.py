@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transaction.interfaces import ITransaction, ITransactionManager
 from zope.interface import implementer
 
-from zreconnect.connection import ReconnectingConnection, Savepoint
 from zreconnect.interfaces import ITransactionDataManager
+
+if TYPE_CHECKING:
+    from zreconnect.connection import ReconnectingConnection, Savepoint
 
 
 @implementer(ITransactionDataManager)
@@ -69,6 +71,6 @@ def join_transactions(
 
 def _join(connection: Any, transaction_manager: ITransactionManager) -> None:
     if connection._data_manager is None:
-        data_manager = ConnectionDataManager(connection, transaction_manager)
+        data_manager = connection._data_manager_class(connection, transaction_manager)
         transaction_manager.get().join(data_manager)
         connection._data_manager = data_manager

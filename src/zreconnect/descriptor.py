@@ -24,6 +24,7 @@ class ConnectionDescriptor:
     transaction_manager: whose current transaction the connections take part in.
     implicit_begin: whether a statement outside a transaction begins one; if not, it raises the
     driver's ProgrammingError.
+    two_phase: commit in two phases, as for `connect`.
 
     Raises TypeError or ValueError, naming the argument, for one that makes no sense.
     """
@@ -38,6 +39,7 @@ class ConnectionDescriptor:
         response_timeout: float | None = None,
         transaction_manager: Any = transaction.manager,
         implicit_begin: bool = True,
+        two_phase: bool = False,
     ) -> None:
         # Made once to check the arguments, and never connected: each thread's is a fork of it.
         self._model = ReconnectingConnection(
@@ -46,6 +48,7 @@ class ConnectionDescriptor:
             witness=witness,
             on_connect=on_connect,
             response_timeout=response_timeout,
+            two_phase=two_phase,
         )
         self._transaction_manager = transaction_manager
         self._implicit_begin = implicit_begin

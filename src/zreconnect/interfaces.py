@@ -14,6 +14,7 @@ from zope.publisher.interfaces import IRetry
 
 IDLE = "idle"
 ACTIVE = "active"
+PREPARED = "prepared"
 DOOMED = "doomed"
 CLOSED = "closed"
 
@@ -109,6 +110,12 @@ class IDriver(Interface):
     def rollback(raw):
         """Roll back, in one round trip."""
 
+    def prepare_transaction(raw, gid):
+        """Prepare the transaction for a two-phase commit. Raises the module's errors.
+
+        gid: its name, which needs no quoting.
+        """
+
     def own_transaction(raw):
         """Let the module itself know of the transaction that `begin` began.
 
@@ -118,6 +125,10 @@ class IDriver(Interface):
 
     def in_transaction(raw):
         """Whether the server session is in a transaction. Needs no round trip."""
+
+    def in_failed_transaction(raw):
+        """Whether a statement of the transaction has failed, so that it can only be rolled back.
+        Needs no round trip."""
 
     def close(raw):
         """Close a raw connection. Raises nothing."""
@@ -196,6 +207,8 @@ class IReconnectingConnection(Interface):
 
     - ``idle``: no transaction; there may be a server session or not;
     - ``active``: a transaction is under way, and belongs to the thread that began it;
+    - ``prepared``: a two-phase commit is between its phases; what needs the server, and
+      ``rollback()``, raises the driver's ProgrammingError;
     - ``doomed``: the transaction's session was lost; everything but ``rollback()`` and
       ``close()`` raises `DisconnectionError`;
     - ``closed``: everything but ``close()`` raises the driver's InterfaceError.
@@ -209,7 +222,7 @@ class IReconnectingConnection(Interface):
     to it.
     """
 
-    state = Attribute("``idle``, ``active``, ``doomed`` or ``closed``.")
+    state = Attribute("``idle``, ``active``, ``prepared``, ``doomed`` or ``closed``.")
     closed = Attribute("0 while the connection can be used, 1 after ``close()``.")
     server = Attribute("The server's address, without password.")
     driver_connection = Attribute("The driver's own connection; connects if there is none.")
@@ -410,7 +423,9 @@ class IConnectionLost(IConnectionEvent):
     """A server session ended without being asked to."""
 
     error = Attribute("The driver's error.")
-    state = Attribute("The connection's state when the loss was noticed: idle or active.")
+    state = Attribute(
+        "The connection's state when the loss was noticed, most often idle or active."
+    )
 
 
 class IConnectionAttemptFailed(IConnectionEvent):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from zreconnect.cli import demo
+from zreconnect.cli import demo, ledger, recover
 from zreconnect.cli.errors import CommandError
 
 # What the extra "cli" installs, by the name that is imported.
@@ -42,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"%(prog)s {metadata.version('zreconnect')}"
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    demo.add_command(commands)
+    for each in (demo, ledger, recover):
+        each.add_command(commands)
     return parser
 
 

@@ -169,7 +169,7 @@ class Psycopg2Driver:
         return bool(raw.readonly if settings.readonly is None else settings.readonly)
 
     def commit(self, raw: Any) -> None:
-        failed = raw.get_transaction_status() == extensions.TRANSACTION_STATUS_INERROR
+        failed = self.in_failed_transaction(raw)
         if raw.autocommit:
             self.query(raw, "COMMIT")
         else:
@@ -180,6 +180,13 @@ class Psycopg2Driver:
                 "Nothing was committed: a statement of the transaction had failed, so the server "
                 "rolled it back. Do not go on to commit after an error."
             )
+
+    def prepare_transaction(self, raw: Any, gid: str) -> None:
+        self.query(raw, f"PREPARE TRANSACTION '{gid}'")
+        if not raw.autocommit:
+            # psycopg2 does not know, and takes nothing but the end of its transaction. The server
+            # answers with a warning.
+            self.rollback(raw)
 
     def rollback(self, raw: Any) -> None:
         if raw.autocommit:
@@ -210,6 +217,9 @@ class Psycopg2Driver:
         return bool(
             status in (extensions.TRANSACTION_STATUS_INTRANS, extensions.TRANSACTION_STATUS_INERROR)
         )
+
+    def in_failed_transaction(self, raw: Any) -> bool:
+        return bool(raw.get_transaction_status() == extensions.TRANSACTION_STATUS_INERROR)
 
     def close(self, raw: Any) -> None:
         with contextlib.suppress(psycopg2.Error):
