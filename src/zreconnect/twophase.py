@@ -138,7 +138,8 @@ class TwoPhaseDataManager(ConnectionDataManager):
             self._decision = self._join_decision(transaction)
         self._branch = self._decision.next_branch()
         try:
-            self._driver.prepare_transaction(connection._raw, self._branch.gid)
+            with connection._watch.awaiting(connection._response_timeout):
+                self._driver.prepare_transaction(connection._raw, self._branch.gid)
         except self._driver.module.Error as error:
             if not connection._means_disconnect(error):
                 self._branch = None
@@ -271,11 +272,12 @@ class TwoPhaseDataManager(ConnectionDataManager):
         def end(raw: Any) -> None:
             nonlocal outcome
             outcome = self._end_in_session(raw, branch, wanted)
-            connection._observer.new_session(raw)
+            connection._take_down_session(raw)
 
         if connection._raw is not None:
             try:
-                outcome = self._end_in_session(connection._raw, branch, wanted)
+                with connection._watch.awaiting(connection._response_timeout):
+                    outcome = self._end_in_session(connection._raw, branch, wanted)
             except self._driver.module.Error as error:
                 problem = error
                 if connection._means_disconnect(error):

@@ -870,9 +870,13 @@ class FailoverTests(TwoPhaseTestCase):
 
         with EmbeddedPostgres() as second:
             second.create_database(self.deciding.dbname)
+            second.query(f"ALTER ROLE postgres PASSWORD '{self.server.password}'")
+            second.password = self.server.password
             self.before_finish(move)
-            with self.assertRaises(CommitOutcomeUnknown):
+            with self.assertRaises(CommitOutcomeUnknown) as caught:
                 transaction.commit()
+            # The last error was the loss: the other server has let us in, and did not know.
+            self.assertIn("closed the connection", str(caught.exception.__cause__))
             self.deciding.connection.close()
         self.assertEqual(self.recover(), ["rollback", "rollback"])
         self.check(rows=0)
@@ -1049,21 +1053,19 @@ class SweepTests(TwoPhaseTestCase):
     def test_cuts(self):
         before = [side.forward.count() for side in self.sides]
         self.work()
+        spent = [side.forward.count() - then for side, then in zip(self.sides, before, strict=True)]
         outcomes = Counter()
-        for side, then in zip(self.sides, before, strict=True):
-            spent = side.forward.count() - then
+        for side, count in zip(self.sides, spent, strict=True):
             for direction, length in [
-                ("to_server", spent.bytes_to_server),
-                ("to_client", spent.bytes_to_client),
+                ("to_server", count.bytes_to_server),
+                ("to_client", count.bytes_to_client),
             ]:
                 for after in range(0, length, STRIDE):
                     reset = bool(after // STRIDE % 2)
                     cut = side.forward.cut(direction, after, reset)
-                    outcomes[self.work(f"{direction} {after} {reset}")] += 1
-                    self.assertTrue(
-                        cut.wait(PATIENCE),
-                        f"{side is self.deciding} {direction} {after} of {length}",
-                    )
+                    place = f"{side.key} {direction} {after} of {length} {reset}"
+                    outcomes[self.work(place)] += 1
+                    self.assertTrue(cut.wait(PATIENCE), place)
         self.assertEqual(set(outcomes), {True, False})
         print(f" ({outcomes[True]} committed, {outcomes[False]} not)", end="")
 
