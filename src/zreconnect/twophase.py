@@ -485,7 +485,9 @@ def _decide(
 
 
 def _is_prepared(driver: Any, raw: Any, branch: Branch) -> bool:
-    return bool(driver.query(raw, "SELECT FROM pg_prepared_xacts WHERE gid = %s", (branch.gid,)))
+    return bool(
+        driver.query(raw, "SELECT gid FROM pg_prepared_xacts WHERE gid = %s", (branch.gid,))
+    )
 
 
 def _decided(driver: Any, raw: Any, branch: Branch) -> Outcome:

@@ -1,0 +1,72 @@
+"""``zreconnect ledger``: make the table of a `Ledger` for roles that may not create one."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import psycopg2
+
+from zreconnect.cli.errors import CommandError
+from zreconnect.exceptions import one_line
+from zreconnect.server import Server, server_from_dsn
+from zreconnect.witness import Ledger, make_ledger
+
+CONNECT_TIMEOUT = 10.0
+
+DESCRIPTION = """\
+Make the table in which connections with witness=Ledger(...) take down their transactions, and
+let every role use it. A table that exists is kept.
+"""
+
+
+def add_command(commands: Any) -> None:
+    """Add the command to the argparse subparsers."""
+    parser = commands.add_parser(
+        "ledger", help="make the ledger of commits in a database", description=DESCRIPTION
+    )
+    parser.add_argument(
+        "dsn", metavar="DSN", help="the database, and a role that may create tables"
+    )
+    parser.add_argument(
+        "--table",
+        metavar="NAME",
+        default=Ledger().table,
+        help="the table's name, with or without a schema (default: %(default)s)",
+    )
+    parser.set_defaults(command="ledger", run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Make the ledger and return the exit status.
+
+    Raises `CommandError` if that is not possible.
+    """
+    try:
+        table = Ledger(options.table).table
+    except ValueError as error:
+        raise CommandError(f"argument --table: {error}") from None
+    try:
+        server = server_from_dsn(options.dsn)
+    except ValueError as error:
+        raise CommandError(f"argument DSN: {error}") from None
+    try:
+        _make(server, table)
+    except (psycopg2.Error, TimeoutError) as error:
+        # The cause, because the error itself advises to run this command.
+        problem = one_line(error.__cause__ or error)
+        raise CommandError(f"cannot make {table} in {server.address}: {problem}") from error
+    return 0
+
+
+def _make(server: Server, table: str) -> None:
+    driver = server.driver
+    raw = server.connect(CONNECT_TIMEOUT)
+    try:
+        ((exists,),) = driver.query(raw, "SELECT to_regclass(%s) IS NOT NULL", (table,))
+        make_ledger(driver, raw, table)
+        print(f"{table} {'exists' if exists else 'was made'} in {server.address}")
+        driver.query(raw, f"GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO PUBLIC")
+        print(f"SELECT, INSERT, UPDATE and DELETE on {table} were granted to PUBLIC")
+    finally:
+        driver.close(raw)
