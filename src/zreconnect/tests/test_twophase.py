@@ -38,7 +38,7 @@ SETTINGS = {"max_prepared_transactions": 20}
 LAYER = PostgresLayer("TwoPhasePostgresLayer", SETTINGS)
 IMPATIENT = RetryPolicy(timeout=0.2)
 PREPARED = "SELECT gid FROM pg_prepared_xacts"
-# Of the bytes in a sweep. It is no divisor of anything in the protocol; 1 passes as well.
+# Cut after every so many bytes; 1 passes as well, in three minutes.
 STRIDE = 3
 LONG_STRIDE = 41
 
