@@ -99,7 +99,9 @@ class ExceptionTests(unittest.TestCase):
             self.assertFalse(issubclass(error_type, (Retry, TransientError, psycopg2.Error)))
 
     def test_they_travel_between_processes(self):
-        disconnection = psycopg2_driver.Psycopg2DisconnectionError("gone", (ValueError, ValueError(), None))
+        disconnection = psycopg2_driver.Psycopg2DisconnectionError(
+            "gone", (ValueError, ValueError(), None)
+        )
         timeout = zreconnect.ReconnectTimeout("server", 2, 3.0, ValueError("refused"))
         unknown = zreconnect.CommitOutcomeUnknown("server")
         for error in (disconnection, timeout, unknown):
