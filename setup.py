@@ -68,5 +68,11 @@ setup(
         "pyramid": PYRAMID,
         "test": ["coverage >= 7.13", "zope.testrunner >= 8.1", *CLI, *EXAMPLES],
     },
-    entry_points={"console_scripts": ["zreconnect = zreconnect.cli:main"]},
+    entry_points={
+        "console_scripts": ["zreconnect = zreconnect.cli:main"],
+        "paste.filter_app_factory": [
+            "service_unavailable = zreconnect.integrations.wsgi:make_service_unavailable",
+            "whole_response = zreconnect.integrations.wsgi:make_whole_response",
+        ],
+    },
 )
