@@ -493,7 +493,7 @@ class ReconnectingConnection:
             return
         try:
             with self._watch.awaiting(self._response_timeout):
-                self._driver.commit(self._raw)
+                self._observer.commit(self._raw)
         except self._driver.module.Error as error:
             if self._means_disconnect(error):
                 self._settle_lost_commit(error)
@@ -505,9 +505,12 @@ class ReconnectingConnection:
 
     def _settle_lost_commit(self, error: BaseException) -> None:
         """Return if the transaction was committed; else raise what became of it."""
+        may_have_written = self._observer.may_have_written
         evidence = self._observer.describe()
         self._end_session(error)
         self._doom()
+        if not may_have_written:
+            self._raise_lost(error, was_active=True)
         outcome, problem = self._look_up_outcome(error)
         if self._witness is not None:
             events.announce(events.CommitLookedUp(self.server, outcome.value))
@@ -699,7 +702,9 @@ class ReconnectingConnection:
                 self._doom()
 
     def _new_observer(self) -> Any:
-        return NoObserver() if self._witness is None else self._witness.observer(self._driver)
+        if self._witness is None:
+            return NoObserver(self._driver)
+        return self._witness.observer(self._driver)
 
 
 @implementer(ISavepoint)

@@ -100,9 +100,10 @@ class IDriver(Interface):
     def query(raw, statement, parameters=None):
         """Execute a statement of zreconnect's own, and return its rows."""
 
-    def commit(raw):
+    def commit(raw, rider=""):
         """Commit, in one round trip.
 
+        rider: a statement that is sent along before COMMIT, which is not executed if it fails.
         Raises the module's errors; its InternalError also if the server rolled back because a
         statement had failed.
         """
@@ -157,6 +158,10 @@ class IDriver(Interface):
     def may_have_committed(raw_cursor):
         """Whether the statement that ``raw_cursor`` sent last may have been a COMMIT."""
 
+    def looks_like_reading(raw_cursor):
+        """Whether the statement that ``raw_cursor`` executed last is of a kind that writes nothing,
+        most often. Needs no round trip."""
+
     def is_transient(error):
         """Whether ``error`` is of the driver's, and the same work may succeed when run again."""
 
@@ -177,6 +182,12 @@ class IObserver(Interface):
     What it knows is of the last session and its last transaction, until `new_session` is called.
     """
 
+    watches_statements = Attribute("Whether `executed` wants to know of each statement.")
+    may_have_written = Attribute(
+        "Whether a COMMIT that was lost may have committed something. If not, the work may run "
+        "again, and `outcome` must not be asked."
+    )
+
     def new_session(raw, settings):
         """Take down the session. Raises the driver's errors."""
 
@@ -185,6 +196,12 @@ class IObserver(Interface):
 
     def began(row):
         """Take down what the rider returned; whether the transaction can go on."""
+
+    def executed(raw_cursor):
+        """A statement of the transaction was executed."""
+
+    def commit(raw):
+        """Commit, after taking down what is known only now. Raises the driver's errors."""
 
     def fence(raw):
         """End the server process of the session, so that it can neither commit late nor hold

@@ -39,10 +39,14 @@ class InterfaceTests(DatabaseTestCase):
         verifyObject(interfaces.IDriver, psycopg2_driver.driver)
 
     def test_witnesses(self):
-        for witness in (witnesses.XidWitness(), witnesses.Ledger()):
+        for witness in (
+            witnesses.XidWitness(),
+            witnesses.XidWitness(at_commit=True),
+            witnesses.Ledger(),
+        ):
             verifyObject(interfaces.IWitness, witness)
             verifyObject(interfaces.IObserver, witness.observer(psycopg2_driver.driver))
-        verifyObject(interfaces.IObserver, witnesses.NoObserver())
+        verifyObject(interfaces.IObserver, witnesses.NoObserver(psycopg2_driver.driver))
 
     def test_descriptor(self):
         descriptor = zreconnect.ConnectionDescriptor(self.dsn)
