@@ -1,5 +1,6 @@
 """Database connections that survive their database: reconnecting for Zope's `transaction`."""
 
+from zreconnect.adapter import ReconnectingDatabaseAdapter
 from zreconnect.connection import ReconnectingConnection, connect
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.descriptor import ConnectionDescriptor
@@ -28,6 +29,7 @@ __all__ = [
     "ReconnectTimeout",
     "ReconnectingConnection",
     "ReconnectingCursor",
+    "ReconnectingDatabaseAdapter",
     "RetryPolicy",
     "XidWitness",
     "ZopelessTransactionManager",

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -267,7 +268,7 @@ class ReconnectingConnection:
             self.rollback()
 
     def fork(self) -> ReconnectingConnection:
-        forked = ReconnectingConnection(
+        forked = type(self)(
             self._server,
             policy=self._policy,
             witness=self._witness,
@@ -493,7 +494,7 @@ class ReconnectingConnection:
             return
         try:
             with self._watch.awaiting(self._response_timeout):
-                self._driver.commit(self._raw)
+                self._observer.commit(self._raw)
         except self._driver.module.Error as error:
             if self._means_disconnect(error):
                 self._settle_lost_commit(error)
@@ -505,9 +506,12 @@ class ReconnectingConnection:
 
     def _settle_lost_commit(self, error: BaseException) -> None:
         """Return if the transaction was committed; else raise what became of it."""
+        may_have_written = self._observer.may_have_written
         evidence = self._observer.describe()
         self._end_session(error)
         self._doom()
+        if not may_have_written:
+            self._raise_lost(error, was_active=True)
         outcome, problem = self._look_up_outcome(error)
         if self._witness is not None:
             events.announce(events.CommitLookedUp(self.server, outcome.value))
@@ -590,10 +594,17 @@ class ReconnectingConnection:
     def _begin(self) -> None:
         if self._before_begin is not None:
             self._before_begin()
-        if self._raw is None or not self._begin_in_session():
-            self._connect(self._begin_in_new_session)
+        started = time.monotonic()
+        policy = self._patience()
+        if self._raw is None or not self._begin_in_session(policy):
+            policy = policy.after(time.monotonic() - started)
+            self._connect(self._begin_in_new_session, policy)
         self._state = ACTIVE
         self._thread = threading.get_ident()
+
+    def _patience(self) -> RetryPolicy:
+        """The policy for beginning a transaction now."""
+        return self._policy
 
     def _take_down_session(self, raw: Any) -> None:
         self._observer.new_session(raw, self._settings)
@@ -613,9 +624,10 @@ class ReconnectingConnection:
                 self._driver.begin(raw, self._settings, observer.rider(raw, self._settings))
             )
 
-    def _begin_in_session(self) -> bool:
+    def _begin_in_session(self, policy: RetryPolicy) -> bool:
         """Whether BEGIN arrived: if the session has ended while idle, this is how it shows."""
-        limit = self._policy.longest_attempt(0)
+        # Half of the time is left for connecting again.
+        limit = policy.longest_attempt((policy.timeout or 0) / 2)
         try:
             with self._watch.awaiting(min(limit, self._response_timeout or limit)):
                 self._begin_raw(self._raw)
@@ -639,7 +651,7 @@ class ReconnectingConnection:
             self._check_not_doomed()
             self._connect(self._take_down_session)
 
-    def _connect(self, first_use: Callable[[Any], None]) -> None:
+    def _connect(self, first_use: Callable[[Any], None], policy: RetryPolicy | None = None) -> None:
         """Open a session; ``first_use`` of the raw connection is part of an attempt."""
 
         def prepare(raw: Any, timeout: float) -> None:
@@ -658,7 +670,7 @@ class ReconnectingConnection:
                 raise
             self._watch = watch
 
-        self._raw = open_session(self._server, self._policy, prepare, self._had_session)
+        self._raw = open_session(self._server, policy or self._policy, prepare, self._had_session)
         self._process = os.getpid()
         self._had_session = True
 
@@ -699,7 +711,9 @@ class ReconnectingConnection:
                 self._doom()
 
     def _new_observer(self) -> Any:
-        return NoObserver() if self._witness is None else self._witness.observer(self._driver)
+        if self._witness is None:
+            return NoObserver(self._driver)
+        return self._witness.observer(self._driver)
 
 
 @implementer(ISavepoint)

@@ -116,10 +116,13 @@ class ReconnectingCursor:
             with connection._watch.awaiting(connection._response_timeout):
                 if self.name is not None and connection._state == ACTIVE:
                     connection._driver.own_transaction(connection._raw)
-                return getattr(self._raw, method)(*args, **keywords)
+                result = getattr(self._raw, method)(*args, **keywords)
         except self._error as error:
             connection._check_statement_lost(error, self._raw)
             raise
+        if connection._observer.watches_statements:
+            connection._observer.executed(self._raw)
+        return result
 
     # Results
 

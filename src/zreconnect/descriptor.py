@@ -63,7 +63,9 @@ class ConnectionDescriptor:
             raise self._model.InterfaceError("The connection descriptor is closed")
         held = getattr(self._thread_connection, "held", None)
         if held is None:
-            held = self._thread_connection.held = _HeldByThread(self._new_connection())
+            held = self._thread_connection.held = HeldByThread(self._model)
+            held.connection._implicit_begin = self._implicit_begin
+            join_transactions(held.connection, self._transaction_manager)
         connection: ReconnectingConnection = held.connection
         return connection
 
@@ -75,23 +77,20 @@ class ConnectionDescriptor:
         self.connection().isolation_level = level
         self._model.isolation_level = level
 
-    def _new_connection(self) -> ReconnectingConnection:
-        connection = self._model.fork()
-        connection._owner = connection._thread = threading.get_ident()
-        connection._implicit_begin = self._implicit_begin
-        join_transactions(connection, self._transaction_manager)
-        return connection
 
-
-class _HeldByThread:
-    """Closes its connection when the thread ends.
+class HeldByThread:
+    """A connection that is the calling thread's own, and is closed when the thread ends.
 
     The thread's storage holds the only reference; the connection itself may be part of a
     transaction that the garbage collector finds later.
+
+    model: the connection has its settings.
     """
 
-    def __init__(self, connection: ReconnectingConnection) -> None:
-        self.connection = connection
+    def __init__(self, model: ReconnectingConnection) -> None:
+        self.model = model
+        self.connection: Any = model.fork()
+        self.connection._owner = self.connection._thread = threading.get_ident()
 
     def __del__(self) -> None:
         self.connection.close()

@@ -17,10 +17,10 @@ from types import TracebackType
 from typing import Any
 
 from transaction.interfaces import TransientError
-from zope.interface import implementer
+from zope.interface import alsoProvides, implementer
 from zope.publisher.interfaces import Retry
 
-from zreconnect.interfaces import IDisconnectionError
+from zreconnect.interfaces import IDatabaseUnavailable, IDisconnectionError
 
 ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
@@ -48,6 +48,9 @@ class DisconnectionError(Retry, TransientError):
     def __init__(self, message: str, original: ExceptionInfo | None = None) -> None:
         super().__init__(original)
         self.args = (message,)
+        if original is not None:
+            # zope.publisher has this one shown, in the end, and not the Retry.
+            alsoProvides(original[1], IDatabaseUnavailable)
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -56,6 +59,7 @@ class DisconnectionError(Retry, TransientError):
         return type(self), self.args
 
 
+@implementer(IDatabaseUnavailable)
 class ReconnectTimeout(Exception):
     """The policy's patience ended before there was a transaction: nothing was begun.
 

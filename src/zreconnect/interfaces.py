@@ -3,7 +3,8 @@
 A `IReconnectingConnection` is a DB-API connection that outlives its server sessions. It knows
 one server, through a driver (`IDriver`), and a policy (`IRetryPolicy`) for how long connecting is
 tried. A `IConnectionDescriptor` gives each thread a connection that takes part in the thread's
-current `transaction`; `IZopelessTransactionManager` is that for a batch job.
+current `transaction`; `IZopelessTransactionManager` is that for a batch job, and
+`IZopeDatabaseAdapter` for a web application.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ class IRetryPolicy(Interface):
 
     def longest_attempt(elapsed):
         """The seconds that an attempt may take which starts ``elapsed`` seconds after the first."""
+
+    def after(elapsed):
+        """The policy for the time that is left when ``elapsed`` seconds of it have passed."""
 
     def retrying(error_type, before_sleep):
         """A `tenacity.Retrying` that tries again after errors of ``error_type``.
@@ -100,9 +104,10 @@ class IDriver(Interface):
     def query(raw, statement, parameters=None):
         """Execute a statement of zreconnect's own, and return its rows."""
 
-    def commit(raw):
+    def commit(raw, rider=""):
         """Commit, in one round trip.
 
+        rider: a statement that is sent along before COMMIT, which is not executed if it fails.
         Raises the module's errors; its InternalError also if the server rolled back because a
         statement had failed.
         """
@@ -157,6 +162,10 @@ class IDriver(Interface):
     def may_have_committed(raw_cursor):
         """Whether the statement that ``raw_cursor`` sent last may have been a COMMIT."""
 
+    def looks_like_reading(raw_cursor):
+        """Whether the statement that ``raw_cursor`` executed last is of a kind that writes nothing,
+        most often. Needs no round trip."""
+
     def is_transient(error):
         """Whether ``error`` is of the driver's, and the same work may succeed when run again."""
 
@@ -177,6 +186,12 @@ class IObserver(Interface):
     What it knows is of the last session and its last transaction, until `new_session` is called.
     """
 
+    watches_statements = Attribute("Whether `executed` wants to know of each statement.")
+    may_have_written = Attribute(
+        "Whether a COMMIT that was lost may have committed something. If not, the work may run "
+        "again, and `outcome` must not be asked."
+    )
+
     def new_session(raw, settings):
         """Take down the session. Raises the driver's errors."""
 
@@ -185,6 +200,12 @@ class IObserver(Interface):
 
     def began(row):
         """Take down what the rider returned; whether the transaction can go on."""
+
+    def executed(raw_cursor):
+        """A statement of the transaction was executed."""
+
+    def commit(raw):
+        """Commit, after taking down what is known only now. Raises the driver's errors."""
 
     def fence(raw):
         """End the server process of the session, so that it can neither commit late nor hold
@@ -405,7 +426,90 @@ class IZopelessTransactionManager(Interface):
         """End the current transaction, close the connection and take ``_connection`` away."""
 
 
-class IDisconnectionError(IRetry):
+class IZopeCursor(IReconnectingCursor):
+    """A cursor of an `IZopeConnection`; its rows are lists."""
+
+
+class IZopeConnection(IReconnectingConnection):
+    """A thread's connection from a database adapter; its work is part of a `transaction`.
+
+    It joins the current transaction when ``cursor()`` is called or a statement begins one.
+    ``commit()`` is the transaction manager's to call, and raises the driver's ProgrammingError.
+    """
+
+    def registerForTxn():
+        """Join the current transaction, if that has not been done."""
+
+    def getTypeInfo():
+        """The `IZopeDatabaseAdapter` that the connection belongs to."""
+
+
+class IZopeDatabaseAdapter(Interface):
+    """Gives each thread a connection that takes part in its transactions."""
+
+    paramstyle = Attribute("How the driver marks parameters, as in PEP 249.")
+    threadsafety = Attribute("What threads may share, as in PEP 249: the adapter, no connection.")
+
+    def __call__(transaction_manager=None):
+        """The calling thread's `IZopeConnection`.
+
+        transaction_manager: whose current transaction it takes part in, such as ``request.tm``;
+        None stands for ``transaction.manager``. Raises the driver's ProgrammingError if the
+        connection is in a transaction of another one.
+        """
+
+    def isConnected():
+        """Whether the calling thread has a session, as far as that is known without asking."""
+
+    def getConverter(type):
+        """A function that converts a result of this type: the driver has done so already, so that
+        it returns what it is given."""
+
+    def getEncoding():
+        """The client encoding that was set, or None for the server's own."""
+
+    def setEncoding(encoding):
+        """Use this client encoding, in sessions that begin later."""
+
+
+class IManageableZopeDatabaseAdapter(IZopeDatabaseAdapter):
+    """A database adapter that can be told where its database is."""
+
+    dsn = Attribute("What ``getDSN()`` returns; not to be shown, for it may have a password.")
+    server = Attribute("The server's address, without password.")
+
+    def getDSN():
+        """The data source name, with its password."""
+
+    def setDSN(dsn):
+        """Use another data source name, each thread from its next transaction on.
+
+        Raises TypeError or ValueError, which does not quote it, if it makes no sense; then the
+        adapter is as before.
+        """
+
+    def connect():
+        """Open the calling thread's session, unless there is one.
+
+        Raises `DisconnectionError` or `ReconnectTimeout` if that is not possible now, and the
+        driver's OperationalError if it is refused for good.
+        """
+
+    def disconnect():
+        """End the calling thread's session, and what it has not committed; those of the other
+        threads end before their next transactions. Whoever uses the adapter then reconnects."""
+
+
+class IDatabaseUnavailable(Interface):
+    """An error that means: the database could not be reached, or was lost, and may come back.
+
+    A web server answers it with 503 Service Unavailable. It is provided by `DisconnectionError`, by
+    the original exception inside one, which is what a publisher shows when it has run a request
+    often enough, and by `ReconnectTimeout`.
+    """
+
+
+class IDisconnectionError(IRetry, IDatabaseUnavailable):
     """The connection was lost, nothing was committed, and the unit of work may run again."""
 
     def getOriginalException():

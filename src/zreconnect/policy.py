@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tenacity
 from zope.interface import implementer
@@ -60,6 +60,11 @@ class RetryPolicy:
         if self.timeout is None:
             return LONGEST_ATTEMPT
         return min(LONGEST_ATTEMPT, max(SHORTEST_ATTEMPT, self.timeout - elapsed))
+
+    def after(self, elapsed: float) -> RetryPolicy:
+        if self.timeout is None:
+            return self
+        return replace(self, timeout=max(0.0, self.timeout - elapsed))
 
     def retrying(
         self,

@@ -30,6 +30,15 @@ POLL_INTERVAL = 0.01
 KEPT_DAYS = 30
 # pg_current_xact_id() and pg_xact_status() exist since PostgreSQL 13.
 FIRST_VERSION_WITH_XACT_STATUS = 130000
+# Goes along with COMMIT, and fails if the transaction has an id, which it gets when it first
+# writes. So a COMMIT that the server has executed had nothing to commit. If it fails, the savepoint
+# lets the transaction go on.
+NOTHING_WRITTEN = (
+    "SAVEPOINT zreconnect_commit;"
+    "SELECT ('written by ' || pg_current_xact_id_if_assigned()::text)::integer"
+)
+GO_ON = "ROLLBACK TO SAVEPOINT zreconnect_commit;"
+ASSIGNED_ID = "SELECT pg_current_xact_id_if_assigned()"
 
 
 class Outcome(enum.Enum):
@@ -65,16 +74,33 @@ class History:
 class XidWitness:
     """Takes the transaction id down, and asks the server what became of it.
 
-    Needs no table. It costs no round trip: the question for the id rides on BEGIN. It proves a
-    commit unless the server crashed or failed over since; then the outcome is unknown. That it
-    was not committed, it proves always.
+    Needs no table. It proves a commit unless the server crashed or failed over since; then the
+    outcome is unknown. That it was not committed, it proves always.
+
+    at_commit: False asks for the id along with BEGIN, which costs no round trip, but uses up an id
+    for each transaction that may write. True asks just before COMMIT, and only a transaction that
+    has written; that costs it one round trip, and the others none. For web sites, where most
+    transactions only read.
+
+    Raises TypeError if ``at_commit`` is not a truth value.
     """
 
+    def __init__(self, at_commit: bool = False) -> None:
+        if not isinstance(at_commit, bool):
+            raise TypeError(f"at_commit must be True or False, not {at_commit!r}")
+        self.at_commit = at_commit
+
     def __repr__(self) -> str:
-        return "XidWitness()"
+        return f"XidWitness(at_commit={self.at_commit})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, XidWitness) and self.at_commit == other.at_commit
+
+    def __hash__(self) -> int:
+        return hash(self.at_commit)
 
     def observer(self, driver: Any) -> XidObserver:
-        return XidObserver(driver)
+        return XidAtCommitObserver(driver) if self.at_commit else XidObserver(driver)
 
 
 @implementer(IWitness)
@@ -105,6 +131,12 @@ class Ledger:
 class NoObserver:
     """For a connection without a witness: it knows nothing of any transaction."""
 
+    watches_statements = False
+    may_have_written = True
+
+    def __init__(self, driver: Any) -> None:
+        self._driver = driver
+
     def new_session(self, raw: Any, settings: SessionSettings) -> None:
         """Nothing is taken down."""
 
@@ -113,6 +145,12 @@ class NoObserver:
 
     def began(self, row: Any) -> bool:
         return True
+
+    def executed(self, raw_cursor: Any) -> None:
+        """Nothing is taken down."""
+
+    def commit(self, raw: Any) -> None:
+        self._driver.commit(raw)
 
     def fence(self, raw: Any) -> None:
         """The lost session is not known."""
@@ -130,12 +168,20 @@ class NoObserver:
 class _SessionObserver:
     """What the witnesses have in common: which server process, and which transaction."""
 
+    watches_statements = False
+
     def __init__(self, driver: Any) -> None:
         self._driver = driver
         self._backend: Backend | None = None
         self._xid: int | None = None
         self._is_standby = False
-        self._may_write = False
+        self.may_have_written = False
+
+    def executed(self, raw_cursor: Any) -> None:
+        """The statements do not matter."""
+
+    def commit(self, raw: Any) -> None:
+        self._driver.commit(raw)
 
     def fence(self, raw: Any) -> None:
         """End the server process of the session before, and wait until it has ended.
@@ -200,17 +246,15 @@ class XidObserver(_SessionObserver):
         self._history = None if self._is_standby else self._present_history(raw)
 
     def rider(self, raw: Any, settings: SessionSettings) -> str:
-        self._may_write = self._can_write(raw, settings)
+        self.may_have_written = self._can_write(raw, settings)
         # An id is given to every transaction that asks, and there are but 2**31 before a vacuum.
-        return "SELECT pg_current_xact_id()" if self._may_write and self._knows_status else ""
+        return "SELECT pg_current_xact_id()" if self.may_have_written and self._knows_status else ""
 
     def began(self, row: Any) -> bool:
         self._xid = None if row is None else int(row[0])
         return True
 
     def outcome(self, raw: Any) -> Outcome:
-        if not self._may_write:
-            return Outcome.ABORTED
         history = self._present_history(raw)
         if self._xid is None or not self._is_same_system(history):
             return Outcome.UNKNOWN
@@ -258,6 +302,55 @@ class XidObserver(_SessionObserver):
 
 
 @implementer(IObserver)
+class XidAtCommitObserver(XidObserver):
+    """Asks for the id just before COMMIT, and only a transaction that has written."""
+
+    watches_statements = True
+
+    def __init__(self, driver: Any) -> None:
+        super().__init__(driver)
+        self._has_written = False
+        self._reads_write = False
+
+    def rider(self, raw: Any, settings: SessionSettings) -> str:
+        self._has_written = False
+        self.may_have_written = self._can_write(raw, settings)
+        return ""
+
+    def executed(self, raw_cursor: Any) -> None:
+        if not self._driver.looks_like_reading(raw_cursor):
+            self._has_written = True
+
+    def commit(self, raw: Any) -> None:
+        if (
+            not self.may_have_written
+            or not self._knows_status
+            or self._driver.in_failed_transaction(raw)
+        ):
+            self._driver.commit(raw)
+            return
+        # As long as no COMMIT is sent that has something to commit, losing the session rolls back.
+        self.may_have_written = False
+        if self._has_written or self._reads_write:
+            self._commit_with_id(raw, ASSIGNED_ID)
+            return
+        try:
+            self._driver.commit(raw, NOTHING_WRITTEN)
+        except self._driver.module.errors.InvalidTextRepresentation:
+            # A SELECT that calls a function or locks rows. The server logs the error, so that this
+            # connection does not try again.
+            self._reads_write = True
+            self._commit_with_id(raw, GO_ON + ASSIGNED_ID)
+
+    def _commit_with_id(self, raw: Any, question: str) -> None:
+        ((xid,),) = self._driver.query(raw, question)
+        if xid is not None:
+            self._xid = int(xid)
+            self.may_have_written = True
+        self._driver.commit(raw)
+
+
+@implementer(IObserver)
 class LedgerObserver(_SessionObserver):
     """Knows a connection's row in the ledger, and the number of its last transaction there."""
 
@@ -273,8 +366,8 @@ class LedgerObserver(_SessionObserver):
             self._open_row(raw)
 
     def rider(self, raw: Any, settings: SessionSettings) -> str:
-        self._may_write = self._can_write(raw, settings)
-        if not self._may_write:
+        self.may_have_written = self._can_write(raw, settings)
+        if not self.may_have_written:
             return ""
         self._number += 1
         return (
@@ -284,11 +377,9 @@ class LedgerObserver(_SessionObserver):
 
     def began(self, row: Any) -> bool:
         self._xid = None if row is None else int(row[0])
-        return row is not None or not self._may_write
+        return row is not None or not self.may_have_written
 
     def outcome(self, raw: Any) -> Outcome:
-        if not self._may_write:
-            return Outcome.ABORTED
         # The transaction has the row locked until it has ended, whichever way.
         self._driver.query(raw, f"SET lock_timeout = '{PATIENCE_WITH_ORPHANS}s'")
         try:

@@ -53,6 +53,8 @@ DISCONNECT_MESSAGES = (
 )
 # A program may end the transaction by a statement of its own.
 COMMIT_STATEMENT = re.compile(rb"(?:^|;)\s*(?:COMMIT|END|PREPARE\s+TRANSACTION)\b", re.IGNORECASE)
+# Tags of what the server executed. A SELECT can write all the same, by a function that it calls.
+READING_TAGS = re.compile(r"(SELECT|FETCH|MOVE|SHOW|SET|DECLARE|CLOSE|SAVEPOINT|RELEASE)\b")
 # Errors of connecting carry no SQLSTATE. These are 53300 and 55000, which pass, although they
 # quote the name of the role or the database as refusals do.
 PASSING_MESSAGES = (
@@ -168,11 +170,13 @@ class Psycopg2Driver:
     def begins_read_only(self, raw: Any, settings: SessionSettings) -> bool:
         return bool(raw.readonly if settings.readonly is None else settings.readonly)
 
-    def commit(self, raw: Any) -> None:
+    def commit(self, raw: Any, rider: str = "") -> None:
         failed = self.in_failed_transaction(raw)
         if raw.autocommit:
-            self.query(raw, "COMMIT")
+            self.query(raw, f"{rider};COMMIT" if rider else "COMMIT")
         else:
+            if rider:
+                self.query(raw, rider)
             raw.tpc_commit()
             raw.autocommit = True
         if failed:
@@ -260,6 +264,9 @@ class Psycopg2Driver:
 
     def may_have_committed(self, raw_cursor: Any) -> bool:
         return COMMIT_STATEMENT.search(raw_cursor.query or b"") is not None
+
+    def looks_like_reading(self, raw_cursor: Any) -> bool:
+        return READING_TAGS.match(raw_cursor.statusmessage or "") is not None
 
     def is_transient(self, error: BaseException) -> bool:
         return isinstance(error, psycopg2.Error) and error.pgcode in TRANSIENT_STATES

@@ -39,15 +39,30 @@ class InterfaceTests(DatabaseTestCase):
         verifyObject(interfaces.IDriver, psycopg2_driver.driver)
 
     def test_witnesses(self):
-        for witness in (witnesses.XidWitness(), witnesses.Ledger()):
+        for witness in (
+            witnesses.XidWitness(),
+            witnesses.XidWitness(at_commit=True),
+            witnesses.Ledger(),
+        ):
             verifyObject(interfaces.IWitness, witness)
             verifyObject(interfaces.IObserver, witness.observer(psycopg2_driver.driver))
-        verifyObject(interfaces.IObserver, witnesses.NoObserver())
+        verifyObject(interfaces.IObserver, witnesses.NoObserver(psycopg2_driver.driver))
 
     def test_descriptor(self):
         descriptor = zreconnect.ConnectionDescriptor(self.dsn)
         verifyClass(interfaces.IConnectionDescriptor, zreconnect.ConnectionDescriptor)
         verifyObject(interfaces.IConnectionDescriptor, descriptor)
+
+    def test_adapter(self):
+        adapter = zreconnect.ReconnectingDatabaseAdapter(self.dsn)
+        self.addCleanup(adapter.disconnect)
+        verifyClass(interfaces.IManageableZopeDatabaseAdapter, type(adapter))
+        verifyObject(interfaces.IManageableZopeDatabaseAdapter, adapter)
+        adapter.connect()
+        verifyClass(interfaces.IZopeConnection, type(adapter()))
+        verifyObject(interfaces.IZopeConnection, adapter())
+        verifyClass(interfaces.IZopeCursor, type(adapter().cursor()))
+        verifyObject(interfaces.IZopeCursor, adapter().cursor())
 
     def test_zopeless(self):
         verifyClass(interfaces.IZopelessTransactionManager, zreconnect.ZopelessTransactionManager)
@@ -71,7 +86,7 @@ class InterfaceTests(DatabaseTestCase):
 
 class ExceptionTests(unittest.TestCase):
     def test_disconnection_error_is_understood_by_publishers_loops_and_old_code(self):
-        error = psycopg2_driver.Psycopg2DisconnectionError("gone", (None, None, None))
+        error = psycopg2_driver.Psycopg2DisconnectionError("gone", (ValueError, ValueError(), None))
         self.assertIsInstance(error, Retry)
         self.assertIsInstance(error, TransientError)
         self.assertIsInstance(error, psycopg2.OperationalError)
@@ -84,7 +99,9 @@ class ExceptionTests(unittest.TestCase):
             self.assertFalse(issubclass(error_type, (Retry, TransientError, psycopg2.Error)))
 
     def test_they_travel_between_processes(self):
-        disconnection = psycopg2_driver.Psycopg2DisconnectionError("gone", (None, None, None))
+        disconnection = psycopg2_driver.Psycopg2DisconnectionError(
+            "gone", (ValueError, ValueError(), None)
+        )
         timeout = zreconnect.ReconnectTimeout("server", 2, 3.0, ValueError("refused"))
         unknown = zreconnect.CommitOutcomeUnknown("server")
         for error in (disconnection, timeout, unknown):

@@ -186,7 +186,7 @@ class JoinedTests(WitnessTestCase):
             self.lose_answer_to_commit(connection)
         self.assertEqual([type(event).__name__ for event in seen], ["ConnectionLost"])
         self.assertIn("no witness", unknown.exception.evidence)
-        self.assertIs(witness.NoObserver().outcome(None), witness.Outcome.UNKNOWN)
+        self.assertIs(witness.NoObserver(driver).outcome(None), witness.Outcome.UNKNOWN)
         connection.rollback()
         connection.run(lambda: None)
         connection.close()
@@ -249,6 +249,132 @@ class XidTests(WitnessTestCase):
         self.forward.drop()
         with self.assertRaises(CommitOutcomeUnknown):
             connection.commit()
+
+
+class XidAtCommitTests(WitnessTestCase):
+    def setUp(self):
+        super().setUp()
+        self.query(
+            "CREATE FUNCTION add_item(text) RETURNS text LANGUAGE sql"
+            " AS 'INSERT INTO item VALUES ($1) RETURNING name'"
+        )
+        self.connection = self.connect(witness=XidWitness(at_commit=True))
+        self.connection.run(lambda: None)
+
+    def execute(self, statement, name=None):
+        cursor = self.connection.cursor(name)
+        cursor.execute(statement)
+        if cursor.description:
+            cursor.fetchall()
+        cursor.close()
+
+    def trips(self, statement, name=None):
+        return self.round_trips(lambda: self.connection.run(self.execute, statement, name))
+
+    def test_reading_costs_no_round_trip_and_writing_one(self):
+        for statement in ("SELECT 1", "SHOW search_path", "SELECT count(*) FROM item"):
+            self.assertEqual(self.trips(statement), 3)
+        for statement in (
+            "INSERT INTO item VALUES ('one')",
+            "UPDATE item SET name = 'two'",
+            "DELETE FROM item WHERE name = 'three'",
+            "CREATE TABLE item2 ()",
+        ):
+            self.assertEqual(self.trips(statement), 4)
+        self.assertEqual(self.trips("SELECT 1"), 3)
+
+    def test_reading_uses_up_no_transaction_id(self):
+        next_id = "SELECT pg_snapshot_xmax(pg_current_snapshot())"
+        before = self.query(next_id)
+        for _ in range(3):
+            self.connection.run(self.execute, "SELECT count(*) FROM item")
+        self.assertEqual(self.query(next_id), before)
+
+    def test_a_select_that_writes_is_found_out_once(self):
+        self.assertEqual(self.trips("SELECT add_item('one')"), 5)
+        self.assertEqual(self.trips("SELECT add_item('two')"), 4)
+        self.assertEqual(self.trips("SELECT 1"), 4)
+        self.assertEqual(self.names(), ["one", "two"])
+
+    def test_a_server_side_cursor_that_only_reads(self):
+        # BEGIN, psycopg2's own BEGIN, DECLARE, CLOSE, the look at the id, COMMIT.
+        self.assertEqual(self.trips("SELECT 1", name="numbers"), 6)
+
+    def test_lost_answers_of_transactions_that_wrote(self):
+        for number, statement in enumerate(
+            ["INSERT INTO item VALUES ('one')", "SELECT add_item('one')"], start=1
+        ):
+            with self.subTest(statement):
+                self.execute(statement)
+                with self.events() as seen:
+                    self.lose_answer_to_last_request()
+                outcomes = [getattr(event, "outcome", None) for event in seen]
+                self.assertIn("committed", outcomes)
+                self.assertEqual((self.connection.state, self.names()), ("idle", ["one"]))
+                self.query("DELETE FROM item")
+                self.connection._observer._reads_write = number == 1
+
+    def lose_answer_to_last_request(self):
+        """Commit; the line is cut when the server has committed."""
+        observer = self.connection._observer
+        commit = observer._driver.commit
+
+        def commit_without_answer(raw, rider=""):
+            if rider:
+                commit(raw, rider)
+            self.forward.silence("to_client")
+            cutter.start()
+            commit(raw)
+
+        def cut():
+            wait_until(self.names)
+            self.forward.drop()
+            self.forward.resume()
+
+        cutter = threading.Thread(target=cut)
+        with mock.patch.object(observer._driver, "commit", commit_without_answer):
+            self.connection.commit()
+        cutter.join()
+
+    def test_a_lost_commit_of_one_that_only_read_is_not_looked_up(self):
+        self.execute("SELECT count(*) FROM item")
+        self.forward.drop()
+        self.forward.refuse()
+        with self.events() as seen, self.assertRaises(DisconnectionError):
+            self.connection.commit()
+        self.assertEqual([type(event).__name__ for event in seen], ["ConnectionLost"])
+
+    def test_a_connection_lost_while_the_id_is_asked_for_has_committed_nothing(self):
+        self.insert(self.connection)
+        self.forward.drop()
+        self.forward.refuse()
+        with self.assertRaises(DisconnectionError):
+            self.connection.commit()
+        self.assertEqual(self.connection.state, "doomed")
+
+    def test_an_update_of_no_row_has_nothing_to_commit(self):
+        self.execute("UPDATE item SET name = 'two'")
+        self.connection.commit()
+        self.assertFalse(self.connection._observer.may_have_written)
+
+    def test_a_failed_transaction_is_not_committed(self):
+        with self.assertRaises(psycopg2.errors.DivisionByZero):
+            self.execute("SELECT 1/0")
+        with self.assertRaises(psycopg2.errors.InFailedSqlTransaction):
+            self.connection.commit()
+        self.assertEqual(self.connection.state, "idle")
+
+    def test_a_readonly_transaction_asks_nothing(self):
+        self.connection.readonly = True
+        self.assertEqual(self.trips("SELECT 1"), 3)
+
+    def test_arguments(self):
+        self.assertEqual(repr(XidWitness(at_commit=True)), "XidWitness(at_commit=True)")
+        self.assertEqual(
+            {XidWitness(), XidWitness(at_commit=True)}, {*map(XidWitness, (0 > 1, 1 > 0))}
+        )
+        with self.assertRaisesRegex(TypeError, "at_commit"):
+            XidWitness("yes")
 
 
 class LedgerTests(WitnessTestCase):
@@ -407,4 +533,3 @@ class LedgerTests(WitnessTestCase):
             with self.assertRaisesRegex(ValueError, "table"):
                 Ledger(table)
         self.assertEqual(repr(Ledger("office.ledger")), "Ledger(table='office.ledger')")
-        self.assertEqual(repr(XidWitness()), "XidWitness()")

@@ -1,0 +1,257 @@
+"""A database adapter for Zope and other web applications."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import transaction
+from transaction.interfaces import ITransactionManager
+from zope.interface import implementer
+
+from zreconnect.connection import ReconnectingConnection
+from zreconnect.cursor import ReconnectingCursor
+from zreconnect.datamanager import join_transactions
+from zreconnect.descriptor import HeldByThread
+from zreconnect.interfaces import (
+    ACTIVE,
+    CLOSED,
+    DOOMED,
+    IManageableZopeDatabaseAdapter,
+    IZopeConnection,
+    IZopeCursor,
+)
+from zreconnect.policy import FAIL_FAST, RetryPolicy
+from zreconnect.server import server_from_dsn
+from zreconnect.witness import XidWitness
+
+# Nobody waits longer for a web page.
+RESPONSE_TIMEOUT = 30.0
+
+
+@implementer(IZopeCursor)
+class ZopeCursor(ReconnectingCursor):
+    """See `IZopeCursor`. Rows that are no plain tuples stay as the cursor factory makes them."""
+
+    __slots__ = ()
+
+    def fetchone(self) -> Any:
+        return _as_list(super().fetchone())
+
+    def fetchmany(self, size: int | None = None) -> list[Any]:
+        return [_as_list(row) for row in super().fetchmany(size)]
+
+    def fetchall(self) -> list[Any]:
+        return [_as_list(row) for row in super().fetchall()]
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(_as_list, super().__iter__())
+
+    def __next__(self) -> Any:
+        return _as_list(super().__next__())
+
+
+@implementer(IZopeConnection)
+class ZopeConnection(ReconnectingConnection):
+    """See `IZopeConnection`.
+
+    A publisher runs a request again at once after a disconnect, in the same thread. So the time
+    that it has waited is the thread's: it counts from transaction to transaction until one ends
+    that was not lost, or until nothing has happened for as long as the policy's timeout.
+    """
+
+    __slots__ = ("_adapter", "_waited", "_waited_until")
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._adapter: Any = None
+        self._waited = 0.0
+        self._waited_until = 0.0
+
+    def cursor(
+        self, name: str | None = None, cursor_factory: Any = None, **options: Any
+    ) -> ZopeCursor:
+        self._check_usable()
+        self.registerForTxn()
+        return ZopeCursor(self, name, cursor_factory, options)
+
+    def registerForTxn(self) -> None:
+        assert self._before_begin is not None
+        self._before_begin()
+
+    def getTypeInfo(self) -> Any:
+        return self._adapter
+
+    def _patience(self) -> RetryPolicy:
+        if time.monotonic() - self._waited_until > (self._policy.timeout or 0):
+            self._waited = 0.0
+        return self._policy.after(self._waited)
+
+    def _begin(self) -> None:
+        started = time.monotonic()
+        try:
+            super()._begin()
+        finally:
+            self._waited_until = time.monotonic()
+            self._waited += self._waited_until - started
+
+    def _be_idle(self) -> None:
+        if self._state == ACTIVE:
+            self._waited = 0.0
+        elif self._state == DOOMED:
+            self._waited_until = time.monotonic()
+        super()._be_idle()
+
+
+@implementer(IManageableZopeDatabaseAdapter)
+class ReconnectingDatabaseAdapter:
+    """See `IManageableZopeDatabaseAdapter`.
+
+    dsn, driver, on_connect: as for `connect`.
+    timeout: seconds that a request waits in all for a transaction to begin, its retries included.
+    None does not wait: one attempt to connect, then `DisconnectionError`, for the publisher to run
+    the request again.
+    witness: as for `connect`; "xid" stands for ``XidWitness(at_commit=True)``.
+    response_timeout: seconds after which a statement without an answer counts as a disconnect; None
+    waits for ever.
+
+    It can be pickled; a copy has no connection.
+
+    Raises TypeError or ValueError, naming the argument, for one that makes no sense.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        timeout: float | None = None,
+        driver: str | None = None,
+        witness: Any = "xid",
+        on_connect: Callable[[Any], object] | None = None,
+        response_timeout: float | None = RESPONSE_TIMEOUT,
+    ) -> None:
+        self._driver_name = driver
+        self._policy = FAIL_FAST if timeout is None else RetryPolicy(timeout=timeout)
+        self._witness = XidWitness(at_commit=True) if witness == "xid" else witness
+        self._on_connect = on_connect
+        self._response_timeout = response_timeout
+        self._encoding: str | None = None
+        self._dsn = dsn
+        self._start()
+
+    def _start(self) -> None:
+        self._thread = threading.local()
+        self._model = self._new_model(self._dsn)
+
+    def _new_model(self, dsn: str) -> ZopeConnection:
+        """A connection that is never used: the threads' are forks of it."""
+        model = ZopeConnection(
+            server_from_dsn(dsn, self._driver_name),
+            policy=self._policy,
+            witness=self._witness,
+            on_connect=self._on_connect,
+            response_timeout=self._response_timeout,
+        )
+        model._settings.client_encoding = self._encoding
+        return model
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.server}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value for name, value in vars(self).items() if name not in ("_thread", "_model")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start()
+
+    # IZopeDatabaseAdapter
+
+    @property
+    def paramstyle(self) -> str:
+        paramstyle: str = self._model._driver.module.paramstyle
+        return paramstyle
+
+    @property
+    def threadsafety(self) -> int:
+        return 1
+
+    def __call__(self, transaction_manager: ITransactionManager | None = None) -> ZopeConnection:
+        if transaction_manager is None:
+            transaction_manager = transaction.manager
+        connection = self._connection()
+        data_manager = connection._data_manager
+        if data_manager is None:
+            join_transactions(connection, transaction_manager)
+        elif data_manager.transaction_manager is not transaction_manager:
+            raise connection.ProgrammingError(
+                "The thread's connection is part of the transaction of another transaction "
+                "manager: commit or abort that first"
+            )
+        return connection
+
+    def isConnected(self) -> bool:
+        held = self._held()
+        return held is not None and held.connection._raw is not None
+
+    def getConverter(self, type: Any) -> Callable[[Any], Any]:
+        return _unchanged
+
+    def getEncoding(self) -> str | None:
+        return self._encoding
+
+    def setEncoding(self, encoding: str) -> None:
+        self._encoding = encoding
+        self._model = self._new_model(self._dsn)
+
+    # IManageableZopeDatabaseAdapter
+
+    @property
+    def server(self) -> str:
+        return self._model.server
+
+    @property
+    def dsn(self) -> str:
+        return self._dsn
+
+    def getDSN(self) -> str:
+        return self._dsn
+
+    def setDSN(self, dsn: str) -> None:
+        self._model = self._new_model(dsn)
+        self._dsn = dsn
+
+    def connect(self) -> None:
+        self._connection()._need_session()
+
+    def disconnect(self) -> None:
+        self._model = self._new_model(self._dsn)
+        vars(self._thread).pop("held", None)
+
+    def _held(self) -> HeldByThread | None:
+        """What the calling thread holds, unless it is out of date."""
+        held: HeldByThread | None = vars(self._thread).get("held")
+        if held is None or held.connection.state == CLOSED:
+            return None
+        if held.model is not self._model and held.connection._data_manager is None:
+            return None
+        return held
+
+    def _connection(self) -> ZopeConnection:
+        held = self._held()
+        if held is None:
+            held = self._thread.held = HeldByThread(self._model)
+            held.connection._adapter = self
+        connection: ZopeConnection = held.connection
+        return connection
+
+
+def _as_list(row: Any) -> Any:
+    return list(row) if type(row) is tuple else row
+
+
+def _unchanged(value: Any) -> Any:
+    return value
