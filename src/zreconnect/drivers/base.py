@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-DRIVERS = {"psycopg2": "zreconnect.drivers.psycopg2"}
+DRIVERS = {
+    "psycopg": "zreconnect.drivers.psycopg",
+    "psycopg2": "zreconnect.drivers.psycopg2",
+}
 
 
 class Meaning(enum.Enum):
@@ -41,6 +44,18 @@ class ServerSession:
     pid: int
     start: Any
     is_standby: bool = False
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A transaction that has begun along with its first statement.
+
+    row: what the rider has returned.
+    error: what the statement has raised, or None.
+    """
+
+    row: Any
+    error: Exception | None
 
 
 @dataclass
