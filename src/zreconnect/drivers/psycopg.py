@@ -356,7 +356,19 @@ class _SharedTrip(psycopg.Pipeline):
         while self.command_queue:
             self.command_queue.popleft()()
         yield from generators.send(self.pgconn)
-        yield from self._fetch_gen(flush=False)
+        error: psycopg.Error | None = None
+        while self.result_queue:
+            try:
+                results = yield from generators.fetch_many(self.pgconn)
+            except psycopg.Error as problem:
+                # What was answered before may tell why there is no more of it.
+                raise error or problem from None
+            try:
+                self._process_results(self.result_queue.popleft(), results)
+            except psycopg.Error as problem:
+                error = error or problem
+        if error is not None:
+            raise error
 
     def _communicate_gen(self) -> PQGen[None]:
         """Nothing is sent before the end of the block."""

@@ -7,8 +7,6 @@ import os
 import threading
 import weakref
 
-import psycopg2
-
 import zreconnect
 from zreconnect import DisconnectionError, Ledger, ReconnectTimeout, RetryPolicy, watchdog
 from zreconnect.tests.base import DatabaseTestCase, wait_until
