@@ -226,10 +226,7 @@ class PsycopgDriver(PostgresqlDriver):
     # Statements
 
     def query(self, raw: Any, statement: str, parameters: Any = None) -> list[Any]:
-        _check_not_locked(raw)
-        with _synchronized(raw), _without_preparing(raw):
-            cursor = _own_cursor(raw)
-            cursor.execute(statement, parameters)
+        cursor = self._ask(raw, statement, parameters)
         return cursor.fetchall() if cursor.description else []
 
     def cursor(self, raw: Any, name: str | None, options: Mapping[str, Any]) -> Any:
@@ -274,13 +271,9 @@ class PsycopgDriver(PostgresqlDriver):
 
     def _execute(self, raw: Any, *statements: str) -> _Answer:
         """Execute statements without parameters, in one round trip; the answer to the last."""
-        _check_not_locked(raw)
         if _is_in_pipeline(raw):
-            with _synchronized(raw), _without_preparing(raw):
-                for statement in statements:
-                    cursor = _own_cursor(raw)
-                    cursor.execute(statement)
-            return _Answer(cursor.pgresult)
+            return _Answer(self._ask(raw, ";".join(statements)).pgresult)
+        _check_not_locked(raw)
         # A cursor would make many times the work of it.
         with raw.lock:
             raw.pgconn.send_query(";".join(statements).encode())
@@ -289,6 +282,21 @@ class PsycopgDriver(PostgresqlDriver):
             if result.status == pq.ExecStatus.FATAL_ERROR:
                 raise psycopg.errors.error_from_result(result, raw.info.encoding)
         return _Answer(results[-1])
+
+    def _ask(self, raw: Any, statement: str, parameters: Any = None) -> Any:
+        """A cursor that has executed statements, at the result of the last one."""
+        _check_not_locked(raw)
+        if not _is_in_pipeline(raw):
+            with _without_preparing(raw):
+                cursor = _own_cursor(raw).execute(statement, parameters)
+            while cursor.nextset():
+                pass
+            return cursor
+        # A pipeline takes one statement at a time; at the end of the block they are answered.
+        with raw.pipeline(), _without_preparing(raw):
+            for part in statement.split(";"):
+                cursor = _own_cursor(raw).execute(part, parameters)
+        return cursor
 
 
 class _Answer:
@@ -420,12 +428,6 @@ def _without_preparing(raw: Any) -> Iterator[None]:
 
 def _is_in_pipeline(raw: Any) -> bool:
     return bool(raw.pgconn.pipeline_status)
-
-
-def _synchronized(raw: Any) -> contextlib.AbstractContextManager[Any]:
-    """In a pipeline of the user's: a block at whose end the answers have arrived."""
-    pipeline: contextlib.AbstractContextManager[Any] = raw.pipeline()
-    return pipeline if _is_in_pipeline(raw) else contextlib.nullcontext()
 
 
 def _check_not_locked(raw: Any) -> None:

@@ -27,7 +27,13 @@ from zreconnect import (
     initZopeless,
 )
 from zreconnect.drivers import psycopg as psycopg_driver
-from zreconnect.tests import test_connection, test_round_trips, test_session, test_watchdog
+from zreconnect.tests import (
+    test_connection,
+    test_round_trips,
+    test_session,
+    test_watchdog,
+    test_witness,
+)
 from zreconnect.tests.base import DatabaseTestCase, wait_until
 
 # Passed on: they begin and end nothing, and execute nothing outside a transaction of their own.
@@ -575,6 +581,10 @@ class StreamTests(Psycopg, DatabaseTestCase):
         self.assertEqual(self.connection.state, "active")
 
 
+class WitnessTests(Psycopg, test_witness.XidAtCommitTests):
+    test_a_server_side_cursor_that_only_reads = None
+
+
 class CopyTests(Psycopg, DatabaseTestCase):
     def setUp(self):
         super().setUp()
@@ -705,6 +715,18 @@ class PipelineTests(Psycopg, DatabaseTestCase):
                     connection.rollback()
                 self.assertEqual(self.names(), ["one", "two"])
                 self.query("DELETE FROM item")
+
+    def test_what_was_begun_outside(self):
+        self.query(
+            "CREATE FUNCTION add_item() RETURNS text LANGUAGE sql"
+            " AS $$ INSERT INTO item VALUES ('one') RETURNING name $$"
+        )
+        connection = self.connect(witness=XidWitness(at_commit=True))
+        for statement in ("SELECT 1", "SELECT add_item()"):
+            connection.execute(statement)
+            with connection.pipeline():
+                connection.commit()
+        self.assertEqual(self.names(), ["one"])
 
     def test_errors_inside(self):
         with self.connection.pipeline() as pipeline:
