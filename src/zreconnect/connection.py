@@ -605,7 +605,11 @@ class ReconnectingConnection:
                 return False
             self._observer.began(begun.row)
             if begun.error is not None:
-                raise begun.error
+                try:
+                    raise begun.error
+                finally:
+                    # Its error's traceback refers to this frame.
+                    del begun
         except self._driver.module.Error as error:
             self._check_statement_lost(error, raw_cursor)
             raise

@@ -215,13 +215,17 @@ class PsycopgDriver(PostgresqlDriver):
                 execute()
         except Exception as problem:
             error = problem
-        if error is not None and self.meaning(error, raw) is Meaning.DISCONNECT:
-            raise error
-        if companion.answer is None:
+        try:
+            if error is not None and self.meaning(error, raw) is Meaning.DISCONNECT:
+                raise error
+            if companion.answer is not None:
+                return Begun(companion.answer.row, error)
             if self.in_transaction(raw):
                 self.rollback(raw)
             return None
-        return Begun(companion.answer.row, error)
+        finally:
+            # Its traceback refers to this frame.
+            del error
 
     # Statements
 
@@ -376,7 +380,11 @@ class _SharedTrip(psycopg.Pipeline):
             except psycopg.Error as problem:
                 error = error or problem
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                # Its traceback refers to this frame.
+                del error
 
     def _communicate_gen(self) -> PQGen[None]:
         """Nothing is sent before the end of the block."""

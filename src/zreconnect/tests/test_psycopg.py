@@ -1,11 +1,13 @@
 """psycopg 3: what it shares with psycopg2, what it has besides, BEGIN along with a statement."""
 
+import contextlib
 import gc
 import os
 import signal
 import socket
 import threading
 import traceback
+import weakref
 from unittest import mock
 
 import psycopg
@@ -15,6 +17,7 @@ from psycopg.rows import dict_row, tuple_row
 from psycopg.types.numeric import FloatLoader
 from psycopg.types.string import StrDumper, TextLoader
 
+import zreconnect
 from zreconnect import (
     CommitOutcomeUnknown,
     DisconnectionError,
@@ -1172,6 +1175,18 @@ class BeginWithStatementTests(Psycopg, DatabaseTestCase):
         with self.assertRaisesRegex(psycopg.InternalError, "Nothing was committed"):
             connection.commit()
         self.assertEqual(connection.state, "idle")
+
+    def test_an_error_keeps_nothing_alive(self):
+        gc.disable()
+        self.addCleanup(gc.enable)
+        connection = zreconnect.connect(self.dsn, driver="psycopg")
+        connection.begin()
+        connection.rollback()
+        with contextlib.suppress(psycopg.Error):
+            connection.execute("SELECT * FROM missing")
+        forgotten = weakref.ref(connection)
+        del connection
+        self.assertIsNone(forgotten())
 
     def test_an_error_before_it_is_sent(self):
         connection = self.ready()
