@@ -36,7 +36,7 @@ setup(
     long_description_content_type="text/x-rst",
     license="ZPL-2.1",
     license_files=["LICENSE.txt"],
-    keywords="database reconnect transaction zope zopeless postgresql psycopg2 failover",
+    keywords="database reconnect transaction zope zopeless postgresql psycopg psycopg2 failover",
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Framework :: Zope",

@@ -940,7 +940,7 @@ def connect(
 
     dsn: ``postgresql://user:password@host:port/dbname``, the same with ``dbi://``, or libpq's
     ``host=... dbname=...``.
-    driver: the driver's name; None takes the one for the DSN's scheme.
+    driver: the driver's name, such as "psycopg"; None takes the one for the DSN's scheme.
     policy: how long connecting is tried when a transaction begins.
     witness: how the outcome of a lost COMMIT is looked up: "xid", a `Ledger`, or None for not.
     on_connect: called with each new raw connection, outside a transaction, to set up the session.

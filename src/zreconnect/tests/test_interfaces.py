@@ -13,8 +13,11 @@ from zreconnect import events, interfaces
 from zreconnect import witness as witnesses
 from zreconnect.connection import Savepoint
 from zreconnect.datamanager import ConnectionDataManager
+from zreconnect.drivers import psycopg as psycopg_driver
 from zreconnect.drivers import psycopg2 as psycopg2_driver
 from zreconnect.tests.base import DatabaseTestCase
+
+DRIVERS = (psycopg2_driver.driver, psycopg_driver.driver)
 
 
 class InterfaceTests(DatabaseTestCase):
@@ -37,6 +40,8 @@ class InterfaceTests(DatabaseTestCase):
     def test_driver(self):
         verifyClass(interfaces.IDriver, psycopg2_driver.Psycopg2Driver)
         verifyObject(interfaces.IDriver, psycopg2_driver.driver)
+        verifyClass(interfaces.IPipeliningDriver, psycopg_driver.PsycopgDriver)
+        verifyObject(interfaces.IPipeliningDriver, psycopg_driver.driver)
 
     def test_witnesses(self):
         for witness in (
@@ -86,25 +91,28 @@ class InterfaceTests(DatabaseTestCase):
 
 class ExceptionTests(unittest.TestCase):
     def test_disconnection_error_is_understood_by_publishers_loops_and_old_code(self):
-        error = psycopg2_driver.Psycopg2DisconnectionError("gone", (ValueError, ValueError(), None))
-        self.assertIsInstance(error, Retry)
-        self.assertIsInstance(error, TransientError)
-        self.assertIsInstance(error, psycopg2.OperationalError)
-        self.assertIsInstance(error, zreconnect.DisconnectionError)
-        verifyObject(IRetry, error)
-        verifyObject(interfaces.IDisconnectionError, error)
+        for driver in DRIVERS:
+            error = driver.disconnection_error("gone", (ValueError, ValueError(), None))
+            self.assertIsInstance(error, Retry)
+            self.assertIsInstance(error, TransientError)
+            self.assertIsInstance(error, driver.module.OperationalError)
+            self.assertIsInstance(error, zreconnect.DisconnectionError)
+            self.assertIsNone(error.diag.sqlstate)
+            verifyObject(IRetry, error)
+            verifyObject(interfaces.IDisconnectionError, error)
 
     def test_no_loop_runs_these_again(self):
         for error_type in (zreconnect.ReconnectTimeout, zreconnect.CommitOutcomeUnknown):
             self.assertFalse(issubclass(error_type, (Retry, TransientError, psycopg2.Error)))
 
     def test_they_travel_between_processes(self):
-        disconnection = psycopg2_driver.Psycopg2DisconnectionError(
-            "gone", (ValueError, ValueError(), None)
-        )
+        disconnections = [
+            driver.disconnection_error("gone", (ValueError, ValueError(), None))
+            for driver in DRIVERS
+        ]
         timeout = zreconnect.ReconnectTimeout("server", 2, 3.0, ValueError("refused"))
         unknown = zreconnect.CommitOutcomeUnknown("server")
-        for error in (disconnection, timeout, unknown):
+        for error in (*disconnections, timeout, unknown):
             copy = pickle.loads(pickle.dumps(error))
             self.assertIs(type(copy), type(error))
             self.assertEqual(str(copy), str(error))

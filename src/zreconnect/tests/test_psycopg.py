@@ -209,6 +209,8 @@ class SettingsTests(Psycopg, test_session.SettingsTests):
 
     def test_cursor_factories(self):
         connection = self.connection
+        connection.begin()
+        connection.rollback()
         connection.cursor_factory = psycopg.ClientCursor
         connection.server_cursor_factory = psycopg.RawServerCursor
         for _ in range(2):
@@ -551,7 +553,7 @@ class StreamTests(Psycopg, DatabaseTestCase):
         self.assertEqual(self.query("SELECT * FROM number"), [])
 
     def test_one_that_is_not_read_to_its_end(self):
-        for row in self.cursor.stream("SELECT generate_series(1, 1000000)", size=10):
+        for row in self.cursor.stream("SELECT generate_series(1, 1000000)"):
             self.assertEqual(row, (1,))
             break
         self.connection.rollback()
