@@ -34,6 +34,7 @@ from zreconnect.tests import (
     test_connection,
     test_round_trips,
     test_session,
+    test_twophase,
     test_watchdog,
     test_witness,
 )
@@ -399,6 +400,14 @@ class SilenceTests(Psycopg, test_watchdog.SilenceTests):
 
 class WatchdogThreadTests(Psycopg, test_watchdog.ThreadTests):
     pass
+
+
+class TwoPhaseTests(Psycopg, test_twophase.HealthyTests):
+    test_between_the_phases_the_connection_takes_no_statements = None
+    test_round_trips = None
+
+    def connect_to(self, *databases, **keywords):
+        super().connect_to(*databases, driver="psycopg", **keywords)
 
 
 # What psycopg 3 has besides.
