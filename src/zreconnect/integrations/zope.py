@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Seconds after which a client may come again.
-RETRY_AFTER = 5
-MESSAGE = "The database is not available at the moment. Please try again in a few seconds.\n"
+from zreconnect.integrations.wsgi import EXPLANATION, RETRY_AFTER
 
 
 class DatabaseUnavailableView:
@@ -23,9 +21,9 @@ class DatabaseUnavailableView:
     def __init__(self, error: BaseException, request: Any) -> None:
         self.request = request
 
-    def __call__(self) -> str:
+    def __call__(self) -> bytes:
         response = self.request.response
         response.setStatus(503)
         response.setHeader("Retry-After", str(RETRY_AFTER))
         response.setHeader("Content-Type", "text/plain; charset=utf-8")
-        return MESSAGE
+        return b"" if self.request.method == "HEAD" else EXPLANATION
