@@ -41,13 +41,13 @@ class ZopeTests:
         site.write_text(before + include + end + after)
         return Stack(command, copy)
 
-    def start_views(self, change=lambda directory: None):
+    def start_views(self, timeout=None, change=lambda directory: None):
         """The copy, answering in one thread."""
         stack = self.copy_with_views()
         change(stack.directory)
         self.gate = str(stack.directory / "gate")
         os.mkfifo(self.gate)
-        return self.start(stack, threads=1, GATE=self.gate)
+        return self.start(stack, timeout, threads=1, GATE=self.gate)
 
     @contextlib.contextmanager
     def writes_wait(self):
@@ -155,6 +155,19 @@ class ZopeTests:
     def test_error_swallowed(self):
         self.check_second_attempt("Swallows")
 
+    def test_no_connection_swallowed(self):
+        for timeout in (None, 0.2):
+            with self.subTest(timeout=timeout):
+                example = self.start_views(timeout)
+                self.forward.refuse()
+                self.assert_unavailable(example.get("/SwallowsEverything"))
+                self.forward.accept()
+                self.assertEqual(example.get("/Attempts").body, str(ATTEMPTS))
+                self.assertEqual(example.get("/SwallowsEverything").body, "fine")
+                self.assertEqual(self.guests(), [f"attempt {ATTEMPTS + 1}"])
+                self.assert_serves(example)
+                self.query("DELETE FROM guest")
+
     def test_lost_in_a_savepoint(self):
         self.check_second_attempt("RollsBackToSavepoint")
 
@@ -174,7 +187,7 @@ class ZopeTests:
             with (directory / path).open("a") as file:
                 file.write(line)
 
-        example = self.start_views(set_number)
+        example = self.start_views(change=set_number)
         self.assert_unavailable(example.get("/LosesAlways"))
         self.assertEqual(example.get("/Attempts").body, "2")
 

@@ -71,6 +71,18 @@ class Swallows(AttemptView):
                 lose_connection(cursor)
 
 
+class SwallowsEverything(AttemptView):
+    """Returns normally, even if there was no connection."""
+
+    def __call__(self):
+        with contextlib.suppress(Exception):
+            super().__call__()
+        return "fine"
+
+    def work(self, cursor, attempt):
+        """It has written, and that is all."""
+
+
 class RollsBackToSavepoint(AttemptView):
     """Takes the loss for an error that a savepoint helps against."""
 
