@@ -17,6 +17,16 @@ from zreconnect.tests.web import STACKS, Stack
 
 # Both publishers run a request again three times.
 ATTEMPTS = 4
+VIEWS = '<include package="zreconnect.tests" file="zope_views.zcml" />'
+OWN_PAGE = """\
+<page
+    xmlns="http://namespaces.zope.org/browser"
+    for="zreconnect.interfaces.IDatabaseUnavailable"
+    name="index.html"
+    class="zreconnect.tests.zope_views.Unavailable"
+    permission="zope.Public"
+    />
+"""
 WAITING = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 
 
@@ -25,11 +35,14 @@ class ZopeTests:
 
     stack: a name in `STACKS`.
     site: the path of its site definition.
-    one_retry: the path of a file of the example, and a line that makes it one retry.
+    five_retries: the path of a file of the example, and a line that makes it five retries.
     """
 
-    def copy_with_views(self):
-        """A copy of the example that also has the views of `zreconnect.tests.zope_views`."""
+    def start_views(self, timeout=None, configuration="", change=lambda directory: None):
+        """A copy of the example with the views of `zreconnect.tests.zope_views`, in one thread.
+
+        configuration: ZCML to add. change: called with the copy's directory.
+        """
         command, directory = STACKS[self.stack]
         holder = tempfile.TemporaryDirectory()
         self.addCleanup(holder.cleanup)
@@ -37,17 +50,11 @@ class ZopeTests:
         shutil.copytree(directory, copy)
         site = copy / self.site
         before, end, after = site.read_text().rpartition("</configure>")
-        include = '<include package="zreconnect.tests" file="zope_views.zcml" />'
-        site.write_text(before + include + end + after)
-        return Stack(command, copy)
-
-    def start_views(self, timeout=None, change=lambda directory: None):
-        """The copy, answering in one thread."""
-        stack = self.copy_with_views()
-        change(stack.directory)
-        self.gate = str(stack.directory / "gate")
+        site.write_text(before + VIEWS + configuration + end + after)
+        change(copy)
+        self.gate = str(copy / "gate")
         os.mkfifo(self.gate)
-        return self.start(stack, timeout, threads=1, GATE=self.gate)
+        return self.start(Stack(command, copy), timeout, threads=1, GATE=self.gate)
 
     @contextlib.contextmanager
     def writes_wait(self):
@@ -183,13 +190,19 @@ class ZopeTests:
 
     def test_number_of_retries(self):
         def set_number(directory):
-            path, line = self.one_retry
+            path, line = self.five_retries
             with (directory / path).open("a") as file:
                 file.write(line)
 
         example = self.start_views(change=set_number)
         self.assert_unavailable(example.get("/LosesAlways"))
-        self.assertEqual(example.get("/Attempts").body, "2")
+        self.assertEqual(example.get("/Attempts").body, "6")
+
+    def test_own_page(self):
+        example = self.start_views(configuration=OWN_PAGE)
+        self.assertEqual(example.get("/LosesAlways")[::2], (503, "Closed at the moment"))
+        self.forward.refuse()
+        self.assertEqual(example.get()[::2], (503, "Closed at the moment"))
 
     def test_lost_while_streaming(self):
         example = self.start_views()
@@ -197,6 +210,12 @@ class ZopeTests:
             example.get("/Streams")
         self.assertEqual(caught.exception.partial, b"streamed ")
         self.assertEqual(example.get("/Attempts").body, "1")
+        self.assertEqual(self.guests(), ["attempt 1"])
+        self.assert_serves(example)
+
+    def test_write_while_streaming(self):
+        example = self.start_views()
+        self.assertEqual(example.get("/StreamsWithoutLoss").body, "streamed all")
         self.assertEqual(self.guests(), ["attempt 1"])
         self.assert_serves(example)
 

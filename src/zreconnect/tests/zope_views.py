@@ -126,6 +126,13 @@ class Streams(AttemptView):
         lose_connection(cursor)
 
 
+class StreamsWithoutLoss(Streams):
+    def chunks(self):
+        yield b"streamed "
+        write(new_cursor(), "streamed")
+        yield b"all"
+
+
 @implementer(IUnboundStreamIterator)
 class Stream:
     """What ZPublisher streams."""
@@ -146,6 +153,15 @@ class WaitsAtGate(AttemptView):
     def work(self, cursor, attempt):
         with open(os.environ["GATE"]) as gate:
             gate.read()
+
+
+class Unavailable(BrowserView):
+    """The application's own page for `IDatabaseUnavailable`."""
+
+    def __call__(self):
+        self.request.response.setStatus(503)
+        self.request.response.setHeader("Content-Type", "text/plain")
+        return "Closed at the moment"
 
 
 class UnknownOutcome(BrowserView):
