@@ -83,9 +83,9 @@ def delay(server, line, choice):
     line.delay(0)
 
 
-def cut_at_a_byte(server, line, choice, then=None):
+def cut_at_a_byte(server, line, choice, within=BYTES_OF_A_TRANSACTION, then=None):
     direction = choice.choice(["to_server", "to_client"])
-    after = choice.randrange(BYTES_OF_A_TRANSACTION)
+    after = choice.randrange(within)
     cut = line.cut(direction, after, reset=choice.random() < 0.5, then=then)
     if not cut.wait(OUTAGE[1]):
         line.cancel_cut()
@@ -93,7 +93,9 @@ def cut_at_a_byte(server, line, choice, then=None):
 
 def cut_and_kill(server, line, choice):
     """The server crashes before the cut shows."""
-    cut_at_a_byte(server, line, choice, lambda: to_a_backend(server, choice, server.kill_backend))
+    cut_at_a_byte(
+        *(server, line, choice), then=lambda: to_a_backend(server, choice, server.kill_backend)
+    )
     server.wait_until_ready()
 
 
