@@ -95,9 +95,7 @@ def _seconds(timeout: str) -> float | None:
     try:
         return float(timeout)
     except ValueError:
-        raise ConfigurationError(
-            f"timeout must be a number of seconds, not {timeout!r}"
-        ) from None
+        raise ConfigurationError(f"timeout must be a number of seconds, not {timeout!r}") from None
 
 
 def _witness(witness: str) -> str | Ledger | None:
@@ -108,6 +106,4 @@ def _witness(witness: str) -> str | Ledger | None:
         return "xid"
     if kind == "ledger" and (table or witness == "ledger"):
         return Ledger(table) if table else Ledger()
-    raise ConfigurationError(
-        f"witness must be xid, ledger, ledger:TABLE or none, not {witness!r}"
-    )
+    raise ConfigurationError(f"witness must be xid, ledger, ledger:TABLE or none, not {witness!r}")

@@ -1,0 +1,9 @@
+"""Web requests under zope.publisher, with zope.app.publication and zope.app.wsgi."""
+
+from zreconnect.tests.web import WebTestCase
+from zreconnect.tests.zope_tests import ZopeTests
+
+
+class ZopePublisherTests(ZopeTests, WebTestCase):
+    stack = "zope_publisher"
+    site = "site.zcml"
