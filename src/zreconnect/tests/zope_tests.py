@@ -23,7 +23,9 @@ WAITING = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 class ZopeTests:
     """A mixin for `WebTestCase`.
 
-    stack: a name in `STACKS`. site: the path of its site definition.
+    stack: a name in `STACKS`.
+    site: the path of its site definition.
+    one_retry: the path of a file of the example, and a line that makes it one retry.
     """
 
     def copy_with_views(self):
@@ -39,9 +41,10 @@ class ZopeTests:
         site.write_text(before + include + end + after)
         return Stack(command, copy)
 
-    def start_views(self):
+    def start_views(self, change=lambda directory: None):
         """The copy, answering in one thread."""
         stack = self.copy_with_views()
+        change(stack.directory)
         self.gate = str(stack.directory / "gate")
         os.mkfifo(self.gate)
         return self.start(stack, threads=1, GATE=self.gate)
@@ -164,6 +167,16 @@ class ZopeTests:
         self.assertEqual(example.get("/Attempts").body, str(ATTEMPTS))
         self.assertEqual(self.guests(), [])
         self.assert_serves(example)
+
+    def test_number_of_retries(self):
+        def set_number(directory):
+            path, line = self.one_retry
+            with (directory / path).open("a") as file:
+                file.write(line)
+
+        example = self.start_views(set_number)
+        self.assert_unavailable(example.get("/LosesAlways"))
+        self.assertEqual(example.get("/Attempts").body, "2")
 
     def test_lost_while_streaming(self):
         example = self.start_views()
