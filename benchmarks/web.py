@@ -65,7 +65,7 @@ LONG_RESTART = (0.5, 2.5)
 # Seconds that the server is down for in an outage: each client is refused, and refused again.
 OUTAGE = 2 * TIMEOUT + 1.0
 OUTAGE_FAIL_FAST = 3.0
-# Seconds under load before and after an outage.
+# Seconds under load at the start, and before and after an outage.
 MARGIN = 2.0
 EARLIER_GUESTS = 10_000
 EARLIER_GUEST = "earlier guest "
@@ -424,10 +424,11 @@ def show_phase(phase):
 def show_outage(phase, outage):
     longest = max((each.seconds for each in phase.answers if each.status != 200), default=0)
     first = sorted(outage.first_services(phase.answers).values())
+    print(f"{'':<20}longest wait for no service {longest:.2f} s", end="")
     if first:
-        print(f"    longest answer without service {longest:.2f} s; ", end="")
-        print(f"service {first[0]:+.2f} s after the server's return, ", end="")
-        print(f"for {len(first)} clients {first[-1]:+.2f} s", flush=True)
+        print(f"; after the server's return service in {first[0]:.2f} s", end="")
+        print(f", for all {len(first)} in {first[-1]:.2f} s", end="")
+    print(flush=True)
 
 
 # One stack
@@ -479,6 +480,9 @@ def load_stack(name, server, line, options):
 
     show_header(name)
     with ExampleProcess(STACKS[name], dsn, TIMEOUT, THREADS) as example:
+        # The first request of each thread sets up much, and is not what the latencies are about.
+        phase, _ = ask(example, "starting", time.sleep, MARGIN)
+        check_served(phase, problems)
         phase, _ = ask(example, "without faults", time.sleep, options.seconds / 4)
         check_served(phase, problems)
         phase, happened = ask(
