@@ -224,14 +224,14 @@ def wait_for_end_of_sessions(server):
 
 def show_lookups(answers, happened):
     """For each kind of fault, how often a COMMIT was lost to it and what became of it."""
-    moments = [moment for moment, _ in happened]
+    moments = [fault.moment for fault in happened]
     outcomes = defaultdict(Counter)
     for outcome, moment in answers.lookups:
         before = bisect_right(moments, moment)
-        outcomes[happened[before - 1][1] if before else "no fault"][outcome] += 1
+        outcomes[happened[before - 1].name if before else "no fault"][outcome] += 1
     header = f"{'fault':<20}{'times':>6}{'lost COMMITs':>14}"
     print(header + "".join(f"{each:>11}" for each in ("committed", "aborted", "unknown")))
-    times = Counter(name for _, name in happened)
+    times = Counter(fault.name for fault in happened)
     for name in sorted(times.keys() | outcomes.keys()):
         line = f"{name:<20}{times[name]:>6}{outcomes[name].total():>14}"
         each = (f"{outcomes[name][outcome]:>11}" for outcome in ("committed", "aborted", "unknown"))

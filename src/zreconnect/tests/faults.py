@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from typing import NamedTuple
 
 OUTAGE = (0.1, 1.0)
 # A short transaction is about this many bytes in each direction.
@@ -109,8 +110,16 @@ def to_a_backend(server, choice, action):
                 return pid
 
 
+class Happened(NamedTuple):
+    """A fault, when it began, and how long it lasted."""
+
+    name: str
+    moment: float
+    seconds: float
+
+
 def make_faults(kinds, pause, seconds, server, lines, choice):
-    """Let faults happen for that long; returns the moment and the name of each.
+    """Let faults happen for that long; returns what `Happened`.
 
     pause: the shortest and the longest one between two faults, in seconds.
     """
@@ -120,7 +129,8 @@ def make_faults(kinds, pause, seconds, server, lines, choice):
         # Each kind once before one comes again.
         for fault in choice.sample(kinds, len(kinds)):
             time.sleep(max(0.0, min(choice.uniform(*pause), deadline - time.monotonic())))
-            if time.monotonic() >= deadline:
+            moment = time.monotonic()
+            if moment >= deadline:
                 return happened
-            happened.append((time.monotonic(), fault.__name__))
             fault(server, choice.choice(lines), choice)
+            happened.append(Happened(fault.__name__, moment, time.monotonic() - moment))
