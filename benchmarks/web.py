@@ -58,7 +58,7 @@ LONGEST_ANSWER_FAIL_FAST = 1.0
 LONGEST_RETURN = 1.0
 # Seconds until a client no longer believes in an answer.
 PATIENCE = 30.0
-THINKING = (0.0, 0.1)
+THINKING = (0.0, 0.2)
 PAUSE_BETWEEN_FAULTS = (1.0, 2.5)
 # Seconds that the server is down for in a long restart: with stopping and starting, on a busy
 # machine, less than TIMEOUT.
@@ -326,6 +326,10 @@ class Outage:
     starting: float
     back: float
 
+    def seconds(self, answer):
+        """How long an answer took, counted from when there could be trouble."""
+        return answer.received - max(answer.sent, self.stopping)
+
     def first_services(self, answers):
         """For each client that has one, the seconds from the server's return to its first 200."""
         first = {}
@@ -365,10 +369,10 @@ def check_outage(phase, outage, longest, problems):
             if each.wrong or (each.status not in (200, 503) and each not in unknown)
         ],
         f"an answer that is not 200 took longer than {longest} s": [
-            each for each in answers if each.status != 200 and each.seconds > longest
+            each for each in answers if each.status != 200 and outage.seconds(each) > longest
         ],
         f"an answer took longer than {LONGEST_ANSWER} s": [
-            each for each in answers if each.seconds > LONGEST_ANSWER
+            each for each in answers if outage.seconds(each) > LONGEST_ANSWER
         ],
         "a 200 without a server": [
             each
@@ -431,7 +435,7 @@ def show_phase(phase):
 
 
 def show_outage(phase, outage):
-    longest = max((each.seconds for each in phase.answers if each.status != 200), default=0)
+    longest = max((outage.seconds(each) for each in phase.answers if each.status != 200), default=0)
     first = sorted(outage.first_services(phase.answers).values())
     print(f"{'':<20}longest wait for no service {longest:.2f} s", end="")
     if first:
