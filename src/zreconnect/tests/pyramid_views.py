@@ -74,7 +74,7 @@ def includeme(config):
     ):
         config.add_route(name, f"/{name}")
         config.add_view(view, route_name=name)
-    config.add_route("loss", "/{loss:%s}" % "|".join(LOSSES))
+    config.add_route("loss", f"/{{loss:{'|'.join(LOSSES)}}}")
     config.add_view(lose, route_name="loss")
     config.add_exception_view(show_unknown_outcome, context=CommitOutcomeUnknown)
     config.add_exception_view(show_any_error, context=Exception)

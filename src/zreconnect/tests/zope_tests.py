@@ -1,7 +1,6 @@
 """What both of Zope's publishers promise, as tests of their example applications."""
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from zreconnect.tests.stack_tests import StackTests
