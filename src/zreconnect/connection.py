@@ -130,6 +130,8 @@ class ReconnectingConnection:
             check_number("response_timeout", response_timeout, at_least=0)
         self._server = connection_factory
         self._driver = self._server.driver
+        if two_phase and not self._driver.supports_two_phase:
+            raise ValueError(f"two_phase is not possible with the driver {self._driver.name}")
         self._policy = policy
         self._on_connect = on_connect
         self._response_timeout = response_timeout
@@ -336,7 +338,7 @@ class ReconnectingConnection:
     def cursor_factory(self, value: Any) -> None:
         self._settings.cursor_factory = value
         if self._raw is not None:
-            self._raw.cursor_factory = value
+            self._driver.set_cursor_factory(self._raw, value)
 
     def set_session(
         self,
@@ -379,7 +381,7 @@ class ReconnectingConnection:
         self._check_outside_transaction("set_client_encoding()")
         self._need_session()
         with self._guarded():
-            self._raw.set_client_encoding(encoding)
+            self._driver.set_client_encoding(self._raw, encoding)
         self._settings.client_encoding = encoding
 
     def reset(self) -> None:
@@ -655,7 +657,7 @@ class ReconnectingConnection:
         """Open a session; ``first_use`` of the raw connection is part of an attempt."""
 
         def prepare(raw: Any, timeout: float) -> None:
-            watch = Watch(raw.fileno(), self.server)
+            watch = Watch(self._driver.fileno(raw), self.server)
             try:
                 with watch.awaiting(timeout):
                     if self._on_connect is not None:

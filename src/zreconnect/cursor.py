@@ -86,11 +86,12 @@ class ReconnectingCursor:
 
     # Statements
 
-    def execute(self, query: Any, vars: Any = None) -> Any:
-        return self._statement("execute", query, vars)
+    def execute(self, query: Any, vars: Any = None, **options: Any) -> Any:
+        arguments = (query,) if vars is None else (query, vars)
+        return self._statement("execute", *arguments, **options)
 
-    def executemany(self, query: Any, vars_list: Any) -> Any:
-        return self._statement("executemany", query, vars_list)
+    def executemany(self, query: Any, vars_list: Any, **options: Any) -> Any:
+        return self._statement("executemany", query, vars_list, **options)
 
     def callproc(self, procname: str, parameters: Any = None) -> Any:
         return self._statement("callproc", procname, parameters)
@@ -122,7 +123,7 @@ class ReconnectingCursor:
             raise
         if connection._observer.watches_statements:
             connection._observer.executed(self._raw)
-        return result
+        return self if result is self._raw else result
 
     # Results
 
@@ -214,9 +215,8 @@ class ReconnectingCursor:
         if self._closed:
             raise self.connection._driver.module.InterfaceError("The cursor is closed")
         raw_connection = self.connection._raw
-        arguments = () if self.name is None else (self.name,)
         with self.connection._guarded():
-            self._raw = raw_connection.cursor(*arguments, **self._options)
+            self._raw = self.connection._driver.cursor(raw_connection, self.name, self._options)
         self._raw_connection = raw_connection
         for name, value in self._settings.items():
             setattr(self._raw, name, value)

@@ -55,6 +55,12 @@ class IDriver(Interface):
     disconnection_error = Attribute(
         "Subclass of `DisconnectionError` and of the module's OperationalError."
     )
+    supports_two_phase = Attribute("Whether transactions can be prepared.")
+    ledger_table = Attribute("The statement that makes a `Ledger`'s ``{table}``, unless it exists.")
+    ledger_answer = Attribute(
+        "What makes the ledger's UPDATE, as a rider of `begin`, return the transaction's id; empty "
+        "if there are no such ids."
+    )
 
     def parse(dsn):
         """The connection parameters in ``dsn``, as a dictionary for `connect` and `address`.
@@ -95,7 +101,8 @@ class IDriver(Interface):
     def begin(raw, settings, rider=""):
         """Begin a transaction, in one round trip.
 
-        rider: a statement that is sent along; its row is returned, or None if it has none.
+        rider: a statement that is sent along. Its row is returned, or None if it has none; for one
+        that returns no rows, whatever is not None if it has changed a row.
         """
 
     def begins_read_only(raw, settings):
@@ -103,6 +110,22 @@ class IDriver(Interface):
 
     def query(raw, statement, parameters=None):
         """Execute a statement of zreconnect's own, and return its rows."""
+
+    def cursor(raw, name, options):
+        """A new raw cursor.
+
+        name: makes it a server-side cursor, if the module has these; None for an ordinary one.
+        options: those that the module's ``cursor()`` takes.
+        """
+
+    def fileno(raw):
+        """The file descriptor of the session's socket; None if there is none."""
+
+    def set_client_encoding(raw, encoding):
+        """Set the encoding of the session."""
+
+    def set_cursor_factory(raw, factory):
+        """Set the class of cursors for which none is given."""
 
     def commit(raw, rider=""):
         """Commit, in one round trip.
@@ -166,6 +189,25 @@ class IDriver(Interface):
         """Whether the statement that ``raw_cursor`` executed last is of a kind that writes nothing,
         most often. Needs no round trip."""
 
+    def condition(error):
+        """The `Condition` that an error of a statement of zreconnect's own tells, or None."""
+
+    def has_transaction_ids(raw):
+        """Whether the server tells transactions' ids, and what became of them."""
+
+    def identify(raw):
+        """What the server knows the session by, a `ServerSession`."""
+
+    def end_session(raw, session, xid):
+        """Tell the server to end another session; whether it still was there.
+
+        Not if it works in a transaction other than ``xid``, of somebody to whom a pooler has given
+        it. A session that may not be ended is left alone.
+        """
+
+    def limit_lock_waits(raw, seconds):
+        """Limit how long statements wait for locks; None takes the limit away."""
+
     def is_transient(error):
         """Whether ``error`` is of the driver's, and the same work may succeed when run again."""
 
@@ -208,8 +250,8 @@ class IObserver(Interface):
         """Commit, after taking down what is known only now. Raises the driver's errors."""
 
     def fence(raw):
-        """End the server process of the session, so that it can neither commit late nor hold
-        locks; wait until it has ended, for a while."""
+        """End the session on the server, so that it can neither commit late nor hold locks; wait
+        until it has ended, for a while."""
 
     def outcome(raw):
         """What became of the transaction, an `Outcome`. Call `fence` before."""
@@ -320,10 +362,13 @@ class IReconnectingCursor(Interface):
     arraysize = Attribute("Number of rows that ``fetchmany()`` fetches.")
     itersize = Attribute("Number of rows that iterating a server-side cursor fetches at once.")
 
-    def execute(query, vars=None):
-        """Execute a statement; it begins a transaction if there is none."""
+    def execute(query, vars=None, **options):
+        """Execute a statement; it begins a transaction if there is none.
 
-    def executemany(query, vars_list):
+        options: those that the driver's ``execute()`` takes.
+        """
+
+    def executemany(query, vars_list, **options):
         """Execute a statement for each of the parameters in ``vars_list``."""
 
     def callproc(procname, parameters=None):

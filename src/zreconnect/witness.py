@@ -20,7 +20,7 @@ from typing import Any
 
 from zope.interface import implementer
 
-from zreconnect.drivers.base import SessionSettings
+from zreconnect.drivers.base import Condition, ServerSession, SessionSettings
 from zreconnect.interfaces import IObserver, IWitness
 
 # How long an orphaned server process that was told to end, or may not be told to, is waited for.
@@ -28,8 +28,6 @@ PATIENCE_WITH_ORPHANS = 10.0
 POLL_INTERVAL = 0.01
 # How long a row of the ledger is kept that nobody has used.
 KEPT_DAYS = 30
-# pg_current_xact_id() and pg_xact_status() exist since PostgreSQL 13.
-FIRST_VERSION_WITH_XACT_STATUS = 130000
 # Goes along with COMMIT, and fails if the transaction has an id, which it gets when it first
 # writes. So a COMMIT that the server has executed had nothing to commit. If it fails, the savepoint
 # lets the transaction go on.
@@ -47,14 +45,6 @@ class Outcome(enum.Enum):
     COMMITTED = "committed"
     ABORTED = "aborted"
     UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One server process; process ids are given again, so the start time is part of it."""
-
-    pid: int
-    start: Any
 
 
 @dataclass(frozen=True)
@@ -166,15 +156,14 @@ class NoObserver:
 
 
 class _SessionObserver:
-    """What the witnesses have in common: which server process, and which transaction."""
+    """What the witnesses have in common: which session, and which transaction."""
 
     watches_statements = False
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver
-        self._backend: Backend | None = None
+        self._session: ServerSession | None = None
         self._xid: int | None = None
-        self._is_standby = False
         self.may_have_written = False
 
     def executed(self, raw_cursor: Any) -> None:
@@ -184,53 +173,31 @@ class _SessionObserver:
         self._driver.commit(raw)
 
     def fence(self, raw: Any) -> None:
-        """End the server process of the session before, and wait until it has ended.
-
-        Not if it works in a transaction of somebody else, to whom a pooler has given it.
-        """
-        if self._backend is None:
+        if self._session is None:
             return
         deadline = time.monotonic() + PATIENCE_WITH_ORPHANS
-        while self._terminate(raw) and time.monotonic() < deadline:
+        while (
+            self._driver.end_session(raw, self._session, self._xid) and time.monotonic() < deadline
+        ):
             time.sleep(POLL_INTERVAL)
 
-    def _terminate(self, raw: Any) -> bool:
-        """Tell the orphan to end; whether there still was one."""
-        assert self._backend is not None
-        # backend_xid has the lower half of the 64 bits that pg_current_xact_id() gives.
-        xid = None if self._xid is None else str(self._xid % 2**32)
-        orphan = (
-            "FROM pg_stat_activity WHERE pid = %s AND backend_start = %s"
-            " AND (backend_xid IS NULL OR backend_xid::text = %s)"
-        )
-        parameters = (self._backend.pid, self._backend.start, xid)
-        try:
-            return bool(
-                self._driver.query(raw, f"SELECT pg_terminate_backend(pid) {orphan}", parameters)
-            )
-        except self._driver.module.ProgrammingError:
-            # A session of a superuser's cannot be ended by others; it is waited for.
-            return bool(self._driver.query(raw, f"SELECT true {orphan}", parameters))
-
     def _can_write(self, raw: Any, settings: SessionSettings) -> bool:
-        return not (self._is_standby or self._driver.begins_read_only(raw, settings))
+        assert self._session is not None
+        return not (self._session.is_standby or self._driver.begins_read_only(raw, settings))
 
     def _describe_session(self) -> str:
-        assert self._backend is not None
+        assert self._session is not None
         lost = datetime.now(timezone.utc).isoformat(sep=" ", timespec="seconds")
         return (
-            f"It was lost at {lost}, in the server process {self._backend.pid} that had started "
-            f"at {self._backend.start}."
+            f"It was lost at {lost}, in the server process {self._session.pid} that had started "
+            f"at {self._session.start}."
         )
 
-    def _identify(self, raw: Any) -> None:
-        ((pid, start, self._is_standby),) = self._driver.query(
-            raw,
-            "SELECT pid, backend_start, pg_is_in_recovery() FROM pg_stat_activity"
-            " WHERE pid = pg_backend_pid()",
-        )
-        self._backend = Backend(pid, start)
+    def _identify(self, raw: Any) -> ServerSession:
+        session: ServerSession = self._driver.identify(raw)
+        self._session = session
         self._xid = None
+        return session
 
 
 @implementer(IObserver)
@@ -241,9 +208,11 @@ class XidObserver(_SessionObserver):
     _knows_status = False
 
     def new_session(self, raw: Any, settings: SessionSettings) -> None:
-        self._identify(raw)
-        self._knows_status = raw.server_version >= FIRST_VERSION_WITH_XACT_STATUS
-        self._history = None if self._is_standby else self._present_history(raw)
+        session = self._identify(raw)
+        self._knows_status = self._driver.has_transaction_ids(raw)
+        self._history = None
+        if self._knows_status and not session.is_standby:
+            self._history = self._present_history(raw)
 
     def rider(self, raw: Any, settings: SessionSettings) -> str:
         self.may_have_written = self._can_write(raw, settings)
@@ -255,8 +224,10 @@ class XidObserver(_SessionObserver):
         return True
 
     def outcome(self, raw: Any) -> Outcome:
+        if self._xid is None:
+            return Outcome.UNKNOWN
         history = self._present_history(raw)
-        if self._xid is None or not self._is_same_system(history):
+        if not self._is_same_system(history):
             return Outcome.UNKNOWN
         return outcome_by_id(self._driver, raw, self._xid, believe=history == self._history)
 
@@ -268,6 +239,8 @@ class XidObserver(_SessionObserver):
         )
 
     def describe(self) -> str:
+        if self._xid is None:
+            return f"{self._describe_session()} It had no transaction id."
         return (
             f"{self._describe_session()} Its transaction id was {self._xid}. Ask with "
             f"SELECT pg_xact_status('{self._xid}'), which is only right if the server did not "
@@ -325,7 +298,7 @@ class XidAtCommitObserver(XidObserver):
             return
         try:
             self._driver.commit(raw, NOTHING_WRITTEN)
-        except self._driver.module.errors.InvalidTextRepresentation:
+        except self._driver.module.DataError:
             # A SELECT that calls a function or locks rows. The server logs the error, so that this
             # connection does not try again.
             self._reads_write = True
@@ -361,23 +334,25 @@ class LedgerObserver(_SessionObserver):
         self._number += 1
         return (
             f"UPDATE {self._table} SET number = {self._number}, used = now()"
-            f" WHERE id = '{self._id}' RETURNING pg_current_xact_id()"
+            f" WHERE id = '{self._id}'{self._driver.ledger_answer}"
         )
 
     def began(self, row: Any) -> bool:
-        self._xid = None if row is None else int(row[0])
+        self._xid = int(row[0]) if row is not None and self._driver.ledger_answer else None
         return row is not None or not self.may_have_written
 
     def outcome(self, raw: Any) -> Outcome:
         # The transaction has the row locked until it has ended, whichever way.
-        self._driver.query(raw, f"SET lock_timeout = '{PATIENCE_WITH_ORPHANS}s'")
+        self._driver.limit_lock_waits(raw, PATIENCE_WITH_ORPHANS)
         try:
             rows = self._driver.query(
                 raw, f"SELECT number FROM {self._table} WHERE id = %s FOR UPDATE", (self._id,)
             )
-        except self._driver.module.errors.LockNotAvailable:
+        except self._driver.module.Error as error:
+            if self._driver.condition(error) is not Condition.LOCK_NOT_AVAILABLE:
+                raise
             return Outcome.UNKNOWN
-        self._driver.query(raw, "RESET lock_timeout")
+        self._driver.limit_lock_waits(raw, None)
         if not rows:
             return Outcome.UNKNOWN
         return Outcome.COMMITTED if rows[0][0] == self._number else Outcome.ABORTED
@@ -392,36 +367,29 @@ class LedgerObserver(_SessionObserver):
         self._driver.query(raw, f"DELETE FROM {self._table} WHERE id = %s", (self._id,))
 
     def _open_row(self, raw: Any) -> None:
-        errors = self._driver.module.errors
         try:
             self._insert_row(raw)
-        except errors.UndefinedTable:
+        except self._driver.module.Error as error:
+            condition = self._driver.condition(error)
+            if condition is Condition.READ_ONLY_TRANSACTION:
+                raise self._driver.module.ProgrammingError(
+                    "The ledger cannot be written, because default_transaction_read_only is on: "
+                    "set readonly on the connection, or use another witness"
+                ) from error
+            if condition is not Condition.UNDEFINED_TABLE:
+                raise
             make_ledger(self._driver, raw, self._table)
             self._insert_row(raw)
-        except errors.ReadOnlySqlTransaction as error:
-            raise self._driver.module.ProgrammingError(
-                "The ledger cannot be written, because default_transaction_read_only is on: set "
-                "readonly on the connection, or use another witness"
-            ) from error
-        self._driver.query(raw, self._remove_rows_of_the_dead())
+        # A connection may be waiting for its server, to look up its outcome here.
+        self._driver.query(
+            raw, f"DELETE FROM {self._table} WHERE used < now() - INTERVAL '{KEPT_DAYS}' DAY"
+        )
 
     def _insert_row(self, raw: Any) -> None:
-        assert self._backend is not None
-        self._driver.query(
-            raw,
-            f"INSERT INTO {self._table} (id, pid, backend_start) VALUES (%s, %s, %s)"
-            " ON CONFLICT (id) DO UPDATE SET pid = excluded.pid,"
-            " backend_start = excluded.backend_start, used = now()",
-            (self._id, self._backend.pid, self._backend.start),
-        )
-
-    def _remove_rows_of_the_dead(self) -> str:
-        # A connection may be waiting for its server, to look up its outcome here.
-        return (
-            f"DELETE FROM {self._table} row WHERE used < now() - interval '{KEPT_DAYS} days'"
-            " AND NOT EXISTS (SELECT FROM pg_stat_activity session"
-            " WHERE session.pid = row.pid AND session.backend_start = row.backend_start)"
-        )
+        """Insert the connection's row, unless it is there from an earlier session."""
+        table, parameters = self._table, (self._id,)
+        if not self._driver.query(raw, f"SELECT 1 FROM {table} WHERE id = %s", parameters):
+            self._driver.query(raw, f"INSERT INTO {table} (id) VALUES (%s)", parameters)
 
 
 def outcome_by_id(driver: Any, raw: Any, xid: int, believe: bool) -> Outcome:
@@ -445,26 +413,20 @@ def make_ledger(driver: Any, raw: Any, table: str) -> None:
     raw: a raw connection in autocommit mode. Raises the driver's ProgrammingError without the
     right to create tables.
     """
-    statement = (
-        f"CREATE TABLE IF NOT EXISTS {table} ("
-        " id uuid PRIMARY KEY,"
-        " number bigint NOT NULL DEFAULT 0,"
-        " pid integer NOT NULL,"
-        " backend_start timestamptz NOT NULL,"
-        " used timestamptz NOT NULL DEFAULT now()"
-        # Room for updates in place, which leave the index alone.
-        ") WITH (fillfactor = 50)"
-    )
+    statement = driver.ledger_table.format(table=table)
     try:
         driver.query(raw, statement)
-    except driver.module.errors.UniqueViolation:
+    except driver.module.Error as error:
+        condition = driver.condition(error)
+        if condition is Condition.INSUFFICIENT_PRIVILEGE:
+            raise driver.module.ProgrammingError(
+                f"There is no ledger {table}, and this role may not create it. Have somebody who "
+                f"may run: zreconnect ledger --table {table} DSN"
+            ) from error
+        if condition is not Condition.ALREADY_EXISTS:
+            raise
         # Another session makes it at this moment, and IF NOT EXISTS is no lock.
         driver.query(raw, statement)
-    except driver.module.errors.InsufficientPrivilege as error:
-        raise driver.module.ProgrammingError(
-            f"There is no ledger {table}, and this role may not create it. Have somebody who may "
-            f"run: zreconnect ledger --table {table} DSN"
-        ) from error
 
 
 def choose_witness(witness: Any) -> Any:

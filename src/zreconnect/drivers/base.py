@@ -19,6 +19,30 @@ class Meaning(enum.Enum):
     USER = "the statement is wrong, or the data"
 
 
+class Condition(enum.Enum):
+    """What some errors of zreconnect's own statements say."""
+
+    UNDEFINED_TABLE = "there is no such table"
+    INSUFFICIENT_PRIVILEGE = "the role may not do that"
+    ALREADY_EXISTS = "somebody else has made it"
+    LOCK_NOT_AVAILABLE = "a lock was not given in time"
+    READ_ONLY_TRANSACTION = "the transaction may not write"
+
+
+@dataclass(frozen=True)
+class ServerSession:
+    """One session as its server knows it.
+
+    pid: the server's number for it, which may be given again when it has ended.
+    start: what tells it from the others of that number.
+    is_standby: whether the server takes no writes.
+    """
+
+    pid: int
+    start: Any
+    is_standby: bool = False
+
+
 @dataclass
 class SessionSettings:
     """What the user set on a connection, and what its next session gets again.

@@ -409,18 +409,24 @@ class LedgerTests(WitnessTestCase):
     def test_rows_of_the_dead_are_removed_when_they_are_old(self):
         connection = self.connect(witness=Ledger())
         connection.run(lambda: None)
-        for age, pid in [("31 days", 0), ("29 days", 0)]:
+        for age in ("31 days", "29 days"):
             self.query(
-                "INSERT INTO zreconnect_ledger (id, pid, backend_start, used)"
-                " VALUES (gen_random_uuid(), %s, now(), now() - %s::interval)",
-                pid,
+                "INSERT INTO zreconnect_ledger (id, used)"
+                " VALUES (gen_random_uuid(), now() - %s::interval)",
                 age,
             )
-        self.query("UPDATE zreconnect_ledger SET used = now() - interval '31 days' WHERE pid > 0")
         self.connect(witness=Ledger()).run(lambda: None)
-        ages = self.query("SELECT pid > 0, (now() - used)::text FROM zreconnect_ledger")
-        self.assertEqual(len(ages), 3)
-        self.assertEqual(sum(alive for alive, _ in ages), 2)
+        ages = self.query("SELECT extract(day FROM now() - used) FROM zreconnect_ledger ORDER BY 1")
+        self.assertEqual([int(days) for (days,) in ages], [0, 0, 29])
+
+    def test_a_row_that_was_removed_because_it_was_old_is_made_again(self):
+        connection = self.connect(witness=Ledger())
+        connection.run(lambda: None)
+        self.query("UPDATE zreconnect_ledger SET used = now() - interval '31 days'")
+        self.connect(witness=Ledger()).run(lambda: None)
+        self.assertEqual(len(self.rows()), 1)
+        connection.run(lambda: None)
+        self.assertEqual(len(self.rows()), 2)
 
     def test_a_row_that_somebody_removed_is_made_again(self):
         connection = self.connect(witness=Ledger())

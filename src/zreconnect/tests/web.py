@@ -46,7 +46,9 @@ class Stack(NamedTuple):
 
 
 STACKS = {
-    "pyramid": Stack("pserve guestbook.ini port=$PORT threads=$THREADS", EXAMPLES / "pyramid"),
+    "pyramid": Stack(
+        "pserve guestbook.ini http_port=$PORT http_threads=$THREADS", EXAMPLES / "pyramid"
+    ),
     "repoze": Stack(
         "waitress-serve --listen=127.0.0.1:$PORT --threads=$THREADS --call guestbook:main",
         EXAMPLES / "repoze",

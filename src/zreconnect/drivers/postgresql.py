@@ -1,0 +1,257 @@
+"""What the drivers for PostgreSQL have in common: SQLSTATEs, messages, and statements of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from zreconnect import dsn as dsn_module
+from zreconnect.drivers.base import Condition, Meaning, ServerSession, SessionSettings
+
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+CONNECTION_EXCEPTION_CLASS = "08"
+DISCONNECT_STATES = {
+    "57P01",  # admin_shutdown
+    "57P02",  # crash_shutdown
+    "57P03",  # cannot_connect_now
+    "57P04",  # database_dropped
+    "57P05",  # idle_session_timeout
+    "25P03",  # idle_in_transaction_session_timeout
+}
+READ_ONLY_SQL_TRANSACTION = "25006"
+TRANSIENT_STATES = {
+    "40001",  # serialization_failure
+    "40P01",  # deadlock_detected
+}
+CONDITIONS = {
+    "42P01": Condition.UNDEFINED_TABLE,
+    "42501": Condition.INSUFFICIENT_PRIVILEGE,
+    "23505": Condition.ALREADY_EXISTS,  # unique_violation, of a system catalogue
+    "42710": Condition.ALREADY_EXISTS,  # duplicate_object
+    "42P07": Condition.ALREADY_EXISTS,  # duplicate_table
+    "55P03": Condition.LOCK_NOT_AVAILABLE,
+    READ_ONLY_SQL_TRANSACTION: Condition.READ_ONLY_TRANSACTION,
+}
+# libpq's own words (fe-misc.c, fe-secure*.c, fe-exec.c), for errors that carry no SQLSTATE and
+# leave the connection's state undecided.
+DISCONNECT_MESSAGES = (
+    "server closed the connection unexpectedly",
+    "no connection to the server",
+    "could not send data to server",
+    "could not receive data from server",
+    "SSL connection has been closed unexpectedly",
+    "SSL SYSCALL error",
+    "connection already closed",
+)
+# A program may end the transaction by a statement of its own.
+COMMIT_STATEMENT = re.compile(rb"(?:^|;)\s*(?:COMMIT|END|PREPARE\s+TRANSACTION)\b", re.IGNORECASE)
+# Tags of what the server executed. A SELECT can write all the same, by a function that it calls.
+READING_TAGS = re.compile(r"(SELECT|FETCH|MOVE|SHOW|SET|DECLARE|CLOSE|SAVEPOINT|RELEASE)\b")
+# Errors of connecting carry no SQLSTATE. These are 53300 and 55000, which pass, although they
+# quote the name of the role or the database as refusals do.
+PASSING_MESSAGES = (
+    "too many connections for",
+    "is not currently accepting connections",
+)
+REFUSAL_MESSAGES = (
+    "authentication failed",
+    "no password supplied",
+    "no pg_hba.conf entry",
+    "does not exist",
+    "does not support SSL",
+    "certificate verify failed",
+)
+
+QUOTES = "\"'«»„“”‚‘’‹›「」『』"  # noqa: RUF001
+# The kernel's defaults notice a silent peer after two hours if nothing is sent, and after a quarter
+# of an hour if something is. tcp_user_timeout is in milliseconds.
+KEEPALIVE = {
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60000,
+}
+# libpq's ConnStatusType.
+CONNECTION_OK = 0
+# pg_current_xact_id() and pg_xact_status() exist since PostgreSQL 13.
+FIRST_VERSION_WITH_XACT_STATUS = 130000
+# backend_xid has the lower half of the 64 bits that pg_current_xact_id() gives. A process that
+# works in a transaction of somebody else, to whom a pooler has given it, is not ours any more.
+ORPHAN = (
+    "FROM pg_stat_activity WHERE pid = %s AND backend_start = %s"
+    " AND (backend_xid IS NULL OR backend_xid::text = %s)"
+)
+
+
+class PostgresqlDriver:
+    """The part of `zreconnect.interfaces.IDriver` that all modules for PostgreSQL share."""
+
+    module: Any
+    supports_two_phase = True
+    ledger_table = (
+        "CREATE TABLE IF NOT EXISTS {table} ("
+        " id uuid PRIMARY KEY,"
+        " number bigint NOT NULL DEFAULT 0,"
+        " used timestamptz NOT NULL DEFAULT now()"
+        # Room for updates in place, which leave the index alone.
+        ") WITH (fillfactor = 50)"
+    )
+    ledger_answer = " RETURNING pg_current_xact_id()"
+
+    def parse(self, dsn: str) -> dict[str, str]:
+        if dsn[:6].lower() == "dbi://":
+            return dsn_module.parse_dbi(dsn)
+        try:
+            return self.parse_conninfo(dsn)
+        except self.module.ProgrammingError:
+            # libpq's message quotes the part that it does not understand, which can be the
+            # password.
+            raise ValueError(
+                f"dsn is no connection string that libpq understands; it has the form "
+                f"{dsn_module.FORMS}, with special characters in URLs written as %XX"
+            ) from None
+
+    def address(self, parameters: Mapping[str, str]) -> str:
+        return dsn_module.redacted(parameters)
+
+    def begins_read_only(self, raw: Any, settings: SessionSettings) -> bool:
+        return bool(raw.readonly if settings.readonly is None else settings.readonly)
+
+    def prepare_transaction(self, raw: Any, gid: str) -> None:
+        self.query(raw, f"PREPARE TRANSACTION '{gid}'")
+
+    def close(self, raw: Any) -> None:
+        with contextlib.suppress(self.module.Error):
+            raw.close()
+
+    def abandon(self, raw: Any) -> None:
+        # Whatever libpq may still write goes to the null device, and the parent's socket has one
+        # holder less. psycopg2 does not finish a connection in a process that did not make it.
+        with contextlib.suppress(self.module.Error), open(os.devnull, "r+b") as null:
+            os.dup2(null.fileno(), raw.fileno(), inheritable=False)
+
+    # Errors
+
+    def meaning(self, error: BaseException, raw: Any) -> Meaning:
+        if raw.closed or raw.info.status != CONNECTION_OK:
+            return Meaning.DISCONNECT
+        state = self.sqlstate(error)
+        if state is not None:
+            if state[:2] == CONNECTION_EXCEPTION_CLASS or state in DISCONNECT_STATES:
+                return Meaning.DISCONNECT
+            return Meaning.TRANSIENT if state in TRANSIENT_STATES else Meaning.USER
+        if any(message in str(error) for message in DISCONNECT_MESSAGES):
+            return Meaning.DISCONNECT
+        return Meaning.USER
+
+    def condition(self, error: BaseException) -> Condition | None:
+        return CONDITIONS.get(self.sqlstate(error) or "")
+
+    def is_transient(self, error: BaseException) -> bool:
+        return isinstance(error, self.module.Error) and self.sqlstate(error) in TRANSIENT_STATES
+
+    def is_refused_by_standby(self, error: BaseException, raw: Any) -> bool:
+        if self.sqlstate(error) != READ_ONLY_SQL_TRANSACTION:
+            return False
+        # Reported since PostgreSQL 14; before, nobody can tell.
+        return self.parameter_status(raw, "in_hot_standby") != "off"
+
+    def misses_target(self, raw: Any, parameters: Mapping[str, str]) -> bool:
+        target = parameters.get("target_session_attrs", "any")
+        if target in ("any", "prefer-standby"):
+            return False
+        refuses_writes = self.parameter_status(raw, "in_hot_standby") == "on"
+        if target in ("read-write", "read-only"):
+            refuses_writes |= self.parameter_status(raw, "default_transaction_read_only") == "on"
+        return refuses_writes == (target in ("read-write", "primary"))
+
+    def connect_meaning(self, error: BaseException, parameters: Mapping[str, str]) -> Meaning:
+        if not isinstance(error, (self.module.OperationalError, OSError)):
+            return Meaning.PERMANENT
+        message = str(error)
+        if any(passing in message for passing in PASSING_MESSAGES):
+            return Meaning.DISCONNECT
+        if any(refusal in message for refusal in REFUSAL_MESSAGES):
+            return Meaning.PERMANENT
+        # Messages of the server are translated. In every language it is a refusal that quotes the
+        # name of the role or the database; a server that is starting, stopping or full does not.
+        _, _, answer = message.partition(" failed: ")
+        names = "|".join(
+            re.escape(parameters[part]) for part in ("user", "dbname") if parameters.get(part)
+        )
+        if names and re.search(rf"[{QUOTES}]\s?({names})\s?[{QUOTES}]", answer):
+            return Meaning.PERMANENT
+        return Meaning.DISCONNECT
+
+    # For the witnesses
+
+    def has_transaction_ids(self, raw: Any) -> bool:
+        return self.server_version(raw) >= FIRST_VERSION_WITH_XACT_STATUS
+
+    def identify(self, raw: Any) -> ServerSession:
+        ((pid, start, is_standby),) = self.query(
+            raw,
+            "SELECT pid, backend_start, pg_is_in_recovery() FROM pg_stat_activity"
+            " WHERE pid = pg_backend_pid()",
+        )
+        return ServerSession(pid, start, is_standby)
+
+    def end_session(self, raw: Any, session: ServerSession, xid: int | None) -> bool:
+        parameters = (session.pid, session.start, None if xid is None else str(xid % 2**32))
+        try:
+            return bool(self.query(raw, f"SELECT pg_terminate_backend(pid) {ORPHAN}", parameters))
+        except self.module.ProgrammingError:
+            # A session of a superuser's cannot be ended by others; it is waited for.
+            return bool(self.query(raw, f"SELECT true {ORPHAN}", parameters))
+
+    def limit_lock_waits(self, raw: Any, seconds: float | None) -> None:
+        if seconds is None:
+            self.query(raw, "RESET lock_timeout")
+        else:
+            self.query(raw, f"SET lock_timeout = '{seconds}s'")
+
+    # What differs between the modules
+
+    def parse_conninfo(self, dsn: str) -> dict[str, str]:
+        """The parameters in libpq's URL or key=value string; raises ProgrammingError."""
+        raise NotImplementedError
+
+    def query(self, raw: Any, statement: str, parameters: Any = None) -> list[Any]:
+        raise NotImplementedError
+
+    def sqlstate(self, error: BaseException) -> str | None:
+        """The SQLSTATE of an error, if it has one."""
+        raise NotImplementedError
+
+    def parameter_status(self, raw: Any, name: str) -> str | None:
+        """A setting as the server has reported it last, without a round trip."""
+        raise NotImplementedError
+
+    def server_version(self, raw: Any) -> int:
+        """The server's version as libpq has it, such as 180001."""
+        raise NotImplementedError
+
+
+def connect_keywords(parameters: Mapping[str, str], timeout: float) -> dict[str, Any]:
+    """The parameters for a connection that is given up after ``timeout`` seconds."""
+    # libpq takes whole seconds, for each address of the host.
+    limit = math.ceil(timeout)
+    if int(parameters.get("connect_timeout") or 0) > 0:
+        limit = min(limit, int(parameters["connect_timeout"]))
+    return {**KEEPALIVE, **parameters, "connect_timeout": limit}
+
+
+def begin_statement(level: str | None, readonly: bool | None, deferrable: bool | None) -> str:
+    """BEGIN with the transaction modes that are not None."""
+    statement = "BEGIN"
+    if level is not None:
+        statement += f" ISOLATION LEVEL {level}"
+    if readonly is not None:
+        statement += " READ ONLY" if readonly else " READ WRITE"
+    if deferrable is not None:
+        statement += " DEFERRABLE" if deferrable else " NOT DEFERRABLE"
+    return statement
