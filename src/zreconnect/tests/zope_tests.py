@@ -1,20 +1,12 @@
 """What both of Zope's publishers promise, as tests of their example applications."""
 
-import contextlib
-import errno
-import http.client
-import os
 import shutil
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psycopg2
-
-from zreconnect.integrations.wsgi import EXPLANATION
-from zreconnect.tests.base import PATIENCE, wait_until
+from zreconnect.tests.stack_tests import StackTests
 from zreconnect.tests.web import STACKS, Stack
 
+<<<<<<< HEAD
 # Both publishers run a request again three times.
 ATTEMPTS = 4
 VIEWS = '<include package="zreconnect.tests" file="zope_views.zcml" />'
@@ -28,13 +20,14 @@ OWN_PAGE = """\
     />
 """
 WAITING = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+=======
+>>>>>>> 63da7680ee688bacfa3a32a0d0fab365f8bc6630
 
-
-class ZopeTests:
+class ZopeTests(StackTests):
     """A mixin for `WebTestCase`.
 
-    stack: a name in `STACKS`.
     site: the path of its site definition.
+<<<<<<< HEAD
     five_retries: the path of a file of the example, and a line that makes it five retries.
     """
 
@@ -43,13 +36,21 @@ class ZopeTests:
 
         configuration: ZCML to add. change: called with the copy's directory.
         """
+=======
+    """
+
+    # Both publishers run a request again three times.
+    attempts = 4
+
+    def with_views(self):
+        """A copy of the example that also has the views of `zreconnect.tests.zope_views`."""
+>>>>>>> 63da7680ee688bacfa3a32a0d0fab365f8bc6630
         command, directory = STACKS[self.stack]
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        copy = Path(holder.name, "copy")
+        copy = Path(self.temporary_directory(), "copy")
         shutil.copytree(directory, copy)
         site = copy / self.site
         before, end, after = site.read_text().rpartition("</configure>")
+<<<<<<< HEAD
         site.write_text(before + VIEWS + configuration + end + after)
         change(copy)
         self.gate = str(copy / "gate")
@@ -255,3 +256,11 @@ class ZopeTests:
                 yield answer
             finally:
                 os.close(gate)
+=======
+        include = '<include package="zreconnect.tests" file="zope_views.zcml" />'
+        site.write_text(before + include + end + after)
+        return Stack(command, copy)
+
+    def test_head_while_the_server_is_down(self):
+        self.check_head()
+>>>>>>> 63da7680ee688bacfa3a32a0d0fab365f8bc6630
