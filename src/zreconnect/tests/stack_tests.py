@@ -26,11 +26,11 @@ class StackTests:
         """A `Stack` that is the example with views, or the like, which lose their connection."""
         raise NotImplementedError
 
-    def start_views(self):
+    def start_views(self, timeout=None, **change):
         """`with_views`, answering in one thread."""
         self.gate = os.path.join(self.temporary_directory(), "gate")
         os.mkfifo(self.gate)
-        return self.start(self.with_views(), threads=1, GATE=self.gate)
+        return self.start(self.with_views(**change), timeout, threads=1, GATE=self.gate)
 
     def temporary_directory(self):
         holder = tempfile.TemporaryDirectory()
