@@ -20,6 +20,7 @@ from zreconnect.tests.zope_tests import ZopeTests
 class ZPublisherTests(ZopeTests, WebTestCase):
     stack = "zope"
     site = "etc/site.zcml"
+    five_retries = ("etc/zope.conf", "max-conflict-retries 5\n")
 
     def failed_request(self, error, retry):
         """A request, after the event of its failure."""

@@ -71,6 +71,18 @@ class Swallows(AttemptView):
                 lose_connection(cursor)
 
 
+class SwallowsEverything(AttemptView):
+    """Returns normally, even if there was no connection."""
+
+    def __call__(self):
+        with contextlib.suppress(Exception):
+            super().__call__()
+        return "fine"
+
+    def work(self, cursor, attempt):
+        """It has written, and that is all."""
+
+
 class RollsBackToSavepoint(AttemptView):
     """Takes the loss for an error that a savepoint helps against."""
 
@@ -114,6 +126,13 @@ class Streams(AttemptView):
         lose_connection(cursor)
 
 
+class StreamsWithoutLoss(Streams):
+    def chunks(self):
+        yield b"streamed "
+        write(new_cursor(), "streamed")
+        yield b"all"
+
+
 @implementer(IUnboundStreamIterator)
 class Stream:
     """What ZPublisher streams."""
@@ -134,6 +153,15 @@ class WaitsAtGate(AttemptView):
     def work(self, cursor, attempt):
         with open(os.environ["GATE"]) as gate:
             gate.read()
+
+
+class Unavailable(BrowserView):
+    """The application's own page for `IDatabaseUnavailable`."""
+
+    def __call__(self):
+        self.request.response.setStatus(503)
+        self.request.response.setHeader("Content-Type", "text/plain")
+        return "Closed at the moment"
 
 
 class UnknownOutcome(BrowserView):
