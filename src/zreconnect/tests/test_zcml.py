@@ -23,7 +23,7 @@ from zreconnect import (
 )
 from zreconnect.integrations.wsgi import EXPLANATION
 from zreconnect.interfaces import IZopeDatabaseAdapter
-from zreconnect.tests.base import DatabaseTestCase
+from zreconnect.tests.base import DatabaseTestCase, wait_until
 
 SECRET = "postgresql://user:secret@127.0.0.1:1/base"
 SITE = """\
@@ -200,7 +200,7 @@ class AdapterTests(ZCMLTestCase, DatabaseTestCase):
         with self.assertRaises(CommitOutcomeUnknown):
             self.lose_answer_to_commit({"witness": "none"})
         transaction.abort()
-        self.assertEqual(self.names(), ["answered", "lost"])
+        wait_until(lambda: self.names() == ["answered", "lost"])
 
     def lose_answer_to_commit(self, witness):
         """Commit an item, and another one whose COMMIT is not answered to the last byte."""
