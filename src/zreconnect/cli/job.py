@@ -57,8 +57,13 @@ def record(cursor: ReconnectingCursor, name: str, parsed: Parsed) -> bool:
     if cursor.fetchone() is None:
         return False
     rows = [(path, *definition) for definition in definitions]
+    insert_definitions(cursor, rows)
+    return True
+
+
+def insert_definitions(cursor: ReconnectingCursor, rows: list[tuple[str, str, str, int]]) -> None:
+    """Insert the rows, with as few statements as any driver can."""
     for start in range(0, len(rows), PAGE):
         page = rows[start : start + PAGE]
         places = ", ".join(["(%s, %s, %s, %s)"] * len(page))
         cursor.execute(f"INSERT INTO definition VALUES {places}", list(chain.from_iterable(page)))
-    return True
