@@ -206,12 +206,14 @@ class PsycopgDriver(PostgresqlDriver):
         execute: Callable[[], object],
         answered: Callable[[], object],
     ) -> Begun | None:
+        trip = _SharedTrip(raw)
+        companion = trip.add(_begin(raw, settings), answered)
+        if rider:
+            companion = trip.add(_failing_without_row(rider))
+        trip.answer_so_far()
         error: Exception | None = None
         try:
-            with _SharedTrip(raw) as trip:
-                begin = trip.add(_begin(raw, settings), answered)
-                companion = trip.add(_failing_without_row(rider)) if rider else begin
-                trip.answer_so_far()
+            with trip:
                 execute()
         except Exception as problem:
             error = problem

@@ -1158,6 +1158,17 @@ class BeginWithStatementTests(Psycopg, DatabaseTestCase):
         self.assertIs(psycopg_driver._begin, begin)
         self.assertEqual(self.names(), [])
 
+    def test_a_session_that_is_busy(self):
+        connection = self.ready()
+        connection.driver_connection.pgconn.send_query(b"SELECT 1")
+        with self.assertRaises(psycopg.OperationalError) as busy:
+            self.insert(connection)
+        self.assertNotIsInstance(busy.exception, DisconnectionError)
+        self.assertEqual((self.executions(), connection.state), (0, "active"))
+        connection.rollback()
+        self.insert(connection)
+        self.assertEqual((self.executions(), connection.state), (1, "active"))
+
     def test_the_server_is_no_longer_what_was_asked_for(self):
         connection = self.ready(dsn=self.dsn + "?target_session_attrs=read-write")
         self.addCleanup(self.query, "SELECT pg_reload_conf()")
