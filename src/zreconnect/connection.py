@@ -713,7 +713,7 @@ class ReconnectingConnection:
                 self._doom()
 
     def _new_observer(self) -> Any:
-        if self._witness is None:
+        if self._witness is None or not self._driver.has_sessions:
             return NoObserver(self._driver)
         return self._witness.observer(self._driver)
 

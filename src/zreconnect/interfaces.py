@@ -55,6 +55,9 @@ class IDriver(Interface):
     disconnection_error = Attribute(
         "Subclass of `DisconnectionError` and of the module's OperationalError."
     )
+    has_sessions = Attribute(
+        "Whether there is a server, whose sessions can be lost. Without one, no witness is asked."
+    )
     supports_two_phase = Attribute("Whether transactions can be prepared.")
     ledger_table = Attribute("The statement that makes a `Ledger`'s ``{table}``, unless it exists.")
     ledger_answer = Attribute(

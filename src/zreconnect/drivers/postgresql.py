@@ -91,6 +91,7 @@ class PostgresqlDriver:
     """The part of `zreconnect.interfaces.IDriver` that all modules for PostgreSQL share."""
 
     module: Any
+    has_sessions = True
     supports_two_phase = True
     ledger_table = (
         "CREATE TABLE IF NOT EXISTS {table} ("
