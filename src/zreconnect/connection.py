@@ -87,6 +87,7 @@ class ReconnectingConnection:
         "_data_manager",
         "_data_manager_class",
         "_driver",
+        "_ended_by_error",
         "_had_session",
         "_implicit_begin",
         "_inside_with",
@@ -141,6 +142,8 @@ class ReconnectingConnection:
         self._process = os.getpid()
         self._had_session = False
         self._inside_with = False
+        # Whether the server has rolled the transaction back by itself, because of an error.
+        self._ended_by_error = False
         self._savepoints = itertools.count(1)
         # Set by the data manager and the descriptor, which make this connection part of something
         # larger.
@@ -414,8 +417,8 @@ class ReconnectingConnection:
         """Begin a transaction if a statement needs one; else see that there is a session."""
         self._check_usable()
         if self._state == ACTIVE:
-            return
-        if self._settings.autocommit and not self._inside_with:
+            self._check_not_ended()
+        elif self._settings.autocommit and not self._inside_with:
             self._need_session()
         elif not self._implicit_begin:
             raise self._driver.module.ProgrammingError(
@@ -461,7 +464,12 @@ class ReconnectingConnection:
 
     def _check_lost(self, error: BaseException) -> None:
         """Doom the transaction and raise `DisconnectionError` if ``error`` means a lost session."""
-        if self._state == CLOSED or not self._means_disconnect(error):
+        if self._state == CLOSED:
+            return
+        if not self._means_disconnect(error):
+            # Later statements would each be a transaction of its own.
+            if self._state == ACTIVE and not self._driver.in_transaction(self._raw):
+                self._ended_by_error = True
             return
         was_active = self._state == ACTIVE
         self._end_session(error)
@@ -476,6 +484,14 @@ class ReconnectingConnection:
             + f". Roll back (or abort) and run the work again. The driver said: {one_line(error)}",
             (type(error), error, error.__traceback__),
         ) from error
+
+    def _check_not_ended(self) -> None:
+        if self._ended_by_error:
+            raise self._driver.module.InternalError(
+                f"The transaction ended on {self.server} with the error before, and what follows "
+                "would not be a part of it. Roll back (or abort) before the connection is used "
+                "again."
+            )
 
     def _check_not_doomed(self) -> None:
         if self._state == DOOMED:
@@ -495,6 +511,7 @@ class ReconnectingConnection:
         if self._state != ACTIVE:
             return
         try:
+            self._check_not_ended()
             with self._watch.awaiting(self._response_timeout):
                 self._observer.commit(self._raw)
         except self._driver.module.Error as error:
@@ -678,6 +695,7 @@ class ReconnectingConnection:
 
     def _be_idle(self) -> None:
         self._state = IDLE
+        self._ended_by_error = False
         self._thread = self._owner
 
     def _doom(self) -> None:

@@ -155,7 +155,12 @@ class IDriver(Interface):
         """
 
     def in_transaction(raw):
-        """Whether the server session is in a transaction. Needs no round trip."""
+        """Whether the server session is in a transaction. Needs no round trip.
+
+        If it is not after an error inside a transaction, the server has rolled the transaction
+        back by itself, as MySQL does with the victim of a deadlock. True while the answer to a
+        statement of a transaction is not complete.
+        """
 
     def in_failed_transaction(raw):
         """Whether a statement of the transaction has failed, so that it can only be rolled back.

@@ -545,6 +545,42 @@ class DriverConformance(TestCase):
         self.assertGreater(len(runs), 2)
         self.assertEqual(self._ask(f"SELECT number FROM {TABLE}"), [(2,), (2,)])
 
+    def test_what_follows_a_deadlock_is_not_committed(self) -> None:
+        self._need_sessions()
+        raw = self._open()
+        for name in ("a", "b"):
+            self.driver.query(raw, f"INSERT INTO {TABLE} VALUES ('{name}', 0)")
+        each_has_one = threading.Barrier(2, timeout=PATIENCE)
+
+        def work_on_after_an_error(first: str, second: str) -> int:
+            connection = self._connect()
+            connection.begin()
+            cursor = connection.cursor()
+            cursor.execute(increment(first))
+            each_has_one.wait()
+            errors = 0
+            for statement in (increment(second), insert(f"after {first}")):
+                try:
+                    cursor.execute(statement)
+                except self.module.Error:
+                    errors += 1
+            try:
+                connection.commit()
+            except self.module.Error:
+                errors += 1
+                connection.rollback()
+            return errors
+
+        with ThreadPoolExecutor(2) as threads:
+            done = [threads.submit(work_on_after_an_error, *order) for order in ("ab", "ba")]
+            errors = sorted(each.result(PATIENCE) for each in done)
+        # The victim's error, the statement after it, and its commit.
+        self.assertEqual(errors, [0, 3])
+        self.assertEqual(
+            self._ask(f"SELECT DISTINCT number FROM {TABLE} WHERE name < 'aa'"), [(1,)]
+        )
+        self.assertEqual(len(self._names()), 3)
+
     # Statements and cursors
 
     def test_query_returns_rows(self) -> None:
