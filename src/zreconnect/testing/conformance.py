@@ -603,6 +603,7 @@ class DriverConformance(TestCase):
             self.assertIsInstance(self.driver.cursor(session, None, {}), self.cursor_class)
 
     def test_a_statement_that_may_have_committed(self) -> None:
+        self._need_sessions()
         raw = self._open()
         cursor = self.driver.cursor(raw, None, {})
         for statement, expected in [
@@ -956,17 +957,18 @@ class DriverConformance(TestCase):
         self.assertEqual(self._names(), [])
 
     def test_the_ledger_knows_a_transaction_whose_commit_had_no_answer(self) -> None:
+        line = self._line()
         for reset in (False, True):
             with self.subTest(reset=reset):
                 connection = self._connect(witness=Ledger(LEDGER))
                 connection.begin()
                 connection.cursor().execute(insert(f"arrived {reset}"))
-                self._line().cut("to_client", 0, reset)
+                line.cut("to_client", 0, reset)
                 connection.commit()
                 self.assertEqual(connection.state, IDLE)
                 connection.begin()
                 connection.cursor().execute(insert(f"not arrived {reset}"))
-                self._line().cut("to_server", 0, reset)
+                line.cut("to_server", 0, reset)
                 with self.assertRaises(self.driver.disconnection_error):
                     connection.commit()
                 connection.rollback()
