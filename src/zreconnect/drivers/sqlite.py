@@ -211,8 +211,8 @@ class SqliteDriver(BaseDriver):
     def commit(self, raw: Any, rider: str = "") -> None:
         if not raw.in_transaction:
             raise sqlite3.InternalError(
-                "Nothing was committed: an error, such as a full disk, has made SQLite roll the "
-                "transaction back. Do not go on to commit after an error."
+                "There is no transaction any more. An error, such as a full disk, has made SQLite "
+                "roll it back, or a statement of yours, or executescript(), has ended it."
             )
         if rider:
             self.query(raw, rider)
