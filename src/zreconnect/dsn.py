@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from urllib.parse import quote, unquote
 
-from zreconnect.drivers.base import registered_driver
+from zreconnect.drivers.base import registered_names
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 DRIVERS = {
@@ -36,9 +36,10 @@ def driver_name(dsn: str) -> str:
     name = scheme.group(1).lower()
     if name in DRIVERS:
         return DRIVERS[name]
-    if registered_driver(name) is not None:
+    registered = registered_names()
+    if name in registered:
         return name
-    known = ", ".join(sorted(DRIVERS))
+    known = ", ".join(sorted({*DRIVERS, *registered}))
     raise ValueError(f"dsn has the unknown scheme {scheme.group(1)!r}; known are {known}")
 
 

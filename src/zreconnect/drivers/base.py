@@ -7,7 +7,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any
 
 from zreconnect.interfaces import IDriver
@@ -119,10 +119,11 @@ def load_driver(name: str) -> Any:
     """
     if name in DRIVERS:
         return _import_driver(name)
-    entry_point = registered_driver(name)
-    if entry_point is None:
-        known = sorted({*DRIVERS, *(each.name for each in entry_points(group=ENTRY_POINTS))})
-        raise ValueError(f"driver {name!r} is unknown; known are {', '.join(known)}")
+    try:
+        entry_point = entry_points(group=ENTRY_POINTS)[name]
+    except KeyError:
+        known = ", ".join(sorted({*DRIVERS, *registered_names()}))
+        raise ValueError(f"driver {name!r} is unknown; known are {known}") from None
     driver = entry_point.load()
     if not IDriver.providedBy(driver):
         raise TypeError(
@@ -131,9 +132,9 @@ def load_driver(name: str) -> Any:
     return driver
 
 
-def registered_driver(name: str) -> EntryPoint | None:
-    """The entry point of another distribution's driver, if there is one of that name."""
-    return next(iter(entry_points(group=ENTRY_POINTS, name=name)), None)
+def registered_names() -> set[str]:
+    """The names of the drivers that other distributions have registered."""
+    return set(entry_points(group=ENTRY_POINTS).names)
 
 
 def _import_driver(name: str) -> Any:
