@@ -38,6 +38,7 @@ import zope.event
 import zreconnect
 from zreconnect.events import CommitLookedUp, ConnectionLost
 from zreconnect.testing import EmbeddedPostgres, PortForward
+from zreconnect.tests import faults
 
 PROCESSES = 4
 THREADS = 4
@@ -48,9 +49,6 @@ ATTEMPTS = 10
 PATIENCE = 60.0
 LONGEST_END = 3 * PATIENCE
 PAUSE_BETWEEN_FAULTS = (0.5, 2.0)
-OUTAGE = (0.1, 1.0)
-# A transaction here is about this many bytes in each direction.
-BYTES_OF_A_TRANSACTION = 600
 
 WITNESSES = {"xid": lambda: "xid", "ledger": zreconnect.Ledger}
 
@@ -152,133 +150,22 @@ def make_transfers(name, dsn, witness, journal, stop):
     connection.close()
 
 
-# The faults
-
-
-def fast_restart(server, line, choice):
-    server.restart()
-
-
-def immediate_stop(server, line, choice):
-    server.stop_immediately()
-    time.sleep(choice.uniform(*OUTAGE))
-    server.start()
-
-
-def kill_of_all(server, line, choice):
-    server.kill_all()
-    time.sleep(choice.uniform(*OUTAGE))
-    server.start()
-
-
-def kill_of_a_backend(server, line, choice):
-    to_a_backend(server, choice, server.kill_backend)
-    server.wait_until_ready()
-
-
-def terminated_backend(server, line, choice):
-    to_a_backend(server, choice, server.terminate_backend)
-
-
-def suspended_backend(server, line, choice):
-    """Its client, cut off from it, goes on while it may still have a COMMIT to read."""
-    pid = to_a_backend(server, choice, server.suspend_backend)
-    time.sleep(choice.uniform(*OUTAGE) / 4)
-    line.drop()
-    time.sleep(choice.uniform(*OUTAGE))
-    with contextlib.suppress(ValueError):
-        server.resume_backend(pid)
-
-
-def drop_by_fin(server, line, choice):
-    line.drop()
-
-
-def drop_by_rst(server, line, choice):
-    line.drop(reset=True)
-
-
-def refusal(server, line, choice):
-    line.refuse()
-    line.drop()
-    time.sleep(choice.uniform(*OUTAGE))
-    line.accept()
-
-
-def silence_and_drop(server, line, choice):
-    line.silence(choice.choice(["to_server", "to_client", "both"]))
-    time.sleep(choice.uniform(*OUTAGE))
-    line.drop(reset=choice.random() < 0.5)
-    line.resume()
-
-
-def silence(server, line, choice):
-    line.silence(choice.choice(["to_server", "to_client", "both"]))
-    time.sleep(choice.uniform(*OUTAGE))
-    line.resume()
-
-
-def delay(server, line, choice):
-    line.delay(choice.uniform(0.001, 0.05))
-    time.sleep(choice.uniform(*OUTAGE))
-    line.delay(0)
-
-
-def cut_at_a_byte(server, line, choice, then=None):
-    direction = choice.choice(["to_server", "to_client"])
-    after = choice.randrange(BYTES_OF_A_TRANSACTION)
-    cut = line.cut(direction, after, reset=choice.random() < 0.5, then=then)
-    if not cut.wait(OUTAGE[1]):
-        line.cancel_cut()
-
-
-def cut_and_kill(server, line, choice):
-    """The server crashes before the cut shows."""
-    cut_at_a_byte(server, line, choice, lambda: to_a_backend(server, choice, server.kill_backend))
-    server.wait_until_ready()
-
-
-def to_a_backend(server, choice, action):
-    """Call ``action`` with the process id of a session, and return it."""
-    while True:
-        for pid in choice.sample(pids := server.backend_pids(), len(pids)):
-            # It may have ended since.
-            with contextlib.suppress(ValueError):
-                action(pid)
-                return pid
-
-
 FAULTS = [
-    fast_restart,
-    immediate_stop,
-    kill_of_all,
-    kill_of_a_backend,
-    terminated_backend,
-    suspended_backend,
-    drop_by_fin,
-    drop_by_rst,
-    refusal,
-    silence_and_drop,
-    silence,
-    delay,
-    cut_at_a_byte,
-    cut_and_kill,
+    faults.fast_restart,
+    faults.immediate_stop,
+    faults.kill_of_all,
+    faults.kill_of_a_backend,
+    faults.terminated_backend,
+    faults.suspended_backend,
+    faults.drop_by_fin,
+    faults.drop_by_rst,
+    faults.refusal,
+    faults.silence_and_drop,
+    faults.silence,
+    faults.delay,
+    faults.cut_at_a_byte,
+    faults.cut_and_kill,
 ]
-
-
-def make_faults(server, lines, seconds, choice):
-    """Let faults happen for that long; returns the moment and the name of each."""
-    happened = []
-    deadline = time.monotonic() + seconds
-    while True:
-        # Each kind once before one comes again.
-        for fault in choice.sample(FAULTS, len(FAULTS)):
-            pause = choice.uniform(*PAUSE_BETWEEN_FAULTS)
-            time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
-            if time.monotonic() >= deadline:
-                return happened
-            happened.append((time.monotonic(), fault.__name__))
-            fault(server, choice.choice(lines), choice)
 
 
 # The audit
@@ -335,22 +222,22 @@ def wait_for_end_of_sessions(server):
     return len(left)
 
 
-def show_lookups(answers, faults):
+def show_lookups(answers, happened):
     """For each kind of fault, how often a COMMIT was lost to it and what became of it."""
-    moments = [moment for moment, _ in faults]
+    moments = [fault.moment for fault in happened]
     outcomes = defaultdict(Counter)
     for outcome, moment in answers.lookups:
         before = bisect_right(moments, moment)
-        outcomes[faults[before - 1][1] if before else "no fault"][outcome] += 1
+        outcomes[happened[before - 1].name if before else "no fault"][outcome] += 1
     header = f"{'fault':<20}{'times':>6}{'lost COMMITs':>14}"
     print(header + "".join(f"{each:>11}" for each in ("committed", "aborted", "unknown")))
-    times = Counter(name for _, name in faults)
+    times = Counter(fault.name for fault in happened)
     for name in sorted(times.keys() | outcomes.keys()):
         line = f"{name:<20}{times[name]:>6}{outcomes[name].total():>14}"
         each = (f"{outcomes[name][outcome]:>11}" for outcome in ("committed", "aborted", "unknown"))
         print(line + "".join(each))
     total = sum(outcomes.values(), Counter())
-    print(f"{'all':<20}{len(faults):>6}{total.total():>14}", end="")
+    print(f"{'all':<20}{len(happened):>6}{total.total():>14}", end="")
     print("".join(f"{total[outcome]:>11}" for outcome in ("committed", "aborted", "unknown")))
 
 
@@ -395,7 +282,9 @@ def soak(options):
             while not all((directory / str(number)).exists() for number in range(PROCESSES)):
                 time.sleep(0.01)
             started = time.monotonic()
-            faults = make_faults(server, lines, options.seconds, choice)
+            happened = faults.make_faults(
+                FAULTS, PAUSE_BETWEEN_FAULTS, options.seconds, server, lines, choice
+            )
             seconds = time.monotonic() - started
             for _, tell_end in workers:
                 tell_end.send(None)
@@ -409,11 +298,11 @@ def soak(options):
         found["worker processes that did not end"] = hanging
         found["sessions left"] = left
         found["unexpected errors"] = answers.count("unexpected")
-        return report(options, answers, faults, seconds, found, committed)
+        return report(options, answers, happened, seconds, found, committed)
 
 
-def report(options, answers, faults, seconds, found, committed):
-    show_lookups(answers, faults)
+def report(options, answers, happened, seconds, found, committed):
+    show_lookups(answers, happened)
     acknowledged, unknown = answers.count("acknowledged"), answers.count("unknown")
     print(f"seconds                                    {seconds:.1f}")
     print(f"transactions acknowledged                  {acknowledged}")

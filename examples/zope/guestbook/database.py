@@ -2,7 +2,7 @@
 
 import os
 
-from zreconnect.adapter import ReconnectingDatabaseAdapter
+from zreconnect import ReconnectingDatabaseAdapter
 
 timeout = os.environ.get("DATABASE_TIMEOUT")
 guestbook = ReconnectingDatabaseAdapter(

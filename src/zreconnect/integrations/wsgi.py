@@ -12,6 +12,7 @@ A pipeline of PasteDeploy that uses repoze.retry and repoze.tm2 is, from the out
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -35,12 +36,12 @@ class ServiceUnavailable:
     response; others pass. So do all once a part of the response was sent: it breaks off.
 
     application: the WSGI application.
-    retry_after: the whole seconds after which the client is told to try again.
+    retry_after: the seconds after which the client is told to try again, rounded up.
 
     Raises TypeError or ValueError if ``retry_after`` is no number of at least 0.
     """
 
-    def __init__(self, application: WSGIApplication, retry_after: int = RETRY_AFTER) -> None:
+    def __init__(self, application: WSGIApplication, retry_after: float = RETRY_AFTER) -> None:
         check_number("retry_after", retry_after, at_least=0)
         self.application = application
         self.retry_after = retry_after
@@ -63,7 +64,7 @@ class ServiceUnavailable:
         headers = [
             ("Content-Type", "text/plain; charset=utf-8"),
             ("Content-Length", str(len(EXPLANATION))),
-            ("Retry-After", str(self.retry_after)),
+            ("Retry-After", str(math.ceil(self.retry_after))),
         ]
         # Raises the error if the server has sent headers already.
         start_response(STATUS, headers, sys.exc_info())
@@ -133,7 +134,7 @@ def make_service_unavailable(
     retry_after: str = str(RETRY_AFTER),
 ) -> ServiceUnavailable:
     """PasteDeploy's factory of `ServiceUnavailable`, a ``filter_app_factory``."""
-    return ServiceUnavailable(application, int(retry_after))
+    return ServiceUnavailable(application, float(retry_after))
 
 
 def make_whole_response(

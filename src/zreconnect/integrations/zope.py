@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Seconds after which a client may come again.
-RETRY_AFTER = 5
-MESSAGE = "The database is not available at the moment. Please try again in a few seconds.\n"
+from zreconnect.integrations.wsgi import EXPLANATION, RETRY_AFTER
+from zreconnect.interfaces import IDatabaseUnavailable
 
 
 class DatabaseUnavailableView:
@@ -23,9 +22,25 @@ class DatabaseUnavailableView:
     def __init__(self, error: BaseException, request: Any) -> None:
         self.request = request
 
-    def __call__(self) -> str:
+    def __call__(self) -> bytes:
         response = self.request.response
         response.setStatus(503)
         response.setHeader("Retry-After", str(RETRY_AFTER))
         response.setHeader("Content-Type", "text/plain; charset=utf-8")
-        return MESSAGE
+        return b"" if self.request.method == "HEAD" else EXPLANATION
+
+
+def retry_at_once(event: Any) -> None:
+    """Have ZPublisher run a request again at once that has lost its database; for `IPubFailure`.
+
+    ZPublisher sleeps before a retry, for up to one, two and then four seconds. That parts requests
+    that conflict with each other, but here it only makes the client wait: how long a request waits
+    for its database is for the adapter to say.
+    """
+    if event.retry and IDatabaseUnavailable.providedBy(event.exc_info[1]):
+        # What ZPublisher calls to sleep; the next attempt has a request of its own.
+        event.request.delay_retry = _no_delay
+
+
+def _no_delay() -> None:
+    """The request need not wait."""

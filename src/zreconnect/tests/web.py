@@ -46,8 +46,13 @@ class Stack(NamedTuple):
 
 
 STACKS = {
-    "pyramid": Stack("pserve guestbook.ini port=$PORT threads=$THREADS", EXAMPLES / "pyramid"),
-    "repoze": Stack("pserve guestbook.ini port=$PORT threads=$THREADS", EXAMPLES / "repoze"),
+    "pyramid": Stack(
+        "pserve guestbook.ini http_port=$PORT http_threads=$THREADS", EXAMPLES / "pyramid"
+    ),
+    "repoze": Stack(
+        "waitress-serve --listen=127.0.0.1:$PORT --threads=$THREADS --call guestbook:main",
+        EXAMPLES / "repoze",
+    ),
     "zope": Stack("runwsgi etc/zope.ini http_port=$PORT http_threads=$THREADS", EXAMPLES / "zope"),
     "zope_publisher": Stack(
         "waitress-serve --listen=127.0.0.1:$PORT --threads=$THREADS --call wsgi:make_application",

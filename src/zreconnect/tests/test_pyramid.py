@@ -1,0 +1,72 @@
+"""Web requests under Pyramid, with pyramid_tm and pyramid_retry."""
+
+from pathlib import Path
+
+from zreconnect.tests.stack_tests import StackTests
+from zreconnect.tests.web import STACKS, Stack, WebTestCase
+
+EXPLICIT_MANAGER = "tm.manager_hook = pyramid_tm.explicit_manager\n"
+COMMAND, DIRECTORY = STACKS["pyramid"]
+EXAMPLE = (DIRECTORY / "guestbook.ini").read_text()
+
+
+class PyramidTests(StackTests, WebTestCase):
+    """Each request has a transaction manager of its own."""
+
+    stack = "pyramid"
+    attempts = 3
+
+    settings = EXPLICIT_MANAGER
+
+    def with_views(self):
+        return self.configured(self.settings + "pyramid.includes = zreconnect.tests.pyramid_views")
+
+    def configured(self, settings):
+        """The example with these settings in place of its transaction manager's."""
+        self.assertIn(EXPLICIT_MANAGER, EXAMPLE)
+        ini = Path(self.temporary_directory(), "changed.ini")
+        ini.write_text(EXAMPLE.replace(EXPLICIT_MANAGER, settings + "\n"))
+        return Stack(COMMAND.replace("guestbook.ini", str(ini)), DIRECTORY)
+
+    def test_head_while_the_server_is_down(self):
+        self.check_head()
+
+    def test_error_swallowed_with_a_savepoint_that_failed(self):
+        """`transaction` refuses to commit then, with an error that is none of ours."""
+        example = self.start_views()
+        self.assertEqual(example.get("/SwallowsInSavepoint")[::2], (500, "Sorry"))
+        self.assertEqual(example.get("/Shown").body, "Counter({'TransactionFailedError': 1})")
+        self.assertEqual(self.guests(), [])
+        self.assert_serves(example)
+
+    def test_the_view_for_all_errors_sees_none_of_ours(self):
+        example = self.start_views()
+        self.assertEqual(example.get("/LosesOnce").status, 200)
+        self.query("DELETE FROM guest")
+        self.assert_unavailable(example.get("/LosesAlways"))
+        self.assertEqual(example.get("/Shown").body, "Counter()")
+
+    def test_lost_before_there_is_a_view(self):
+        example = self.start_views()
+        self.assertEqual(example.get("/LosesUserOnce")[::2], (200, "Hello"))
+        self.assertEqual(example.get("/Attempts").body, "2")
+        self.assert_unavailable(example.get("/LosesUserAlways"))
+        self.assertEqual(example.get("/Attempts").body, str(2 + self.attempts))
+        self.assert_serves(example)
+
+    def test_transaction_that_nobody_ends(self):
+        example = self.start_views()
+        self.assertEqual(example.get("/ForgetsTransaction")[::2], (200, "forgotten"))
+        self.assert_serves(example)
+        self.assertNotIn("forgotten", self.guests())
+
+
+class ThreadManagerTests(PyramidTests):
+    """The requests of a thread have one transaction manager, ``transaction.manager``."""
+
+    settings = ""
+
+    def start(self, stack, *args, **keywords):
+        if stack == self.stack:
+            stack = self.configured(self.settings)
+        return super().start(stack, *args, **keywords)

@@ -1,0 +1,261 @@
+"""The WSGI middleware, alone and beside the packages that it is for."""
+
+import sys
+import unittest
+from wsgiref.headers import Headers
+from wsgiref.util import setup_testing_defaults
+from wsgiref.validate import validator
+
+import repoze.retry
+import repoze.tm
+import transaction
+from transaction.interfaces import TransientError
+
+from zreconnect import CommitOutcomeUnknown, DisconnectionError, ReconnectTimeout
+from zreconnect.exceptions import DisconnectedConnectionError
+from zreconnect.integrations.wsgi import (
+    EXPLANATION,
+    ServiceUnavailable,
+    WholeResponse,
+    make_service_unavailable,
+    make_whole_response,
+)
+
+LOST = DisconnectionError("The connection to postgresql://joe@example.org:5432/books was lost")
+OK = "200 OK"
+UNAVAILABLE = "503 Service Unavailable"
+TEXT = [("Content-Type", "text/plain")]
+
+
+class Chunks:
+    """A response that raises the errors among its chunks, and notes that it was closed."""
+
+    closed = 0
+
+    def __init__(self, *chunks):
+        self.chunks = iter(chunks)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        chunk = next(self.chunks)
+        if isinstance(chunk, Exception):
+            raise chunk
+        return chunk
+
+    def close(self):
+        self.closed += 1
+
+
+def responding(response):
+    def application(environ, start_response):
+        start_response(OK, TEXT)
+        return response
+
+    return application
+
+
+def failing(error):
+    def application(environ, start_response):
+        raise error
+
+    return application
+
+
+class Answer:
+    """What a server gets from an application, and does with it as PEP 3333 has it."""
+
+    def __init__(self, application, method="GET"):
+        environ = {"REQUEST_METHOD": method, "QUERY_STRING": ""}
+        setup_testing_defaults(environ)
+        self.status = None
+        self.body = b""
+        response = application(environ, self.start_response)
+        try:
+            for chunk in response:
+                self.write(chunk)
+        finally:
+            if hasattr(response, "close"):
+                response.close()
+
+    def start_response(self, status, headers, exc_info=None):
+        assert self.status is None or exc_info, "the response was started already"
+        if exc_info and self.body:
+            raise exc_info[1]
+        self.status, self.headers = status, Headers(list(headers))
+        return self.write
+
+    def write(self, chunk):
+        assert self.status is not None, "the response was not started"
+        self.body += chunk
+
+
+class ServiceUnavailableTests(unittest.TestCase):
+    def answer(self, application, method="GET"):
+        return Answer(validator(ServiceUnavailable(validator(application))), method)
+
+    def assert_unavailable(self, answer):
+        self.assertEqual((answer.status, answer.body), (UNAVAILABLE, EXPLANATION))
+        self.assertEqual(answer.headers["Retry-After"], "5")
+        self.assertEqual(answer.headers["Content-Length"], str(len(EXPLANATION)))
+        self.assertEqual(answer.headers["Content-Type"], "text/plain; charset=utf-8")
+
+    def test_response_without_error(self):
+        chunks = Chunks(b"one ", b"two")
+        answer = self.answer(responding(chunks))
+        self.assertEqual((answer.status, answer.body), (OK, b"one two"))
+        self.assertEqual(chunks.closed, 1)
+
+    def test_error_of_the_application(self):
+        original = DisconnectedConnectionError("Already disconnected")
+        doomed = DisconnectionError("doomed", (type(original), original, None))
+        timeout = ReconnectTimeout("server", 3, 5.0, OSError())
+        for error in (LOST, timeout, doomed, original):
+            with self.subTest(error=error):
+                self.assert_unavailable(self.answer(failing(error)))
+
+    def test_error_after_the_application_has_started_the_response(self):
+        def application(environ, start_response):
+            start_response(OK, TEXT)
+            raise LOST
+
+        self.assert_unavailable(self.answer(application))
+
+    def test_error_of_the_response_before_its_first_byte(self):
+        for chunks in (Chunks(LOST), Chunks(b"", LOST)):
+            self.assert_unavailable(self.answer(responding(chunks)))
+            self.assertEqual(chunks.closed, 1)
+
+    def test_error_of_a_generator_that_has_started_nothing(self):
+        def application(environ, start_response):
+            if environ:
+                raise LOST
+            yield b""
+
+        self.assert_unavailable(self.answer(application))
+
+    def test_error_of_a_response_that_was_sent_in_part(self):
+        chunks = Chunks(b"one ", LOST)
+        with self.assertRaises(DisconnectionError) as raised:
+            self.answer(responding(chunks))
+        self.assertIs(raised.exception, LOST)
+        self.assertEqual(chunks.closed, 1)
+
+    def test_error_after_the_application_has_written(self):
+        def application(environ, start_response):
+            start_response(OK, TEXT)(b"one ")
+            raise LOST
+
+        with self.assertRaises(DisconnectionError):
+            self.answer(application)
+
+    def test_other_errors_pass(self):
+        for error in (ValueError("other"), CommitOutcomeUnknown("server"), TransientError()):
+            for application in (failing(error), responding(Chunks(error))):
+                with self.subTest(error=error), self.assertRaises(type(error)) as raised:
+                    self.answer(application)
+                self.assertIs(raised.exception, error)
+
+    def test_nothing_but_the_head_is_sent_to_who_asks_for_that(self):
+        answer = self.answer(failing(LOST), "HEAD")
+        self.assertEqual((answer.status, answer.body), (UNAVAILABLE, b""))
+        self.assertEqual(answer.headers["Retry-After"], "5")
+
+    def test_response_that_is_never_asked_for_is_closed(self):
+        chunks = Chunks(b"one")
+        ServiceUnavailable(responding(chunks))({}, lambda *arguments: None).close()
+        self.assertEqual(chunks.closed, 1)
+
+    def test_time_after_which_to_try_again(self):
+        answer = Answer(ServiceUnavailable(failing(LOST), retry_after=59.5))
+        self.assertEqual(answer.headers["Retry-After"], "60")
+        answer = Answer(make_service_unavailable(failing(LOST), {}, retry_after="7"))
+        self.assertEqual(answer.headers["Retry-After"], "7")
+        answer = Answer(make_service_unavailable(failing(LOST), {}))
+        self.assertEqual(answer.headers["Retry-After"], "5")
+
+    def test_time_that_makes_no_sense(self):
+        for error, retry_after in ((ValueError, -1), (TypeError, "5")):
+            with self.subTest(retry_after), self.assertRaisesRegex(error, "retry_after"):
+                ServiceUnavailable(failing(LOST), retry_after)
+
+
+class WholeResponseTests(unittest.TestCase):
+    def answer(self, application):
+        return Answer(validator(WholeResponse(validator(application))))
+
+    def test_response(self):
+        chunks = Chunks(b"one ", b"two")
+        answer = self.answer(responding(chunks))
+        self.assertEqual((answer.status, answer.body), (OK, b"one two"))
+        self.assertEqual(answer.headers["Content-Type"], "text/plain")
+        self.assertEqual(chunks.closed, 1)
+
+    def test_what_is_written_comes_first(self):
+        def application(environ, start_response):
+            start_response(OK, TEXT)(b"one ")
+            return [b"two"]
+
+        self.assertEqual(self.answer(application).body, b"one two")
+
+    def test_error_page_in_place_of_a_started_response(self):
+        def application(environ, start_response):
+            start_response(OK, TEXT)
+            try:
+                raise ValueError
+            except ValueError:
+                start_response("500 Internal Server Error", TEXT, sys.exc_info())
+            return [b"Sorry"]
+
+        answer = self.answer(application)
+        self.assertEqual((answer.status, answer.body), ("500 Internal Server Error", b"Sorry"))
+
+    def test_error_comes_before_anything_is_started(self):
+        started = []
+        chunks = Chunks(b"one ", LOST)
+        with self.assertRaises(DisconnectionError):
+            WholeResponse(responding(chunks))({}, started.append)
+        self.assertEqual((started, chunks.closed), ([], 1))
+
+
+class RepozeTests(unittest.TestCase):
+    """Why repoze.retry needs `WholeResponse` before repoze.tm2."""
+
+    def setUp(self):
+        self.addCleanup(transaction.abort)
+        self.calls = 0
+
+    def application(self, environ, start_response):
+        self.calls += 1
+        start_response(OK, TEXT)
+        if self.calls == 1:
+            raise LOST
+        return [b"done"]
+
+    def test_repoze_retry_refuses_what_repoze_tm2_returns(self):
+        with self.assertRaises(repoze.retry.AppMustCallStartResponseBeforeReturning):
+            Answer(repoze.retry.Retry(repoze.tm.TM(self.application), tries=3))
+        self.assertEqual(self.calls, 0)
+
+    def test_whole_response_in_between(self):
+        pipeline = make_whole_response(repoze.tm.TM(self.application), {})
+        answer = Answer(repoze.retry.Retry(pipeline, tries=3))
+        self.assertEqual((answer.status, answer.body), (OK, b"done"))
+        self.assertEqual(self.calls, 2)
+
+    def test_error_of_the_commit_is_retried(self):
+        def application(environ, start_response):
+            self.calls += 1
+            start_response(OK, TEXT)
+            if self.calls == 1:
+                transaction.get().addBeforeCommitHook(fail)
+            return [b"done"]
+
+        def fail():
+            raise LOST
+
+        pipeline = WholeResponse(repoze.tm.TM(application))
+        answer = Answer(repoze.retry.Retry(pipeline, tries=3))
+        self.assertEqual((answer.status, answer.body), (OK, b"done"))
+        self.assertEqual(self.calls, 2)
