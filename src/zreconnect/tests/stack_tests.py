@@ -188,9 +188,10 @@ class StackTests:
         with self.view_at_gate(example) as answer:
             before = self.forward.count()
         self.assertEqual(answer.result(PATIENCE).status, 200)
-        commit = (self.forward.count() - before).bytes_to_server
+        # The last byte of the answer to a commit; when it comes, the commit has been done.
+        last = (self.forward.count() - before).bytes_to_client - 1
         with self.view_at_gate(example) as answer:
-            cut = self.forward.cut("to_server", commit, then=self.forward.refuse)
+            cut = self.forward.cut("to_client", last, then=self.forward.refuse)
         self.assertEqual(answer.result(PATIENCE)[::2], (500, "Please look whether it is there"))
         self.assertTrue(cut.wait(PATIENCE))
         self.forward.accept()
