@@ -378,6 +378,8 @@ class DriverConformance(TestCase):
         self.driver.rollback(raw)
         self.assertFalse(self.driver.in_transaction(raw))
         self.assertEqual(self._names(), [])
+        self.driver.rollback(raw)
+        self.assertFalse(self.driver.in_transaction(raw))
 
     def test_a_rider_on_begin_returns_its_row(self) -> None:
         raw = self._open()
@@ -464,7 +466,6 @@ class DriverConformance(TestCase):
             driver.looks_like_reading(cursor)
             driver.cursor(raw, None, {})
             driver.fileno(raw)
-            driver.parameters(raw)
 
         self.assertEqual(self._round_trips(look), 0)
 
@@ -601,6 +602,8 @@ class DriverConformance(TestCase):
         self.driver.set_cursor_factory(raw, self.cursor_class)
         for session in (raw, self._open(SessionSettings(cursor_factory=self.cursor_class))):
             self.assertIsInstance(self.driver.cursor(session, None, {}), self.cursor_class)
+            self.driver.set_cursor_factory(session, None)
+            self.assertNotIsInstance(self.driver.cursor(session, None, {}), self.cursor_class)
 
     def test_a_statement_that_may_have_committed(self) -> None:
         self._need_sessions()
