@@ -9,6 +9,7 @@ CLI = ["rich >= 13.0", *EMBEDDED]
 MYSQL = ["mysqlclient >= 2.2"]
 PYMYSQL = ["PyMySQL >= 1.1"]
 PYRAMID = ["pyramid >= 2.0"]
+PSYCOPG = ["psycopg[binary] >= 3.2", "psycopg[binary] >= 3.2.2; python_version >= '3.13'"]
 # What zope.publisher, which Zope's integration serves, does not need itself.
 ZOPE = ["zope.component[zcml] >= 5.1", "zope.configuration >= 5.0", "zope.schema >= 7.0"]
 # The servers and middleware of the example applications, which the tests run.
@@ -75,9 +76,17 @@ setup(
         "docs": ["Sphinx >= 7.0"],
         "embedded": EMBEDDED,
         "mysql": MYSQL,
+        "psycopg": PSYCOPG,
         "pymysql": PYMYSQL,
         "pyramid": PYRAMID,
-        "test": ["coverage >= 7.13", "zope.testrunner >= 8.1", *CLI, *EXAMPLES, *PYMYSQL],
+        "test": [
+            "coverage >= 7.13",
+            "zope.testrunner >= 8.1",
+            *CLI,
+            *EXAMPLES,
+            *PSYCOPG,
+            *PYMYSQL,
+        ],
         "zope": ZOPE,
     },
     entry_points={

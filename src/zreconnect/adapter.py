@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -184,13 +185,9 @@ class ReconnectingDatabaseAdapter:
             transaction_manager = transaction.manager
         connection = self._connection()
         data_manager = connection._data_manager
-        if data_manager is None:
+        if data_manager is None or data_manager.transaction_manager is not transaction_manager:
+            _leave_forgotten_transaction(connection)
             join_transactions(connection, transaction_manager)
-        elif data_manager.transaction_manager is not transaction_manager:
-            raise connection.ProgrammingError(
-                "The thread's connection is part of the transaction of another transaction "
-                "manager: commit or abort that first"
-            )
         return connection
 
     def isConnected(self) -> bool:
@@ -247,6 +244,27 @@ class ReconnectingDatabaseAdapter:
             held.connection._adapter = self
         connection: ZopeConnection = held.connection
         return connection
+
+
+def _leave_forgotten_transaction(connection: ZopeConnection) -> None:
+    """Abort the transaction that the connection is part of if its manager does not exist any more.
+
+    Raises the driver's ProgrammingError if it does.
+    """
+    data_manager = connection._data_manager
+    if data_manager is None:
+        return
+    connection._before_begin = None
+    # A manager and its transaction refer to each other.
+    gc.collect()
+    manager = data_manager.transaction_manager
+    if manager is not None:
+        join_transactions(connection, manager)
+        raise connection.ProgrammingError(
+            "The thread's connection is part of the transaction of another transaction manager: "
+            "commit or abort that first"
+        )
+    data_manager.abort(None)
 
 
 def _as_list(row: Any) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn
@@ -27,12 +28,14 @@ from zreconnect.exceptions import (
     ReconnectTimeout,
     one_line,
 )
+from zreconnect.guarded import Guarded
 from zreconnect.interfaces import (
     ACTIVE,
     CLOSED,
     DOOMED,
     IDLE,
     PREPARED,
+    IPipeliningDriver,
     IReconnectingConnection,
     ISavepoint,
 )
@@ -57,6 +60,19 @@ DBAPI_EXCEPTIONS = {
     "ProgrammingError",
     "NotSupportedError",
 }
+
+
+class _DriverAttribute:
+    """An attribute of the raw connection that can be set, if the driver's has it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, connection: ReconnectingConnection | None, owner: type) -> Any:
+        return self if connection is None else connection.__getattr__(self._name)
+
+    def __set__(self, connection: ReconnectingConnection, value: Any) -> None:
+        setattr(connection.driver_connection, self._name, value)
 
 
 @implementer(IReconnectingConnection)
@@ -84,12 +100,15 @@ class ReconnectingConnection:
     __slots__ = (
         "__weakref__",
         "_before_begin",
+        "_begins_with_statements",
         "_data_manager",
         "_data_manager_class",
         "_driver",
+        "_ended_by_error",
         "_had_session",
         "_implicit_begin",
         "_inside_with",
+        "_kept",
         "_observer",
         "_on_connect",
         "_owner",
@@ -138,9 +157,14 @@ class ReconnectingConnection:
         self._witness = choose_witness(witness)
         self._observer = self._new_observer()
         self._settings = SessionSettings()
+        self._begins_with_statements = IPipeliningDriver.providedBy(self._driver)
+        # What the driver has kept of the last raw connection.
+        self._kept: Any = None
         self._process = os.getpid()
         self._had_session = False
         self._inside_with = False
+        # Whether the server has rolled the transaction back by itself, because of an error.
+        self._ended_by_error = False
         self._savepoints = itertools.count(1)
         # Set by the data manager and the descriptor, which make this connection part of something
         # larger.
@@ -279,6 +303,7 @@ class ReconnectingConnection:
             two_phase=self._data_manager_class is TwoPhaseDataManager,
         )
         forked._settings = replace(self._settings)
+        forked._kept = self._kept if self._raw is None else self._driver.keep(self._raw)
         return forked
 
     # Cursors and large objects
@@ -289,6 +314,26 @@ class ReconnectingConnection:
         self._check_usable()
         return ReconnectingCursor(self, name, cursor_factory, options)
 
+    def execute(self, query: Any, params: Any = None, **options: Any) -> ReconnectingCursor:
+        """As in psycopg 3 and sqlite3: a new cursor, which has executed the statement."""
+        cursor = self.cursor()
+        cursor.execute(query, params, **options)
+        return cursor
+
+    @contextlib.contextmanager
+    def pipeline(self) -> Iterator[Any]:
+        """As in psycopg 3. Begins a transaction if there is none, and does not end it.
+
+        Raises the driver's ProgrammingError in autocommit mode outside a transaction.
+        """
+        if self._is_autocommit():
+            raise self._driver.module.ProgrammingError(
+                "pipeline() in autocommit mode: begin() a transaction first"
+            )
+        self._need_transaction()
+        with self._guarded_block(self._raw.pipeline()) as pipeline:
+            yield Guarded(self, pipeline)
+
     def lobject(self, *args: Any, **keywords: Any) -> Any:
         """A large object, as the driver has it; it lives as long as the transaction."""
         self._need_transaction()
@@ -297,6 +342,11 @@ class ReconnectingConnection:
             return Guarded(self, self._raw.lobject(*args, **keywords))
 
     # Session settings
+
+    row_factory = _DriverAttribute()
+    server_cursor_factory = _DriverAttribute()
+    prepare_threshold = _DriverAttribute()
+    prepared_max = _DriverAttribute()
 
     @property
     def autocommit(self) -> bool:
@@ -321,6 +371,18 @@ class ReconnectingConnection:
     @readonly.setter
     def readonly(self, value: bool | str | None) -> None:
         self._change_settings(readonly=_flag("readonly", value))
+
+    # psycopg 3's names.
+    read_only = readonly
+
+    def set_autocommit(self, value: bool) -> None:
+        self.autocommit = value
+
+    def set_read_only(self, value: bool | None) -> None:
+        self.readonly = value
+
+    def set_deferrable(self, value: bool | None) -> None:
+        self.deferrable = value
 
     @property
     def deferrable(self) -> bool | None:
@@ -390,6 +452,7 @@ class ReconnectingConnection:
         self.rollback()
         self._settings = SessionSettings()
         self._drop_session()
+        self._kept = None
 
     def _change_settings(self, **changes: Any) -> None:
         self._check_outside_transaction("Changing the session's settings")
@@ -406,7 +469,7 @@ class ReconnectingConnection:
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         self._need_session()
-        return self._guarded_attribute(self._raw, name)
+        return self._guarded_attribute(self._raw, name, self)
 
     # For the cursor, the data manager and the descriptor
 
@@ -414,8 +477,8 @@ class ReconnectingConnection:
         """Begin a transaction if a statement needs one; else see that there is a session."""
         self._check_usable()
         if self._state == ACTIVE:
-            return
-        if self._settings.autocommit and not self._inside_with:
+            self._check_not_ended()
+        elif self._is_autocommit():
             self._need_session()
         elif not self._implicit_begin:
             raise self._driver.module.ProgrammingError(
@@ -424,28 +487,139 @@ class ReconnectingConnection:
         else:
             self._begin_for_statement()
 
+    def _is_autocommit(self) -> bool:
+        """Whether a statement would be a transaction of its own."""
+        return self._state == IDLE and self._settings.autocommit and not self._inside_with
+
     @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """Turn the driver's errors in this block into ours where they mean a lost session."""
+    def _guarded(self, raw_cursor: Any = None) -> Iterator[None]:
+        """Turn the driver's errors in this block into ours where they mean a lost session.
+
+        raw_cursor: that of the statement that is executed in the block, if there is one.
+        """
         try:
             with self._watch.awaiting(self._response_timeout):
                 yield
         except self._driver.module.Error as error:
+            if raw_cursor is not None:
+                self._check_statement_lost(error, raw_cursor)
             self._check_lost(error)
             raise
 
-    def _guarded_attribute(self, wrapped: Any, name: str) -> Any:
-        """``wrapped.name``; if it is a method, one whose errors are guarded."""
+    def _guarded_attribute(
+        self, wrapped: Any, name: str, owner: Any, raw_cursor: Any = None
+    ) -> Any:
+        """``wrapped.name``; if it is a method, one whose errors are guarded.
+
+        owner: what it returns in the place of ``wrapped``.
+        """
         value = getattr(wrapped, name)
         if not callable(value):
             return value
 
         def call(*args: Any, **keywords: Any) -> Any:
             self._check_not_doomed()
-            with self._guarded():
-                return value(*args, **keywords)
+            with self._guarded(raw_cursor):
+                result = value(*args, **keywords)
+            if isinstance(result, Generator):
+                rows = self._guarded_rows(result, raw_cursor, waits=wrapped is not self._raw)
+                return (owner if row is wrapped else row for row in rows)
+            return owner if result is wrapped else result
 
         return call
+
+    def _guarded_rows(self, rows: Any, raw_cursor: Any = None, waits: bool = True) -> Iterator[Any]:
+        """What an iterator of the driver's gives.
+
+        waits: whether each is an answer of the server's, which can be overdue. Notifications are
+        not.
+        """
+        limit = self._response_timeout if waits else None
+        with self._guarded_block(contextlib.closing(rows), raw_cursor):
+            while True:
+                self._check_usable()
+                with self._guarded(raw_cursor), self._watch.awaiting(limit):
+                    row = next(rows, _END)
+                if row is _END:
+                    return
+                yield row
+
+    @contextlib.contextmanager
+    def _guarded_block(self, block: Any, raw_cursor: Any = None) -> Iterator[Any]:
+        """Enter one of the driver's context managers, and leave it."""
+        raw = self._raw
+        with self._guarded(raw_cursor):
+            value = block.__enter__()
+        try:
+            yield value
+        except BaseException:
+            self._leave_block(block, raw, raw_cursor, *sys.exc_info())
+            raise
+        self._leave_block(block, raw, raw_cursor, None, None, None)
+
+    def _leave_block(self, block: Any, raw: Any, raw_cursor: Any, *error: Any) -> None:
+        if raw is not None and raw is self._raw:
+            with self._guarded(raw_cursor):
+                block.__exit__(*error)
+        else:
+            # It has ended with its session.
+            with contextlib.suppress(self._driver.module.Error):
+                block.__exit__(*error)
+
+    def _may_begin_with_statement(self) -> bool:
+        """Whether a statement begins a transaction, and BEGIN may travel along with it."""
+        return (
+            self._begins_with_statements
+            and self._state == IDLE
+            and self._raw is not None
+            and self._implicit_begin
+            and not self._is_autocommit()
+            # What has arrived can be the end of the session, and BEGIN finds that out.
+            and self._watch.is_quiet()
+        )
+
+    def _begin_with_statement(
+        self, raw_cursor: Any, arguments: tuple[Any, ...], execute: Callable[[], object]
+    ) -> bool:
+        """Begin a transaction along with its first statement, in one round trip.
+
+        Whether that was done; else the statement has not been executed, and there is no
+        transaction.
+        """
+        self._check_usable()
+        if not self._driver.may_begin_with(raw_cursor, *arguments):
+            return False
+        if self._before_begin is not None:
+            self._before_begin()
+        # Whatever interrupts this, a rollback() is due afterwards.
+        self._state = ACTIVE
+        self._thread = threading.get_ident()
+        try:
+            with self._watch.awaiting(self._limit_of_begin(self._patience())):
+                begun = self._driver.begin_with(
+                    self._raw,
+                    self._settings,
+                    self._observer.rider(self._raw, self._settings),
+                    execute,
+                    lambda: self._watch.awaiting(self._response_timeout),
+                )
+            if begun is None:
+                self._be_idle()
+                return False
+            self._observer.began(begun.row)
+            if begun.error is not None:
+                raise begun.error
+        except self._driver.module.Error as error:
+            self._check_statement_lost(error, raw_cursor)
+            raise
+        if self._server.is_missed_by(self._raw):
+            missed = self._missed()
+            self._end_session(missed)
+            self._doom()
+            self._raise_lost(missed, was_active=True)
+        if self._observer.watches_statements:
+            self._observer.executed(raw_cursor)
+        return True
 
     def _check_statement_lost(self, error: BaseException, raw_cursor: Any) -> None:
         """As `_check_lost`, for a statement, which may have been a commit as well."""
@@ -461,7 +635,12 @@ class ReconnectingConnection:
 
     def _check_lost(self, error: BaseException) -> None:
         """Doom the transaction and raise `DisconnectionError` if ``error`` means a lost session."""
-        if self._state == CLOSED or not self._means_disconnect(error):
+        if self._state == CLOSED:
+            return
+        if not self._means_disconnect(error):
+            # Later statements would each be a transaction of its own.
+            if self._state == ACTIVE and not self._driver.in_transaction(self._raw):
+                self._ended_by_error = True
             return
         was_active = self._state == ACTIVE
         self._end_session(error)
@@ -476,6 +655,14 @@ class ReconnectingConnection:
             + f". Roll back (or abort) and run the work again. The driver said: {one_line(error)}",
             (type(error), error, error.__traceback__),
         ) from error
+
+    def _check_not_ended(self) -> None:
+        if self._ended_by_error:
+            raise self._driver.module.InternalError(
+                f"The transaction ended on {self.server} with the error before, and what follows "
+                "would not be a part of it. Roll back (or abort) before the connection is used "
+                "again."
+            )
 
     def _check_not_doomed(self) -> None:
         if self._state == DOOMED:
@@ -495,6 +682,7 @@ class ReconnectingConnection:
         if self._state != ACTIVE:
             return
         try:
+            self._check_not_ended()
             with self._watch.awaiting(self._response_timeout):
                 self._observer.commit(self._raw)
         except self._driver.module.Error as error:
@@ -628,10 +816,8 @@ class ReconnectingConnection:
 
     def _begin_in_session(self, policy: RetryPolicy) -> bool:
         """Whether BEGIN arrived: if the session has ended while idle, this is how it shows."""
-        # Half of the time is left for connecting again.
-        limit = policy.longest_attempt((policy.timeout or 0) / 2)
         try:
-            with self._watch.awaiting(min(limit, self._response_timeout or limit)):
+            with self._watch.awaiting(self._limit_of_begin(policy)):
                 self._begin_raw(self._raw)
         except self._driver.module.Error as error:
             if not self._means_disconnect(error):
@@ -639,13 +825,21 @@ class ReconnectingConnection:
             self._end_session(error)
             return False
         if self._server.is_missed_by(self._raw):
-            self._end_session(
-                self._driver.module.OperationalError(
-                    "the server is no longer what target_session_attrs asks for"
-                )
-            )
+            self._end_session(self._missed())
             return False
         return True
+
+    def _limit_of_begin(self, policy: RetryPolicy) -> float:
+        """The seconds that the answer to BEGIN may take."""
+        # Half of the time is left for connecting again.
+        limit = policy.longest_attempt((policy.timeout or 0) / 2)
+        return min(limit, self._response_timeout or limit)
+
+    def _missed(self) -> BaseException:
+        error: BaseException = self._driver.module.OperationalError(
+            "the server is no longer what target_session_attrs asks for"
+        )
+        return error
 
     def _need_session(self) -> None:
         self._check_open()
@@ -660,6 +854,8 @@ class ReconnectingConnection:
             watch = Watch(self._driver.fileno(raw), self.server)
             try:
                 with watch.awaiting(timeout):
+                    if self._kept is not None:
+                        self._driver.inherit(raw, self._kept)
                     if self._on_connect is not None:
                         self._on_connect(raw)
                     self._driver.restore(raw, self._settings)
@@ -678,6 +874,7 @@ class ReconnectingConnection:
 
     def _be_idle(self) -> None:
         self._state = IDLE
+        self._ended_by_error = False
         self._thread = self._owner
 
     def _doom(self) -> None:
@@ -696,6 +893,7 @@ class ReconnectingConnection:
         raw, self._raw = self._raw, None
         if raw is None:
             return
+        self._kept = self._driver.keep(raw)
         self._watch.close()
         self._watch = NO_WATCH
         if self._process == os.getpid():
@@ -713,7 +911,7 @@ class ReconnectingConnection:
                 self._doom()
 
     def _new_observer(self) -> Any:
-        if self._witness is None:
+        if self._witness is None or not self._driver.has_sessions:
             return NoObserver(self._driver)
         return self._witness.observer(self._driver)
 
@@ -736,28 +934,6 @@ class Savepoint:
     def _execute(self, statement: str) -> None:
         with self._connection.cursor() as cursor:
             cursor.execute(statement)
-
-
-class Guarded:
-    """Something of the driver's that talks to the server, such as a large object.
-
-    What it raises when the session is lost is what a cursor raises.
-    """
-
-    def __init__(self, connection: ReconnectingConnection, wrapped: Any) -> None:
-        self._connection = connection
-        self._wrapped = wrapped
-
-    def __getattr__(self, name: str) -> Any:
-        self._connection._check_not_doomed()
-        return self._connection._guarded_attribute(self._wrapped, name)
-
-    def __enter__(self) -> Guarded:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._connection.state == ACTIVE:
-            self.close()
 
 
 def connect(
@@ -805,6 +981,9 @@ def _flag(name: str, value: bool | str | None) -> bool | None:
         raise ValueError(f"{name} must be a truth value, None or 'DEFAULT', not {value!r}")
     return bool(value)
 
+
+# What next() returns at the end.
+_END = object()
 
 _connections: weakref.WeakSet[ReconnectingConnection] = weakref.WeakSet()
 

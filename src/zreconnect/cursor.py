@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zope.interface import implementer
 
+from zreconnect.guarded import Guarded
 from zreconnect.interfaces import ACTIVE, IReconnectingCursor
 
 if TYPE_CHECKING:
@@ -28,9 +31,11 @@ class _Setting:
     def __get__(self, cursor: ReconnectingCursor | None, owner: type | None = None) -> Any:
         if cursor is None:
             return self
-        if self._name in cursor._settings or self._default is not None:
-            return cursor._settings.get(self._name, self._default)
-        return getattr(cursor._raw_cursor(), self._name)
+        if self._name in cursor._settings:
+            return cursor._settings[self._name]
+        if self._default is None:
+            return getattr(cursor._raw_cursor(), self._name)
+        return getattr(cursor._raw, self._name, self._default)
 
     def __set__(self, cursor: ReconnectingCursor, value: Any) -> None:
         if cursor._raw is not None:
@@ -58,6 +63,8 @@ class ReconnectingCursor:
     arraysize = _Setting(1)
     itersize = _Setting(2000)
     binary_types = _Setting()
+    format = _Setting()
+    row_factory = _Setting()
     scrollable = _Setting()
     string_types = _Setting()
     tzinfo_factory = _Setting()
@@ -88,6 +95,11 @@ class ReconnectingCursor:
 
     def execute(self, query: Any, vars: Any = None, **options: Any) -> Any:
         arguments = (query,) if vars is None else (query, vars)
+        if self.connection._may_begin_with_statement() and self.name is None:
+            self._open_in_session()
+            execute = partial(self._raw.execute, *arguments, **options)
+            if self.connection._begin_with_statement(self._raw, arguments, execute):
+                return self
         return self._statement("execute", *arguments, **options)
 
     def executemany(self, query: Any, vars_list: Any, **options: Any) -> Any:
@@ -108,11 +120,22 @@ class ReconnectingCursor:
         """As in psycopg2."""
         return self._statement("copy_to", file, table, *args, **keywords)
 
+    @contextmanager
+    def copy(self, statement: Any, params: Any = None, **options: Any) -> Iterator[Any]:
+        """As in psycopg 3."""
+        block = self._statement("copy", statement, params, **options)
+        with self.connection._guarded_block(block, self._raw) as copy:
+            yield Guarded(self.connection, copy, self._raw)
+
+    def stream(self, query: Any, params: Any = None, **options: Any) -> Iterator[Any]:
+        """As in psycopg 3."""
+        rows = self._statement("stream", query, params, **options)
+        yield from self.connection._guarded_rows(rows, self._raw)
+
     def _statement(self, method: str, *args: Any, **keywords: Any) -> Any:
         connection = self.connection
         connection._need_transaction()
-        if self._raw_connection is not connection._raw:
-            self._open()
+        self._open_in_session()
         try:
             with connection._watch.awaiting(connection._response_timeout):
                 if self.name is not None and connection._state == ACTIVE:
@@ -183,7 +206,7 @@ class ReconnectingCursor:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return self.connection._guarded_attribute(self._raw_cursor(), name)
+        return self.connection._guarded_attribute(self._raw_cursor(), name, self)
 
     # The raw cursor
 
@@ -211,10 +234,19 @@ class ReconnectingCursor:
             self._open()
         return self._raw
 
+    def _open_in_session(self) -> None:
+        """Have a raw cursor of the connection's present session."""
+        if self._raw_connection is not self.connection._raw:
+            self._open()
+
     def _open(self) -> None:
         if self._closed:
             raise self.connection._driver.module.InterfaceError("The cursor is closed")
         raw_connection = self.connection._raw
+        if self._raw is not None:
+            # It is of a session that has ended; psycopg complains if nobody closes it.
+            with suppress(self._error):
+                self._raw.close()
         with self.connection._guarded():
             self._raw = self.connection._driver.cursor(raw_connection, self.name, self._options)
         self._raw_connection = raw_connection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,16 @@ class ConnectionDataManager:
     def __init__(
         self, connection: ReconnectingConnection, transaction_manager: ITransactionManager
     ) -> None:
-        self.transaction_manager = transaction_manager
+        # Weak, so that it shows when nobody can end the transaction any more.
+        self._transaction_manager = weakref.ref(transaction_manager)
         self.disconnected = False
         self._connection = connection
 
-    def abort(self, transaction: ITransaction) -> None:
+    @property
+    def transaction_manager(self) -> ITransactionManager | None:
+        return self._transaction_manager()
+
+    def abort(self, transaction: ITransaction | None) -> None:
         self._connection._data_manager = None
         if not self._connection.closed:
             self._connection.rollback()

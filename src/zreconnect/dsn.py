@@ -6,8 +6,15 @@ import re
 from collections.abc import Mapping
 from urllib.parse import quote, unquote
 
+from zreconnect.drivers.base import registered_names
+
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-DRIVERS = {"postgresql": "psycopg2", "postgres": "psycopg2", "dbi": "psycopg2"}
+DRIVERS = {
+    "postgresql": "psycopg2",
+    "postgres": "psycopg2",
+    "dbi": "psycopg2",
+    "sqlite": "sqlite",
+}
 FORMS = (
     "postgresql://user:password@host:port/dbname, dbi://user:password@host:port/dbname "
     "or 'host=... dbname=... user=...'"
@@ -15,7 +22,7 @@ FORMS = (
 
 
 def driver_name(dsn: str) -> str:
-    """The name of the driver that ``dsn`` asks for.
+    """The name of the driver that ``dsn`` asks for; a registered one has its scheme as its name.
 
     Raises TypeError if it is no string, ValueError if it is empty or its scheme is unknown.
     """
@@ -26,13 +33,14 @@ def driver_name(dsn: str) -> str:
     scheme = SCHEME.match(dsn)
     if scheme is None:
         return "psycopg2"
-    try:
-        return DRIVERS[scheme.group(1).lower()]
-    except KeyError:
-        known = ", ".join(sorted(DRIVERS))
-        raise ValueError(
-            f"dsn has the unknown scheme {scheme.group(1)!r}; known are {known}"
-        ) from None
+    name = scheme.group(1).lower()
+    if name in DRIVERS:
+        return DRIVERS[name]
+    registered = registered_names()
+    if name in registered:
+        return name
+    known = ", ".join(sorted({*DRIVERS, *registered}))
+    raise ValueError(f"dsn has the unknown scheme {scheme.group(1)!r}; known are {known}")
 
 
 def parse_dbi(dsn: str) -> dict[str, str]:

@@ -122,10 +122,11 @@ class NoObserver:
     """For a connection without a witness: it knows nothing of any transaction."""
 
     watches_statements = False
-    may_have_written = True
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver
+        # Without a server no answer is lost: a connection that was closed has not committed.
+        self.may_have_written = driver.has_sessions
 
     def new_session(self, raw: Any, settings: SessionSettings) -> None:
         """Nothing is taken down."""

@@ -14,6 +14,8 @@ from zreconnect.drivers.base import Condition, Meaning, ServerSession, SessionSe
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 CONNECTION_EXCEPTION_CLASS = "08"
+# Said by a pooler that ends a session, and by a server that wants another number of parameters.
+PROTOCOL_VIOLATION = "08P01"
 DISCONNECT_STATES = {
     "57P01",  # admin_shutdown
     "57P02",  # crash_shutdown
@@ -91,6 +93,7 @@ class PostgresqlDriver:
     """The part of `zreconnect.interfaces.IDriver` that all modules for PostgreSQL share."""
 
     module: Any
+    has_sessions = True
     supports_two_phase = True
     ledger_table = (
         "CREATE TABLE IF NOT EXISTS {table} ("
@@ -124,6 +127,12 @@ class PostgresqlDriver:
     def prepare_transaction(self, raw: Any, gid: str) -> None:
         self.query(raw, f"PREPARE TRANSACTION '{gid}'")
 
+    def keep(self, raw: Any) -> Any:
+        return None
+
+    def inherit(self, raw: Any, kept: Any) -> None:
+        """Nothing is kept."""
+
     def close(self, raw: Any) -> None:
         with contextlib.suppress(self.module.Error):
             raw.close()
@@ -140,6 +149,8 @@ class PostgresqlDriver:
         if raw.closed or raw.info.status != CONNECTION_OK:
             return Meaning.DISCONNECT
         state = self.sqlstate(error)
+        if state == PROTOCOL_VIOLATION and self.severity(error) == "ERROR":
+            return Meaning.USER
         if state is not None:
             if state[:2] == CONNECTION_EXCEPTION_CLASS or state in DISCONNECT_STATES:
                 return Meaning.DISCONNECT
@@ -172,7 +183,7 @@ class PostgresqlDriver:
     def connect_meaning(self, error: BaseException, parameters: Mapping[str, str]) -> Meaning:
         if not isinstance(error, (self.module.OperationalError, OSError)):
             return Meaning.PERMANENT
-        message = str(error)
+        message = self.connection_message(error)
         if any(passing in message for passing in PASSING_MESSAGES):
             return Meaning.DISCONNECT
         if any(refusal in message for refusal in REFUSAL_MESSAGES):
@@ -213,6 +224,15 @@ class PostgresqlDriver:
             self.query(raw, "RESET lock_timeout")
         else:
             self.query(raw, f"SET lock_timeout = '{seconds}s'")
+
+    def severity(self, error: Any) -> str | None:
+        """ERROR if the session goes on after ``error``, FATAL or PANIC if not."""
+        severity: str | None = error.diag.severity_nonlocalized
+        return severity
+
+    def connection_message(self, error: BaseException) -> str:
+        """What libpq says about a failed attempt to connect."""
+        return str(error)
 
     # What differs between the modules
 

@@ -40,6 +40,11 @@ def swallows(cursor, attempt, manager):
             lose_connection(cursor)
 
 
+def swallows_everything(cursor, attempt, manager):
+    """Returns normally, even if there was no connection to write with."""
+    return b"fine"
+
+
 def rolls_back_to_savepoint(cursor, attempt, manager):
     """Takes the loss for an error that a savepoint helps against."""
     savepoint = manager.savepoint()
@@ -108,6 +113,7 @@ LOSSES = {
         loses_once,
         loses_always,
         swallows,
+        swallows_everything,
         rolls_back_to_savepoint,
         swallows_in_savepoint,
         loses_in_del,
@@ -122,6 +128,8 @@ def run_loss(name, cursor, manager):
     """Write into the guest book, run the work, and return the response."""
     attempts[name] += 1
     attempt = attempts[name]
-    cursor.execute("INSERT INTO guest VALUES (%s)", (f"attempt {attempt}",))
+    swallowed = (Exception,) if name == "SwallowsEverything" else ()
+    with contextlib.suppress(*swallowed):
+        cursor.execute("INSERT INTO guest VALUES (%s)", (f"attempt {attempt}",))
     response = LOSSES[name](cursor, attempt, manager)
     return f"attempt {attempt}".encode() if response is None else response

@@ -15,15 +15,6 @@ class SecurityPolicy:
     """Knows its users from the database, and loses it once, or always, when it asks for one."""
 
     def authenticated_userid(self, request):
-        print(
-            request.path_info,
-            request.tm,
-            request.registry.settings.get("tm.manager_hook"),
-            __import__("threading").current_thread(),
-            database(request.tm),
-            id(database(request.tm)),
-            flush=True,
-        )
         name = request.path_info.strip("/")
         if name not in ("LosesUserOnce", "LosesUserAlways"):
             return None

@@ -26,11 +26,11 @@ class StackTests:
         """A `Stack` that is the example with views, or the like, which lose their connection."""
         raise NotImplementedError
 
-    def start_views(self, timeout=None, **change):
-        """`with_views`, answering in one thread."""
+    def start_views(self, timeout=None, **options):
+        """What `with_views` returns, given the ``options``, answering in one thread."""
         self.gate = os.path.join(self.temporary_directory(), "gate")
         os.mkfifo(self.gate)
-        return self.start(self.with_views(**change), timeout, threads=1, GATE=self.gate)
+        return self.start(self.with_views(**options), timeout, threads=1, GATE=self.gate)
 
     def temporary_directory(self):
         holder = tempfile.TemporaryDirectory()
@@ -148,6 +148,19 @@ class StackTests:
     def test_error_swallowed(self):
         self.check_second_attempt("Swallows")
 
+    def test_no_connection_swallowed(self):
+        for timeout in (None, 0.2):
+            with self.subTest(timeout=timeout):
+                example = self.start_views(timeout)
+                self.forward.refuse()
+                self.assert_unavailable(example.get("/SwallowsEverything"))
+                self.forward.accept()
+                self.assertEqual(example.get("/Attempts").body, str(self.attempts))
+                self.assertEqual(example.get("/SwallowsEverything").body, "fine")
+                self.assertEqual(self.guests(), [f"attempt {self.attempts + 1}"])
+                self.assert_serves(example)
+                self.query("DELETE FROM guest")
+
     def test_lost_in_a_savepoint(self):
         self.check_second_attempt("RollsBackToSavepoint")
 
@@ -175,9 +188,10 @@ class StackTests:
         with self.view_at_gate(example) as answer:
             before = self.forward.count()
         self.assertEqual(answer.result(PATIENCE).status, 200)
-        commit = (self.forward.count() - before).bytes_to_server
+        # The last byte of the answer to a commit; when it comes, the commit has been done.
+        last = (self.forward.count() - before).bytes_to_client - 1
         with self.view_at_gate(example) as answer:
-            cut = self.forward.cut("to_server", commit, then=self.forward.refuse)
+            cut = self.forward.cut("to_client", last, then=self.forward.refuse)
         self.assertEqual(answer.result(PATIENCE)[::2], (500, "Please look whether it is there"))
         self.assertTrue(cut.wait(PATIENCE))
         self.forward.accept()

@@ -92,6 +92,16 @@ class TransactionTests(AdapterTestCase):
         transaction.commit()
         self.assertEqual(self.names(), ["one", "two"])
 
+    def test_transaction_manager_that_nobody_has_any_more(self):
+        adapter = self.adapter()
+        manager = transaction.TransactionManager(explicit=True)
+        manager.begin()
+        self.insert(adapter(manager))
+        del manager
+        self.insert(adapter(), "two")
+        transaction.commit()
+        self.assertEqual(self.names(), ["two"])
+
     def test_each_thread_has_a_connection_until_it_ends(self):
         adapter = self.adapter()
         mine = adapter()

@@ -4,6 +4,7 @@ import pickle
 import unittest
 
 import psycopg2
+import transaction
 from transaction.interfaces import TransientError
 from zope.interface.verify import verifyClass, verifyObject
 from zope.publisher.interfaces import IRetry, Retry
@@ -30,7 +31,7 @@ class InterfaceTests(DatabaseTestCase):
         verifyClass(interfaces.ISavepoint, Savepoint)
 
     def test_data_manager(self):
-        data_manager = ConnectionDataManager(self.connect(), None)
+        data_manager = ConnectionDataManager(self.connect(), transaction.manager)
         verifyClass(interfaces.ITransactionDataManager, ConnectionDataManager)
         verifyObject(interfaces.ITransactionDataManager, data_manager)
 

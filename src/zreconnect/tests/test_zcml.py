@@ -203,15 +203,15 @@ class AdapterTests(ZCMLTestCase, DatabaseTestCase):
         wait_until(lambda: self.names() == ["answered", "lost"])
 
     def lose_answer_to_commit(self, witness):
-        """Commit an item, and another one whose COMMIT arrives but is not answered."""
+        """Commit an item, and another one whose COMMIT is not answered to the last byte."""
         self.make_table()
         configure(adapter(dsn=self.dsn, timeout="30", **witness))
         database()().cursor().execute("INSERT INTO item VALUES ('answered')")
         before = self.forward.count()
         transaction.commit()
-        commit = (self.forward.count() - before).bytes_to_server
+        answer = (self.forward.count() - before).bytes_to_client
         database()().cursor().execute("INSERT INTO item VALUES ('lost')")
-        self.forward.cut("to_server", commit)
+        self.forward.cut("to_client", answer - 1)
         transaction.commit()
 
 

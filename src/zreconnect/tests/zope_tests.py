@@ -29,7 +29,7 @@ class ZopeTests(StackTests):
     attempts = 4
 
     def with_views(self, configuration="", change=lambda directory: None):
-        """A copy of the example that also has the views of `zreconnect.tests.zope_views`.
+        """A copy of the example with the views of `zreconnect.tests.zope_views`.
 
         configuration: ZCML to add. change: called with the copy's directory.
         """
@@ -44,19 +44,6 @@ class ZopeTests(StackTests):
 
     def test_head_while_the_server_is_down(self):
         self.check_head()
-
-    def test_no_connection_swallowed(self):
-        for timeout in (None, 0.2):
-            with self.subTest(timeout=timeout):
-                example = self.start_views(timeout)
-                self.forward.refuse()
-                self.assert_unavailable(example.get("/SwallowsEverything"))
-                self.forward.accept()
-                self.assertEqual(example.get("/Attempts").body, str(self.attempts))
-                self.assertEqual(example.get("/SwallowsEverything").body, "fine")
-                self.assertEqual(self.guests(), [f"attempt {self.attempts + 1}"])
-                self.assert_serves(example)
-                self.query("DELETE FROM guest")
 
     def test_number_of_retries(self):
         def set_number(directory):

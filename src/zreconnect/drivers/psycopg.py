@@ -1,0 +1,372 @@
+"""PostgreSQL through psycopg 3.
+
+The raw connection is kept in psycopg's autocommit mode, in which psycopg sends no BEGIN of its own;
+BEGIN, COMMIT and ROLLBACK are sent by this driver. psycopg goes by libpq's transaction status, so
+that in a transaction that it did not begin everything else works as it does natively: server-side
+cursors, COPY, pipeline mode.
+
+A transaction can begin along with its first statement, in libpq's pipeline mode. There an error
+makes the server skip everything up to the next sync, so that a statement whose BEGIN has failed is
+not executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import psycopg
+from psycopg import IsolationLevel, generators, pq, sql
+from psycopg.abc import PQGen
+from psycopg.adapt import AdaptersMap
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.rows import tuple_row
+from psycopg.waiting import Wait
+from zope.interface import implementer
+
+from zreconnect.drivers.base import Begun, Meaning, SessionSettings
+from zreconnect.drivers.postgresql import (
+    COMMIT_STATEMENT,
+    READING_TAGS,
+    PostgresqlDriver,
+    begin_statement,
+    connect_keywords,
+)
+from zreconnect.exceptions import DisconnectionError, ExceptionInfo
+from zreconnect.interfaces import IPipeliningDriver
+
+#: What can be set on a connection, besides what `SessionSettings` has.
+ATTRIBUTES = ("row_factory", "server_cursor_factory", "prepare_threshold", "prepared_max")
+# Statements that mean the same in a pipeline; COPY and those that end a transaction do not.
+MAY_FOLLOW_BEGIN = re.compile(
+    r"\s*(?:SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|VALUES|TABLE)\b", re.IGNORECASE
+)
+# psycopg's own words, before libpq's: one line for each address that it has tried.
+PREFIX = re.compile(r"^(?:- host: .*?, hostaddr: \S+: )?connection (?:failed|is bad): ", re.M)
+
+
+class PsycopgDisconnectionError(DisconnectionError, psycopg.OperationalError):
+    """A `DisconnectionError` for code that was written against psycopg 3."""
+
+    def __init__(self, message: str, original: ExceptionInfo | None = None) -> None:
+        # Retry does not pass this on.
+        psycopg.OperationalError.__init__(self)
+        super().__init__(message, original)
+
+
+@implementer(IPipeliningDriver)
+class PsycopgDriver(PostgresqlDriver):
+    name = "psycopg"
+    module = psycopg
+    disconnection_error = PsycopgDisconnectionError
+
+    def parse_conninfo(self, dsn: str) -> dict[str, str]:
+        return {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
+
+    def isolation_level(self, level: IsolationLevel | int | str | None) -> IsolationLevel | None:
+        for known in IsolationLevel:
+            if level == known or (isinstance(level, str) and level.upper() == _sql_name(known)):
+                return known
+        if level is None or (isinstance(level, str) and level.upper() == "DEFAULT"):
+            return None
+        names = ", ".join([*map(_sql_name, IsolationLevel), "DEFAULT"])
+        raise ValueError(f"isolation level {level!r} is unknown; known are {names}")
+
+    # Sessions
+
+    def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
+        return psycopg.connect(**connect_keywords(parameters, timeout))
+
+    def parameters(self, raw: Any) -> dict[str, str]:
+        # psycopg leaves out what is libpq's default.
+        return {**raw.info.get_parameters(), "host": raw.info.host, "port": str(raw.info.port)}
+
+    def prepare(self, raw: Any) -> None:
+        if not isinstance(raw, psycopg.Connection):
+            raise TypeError(f"connection_factory must return a psycopg.Connection, not {raw!r}")
+        if raw.autocommit:
+            raise psycopg.ProgrammingError(
+                "connection_factory made a connection in autocommit mode; set autocommit on the "
+                "reconnecting connection instead"
+            )
+        raw.autocommit = True
+
+    def keep(self, raw: Any) -> Any:
+        return {name: getattr(raw, name) for name in ("adapters", *ATTRIBUTES)}
+
+    def inherit(self, raw: Any, kept: Any) -> None:
+        # There is no public way but a parameter of psycopg.connect().
+        raw._adapters = AdaptersMap(kept["adapters"])
+        for name in ATTRIBUTES:
+            setattr(raw, name, kept[name])
+
+    def restore(self, raw: Any, settings: SessionSettings) -> None:
+        raw.autocommit = True  # Again, because on_connect may have changed it.
+        if settings.cursor_factory is not None:
+            raw.cursor_factory = settings.cursor_factory
+        if settings.client_encoding is not None:
+            self.set_client_encoding(raw, settings.client_encoding)
+        # BEGIN states these; without a BEGIN they must be the session's defaults.
+        if settings.autocommit:
+            for name, value in [
+                ("isolation", settings.isolation_level and _sql_name(settings.isolation_level)),
+                ("read_only", settings.readonly),
+                ("deferrable", settings.deferrable),
+            ]:
+                if value is not None:
+                    self.query(raw, f"SET default_transaction_{name} TO '{value}'")
+
+    def set_client_encoding(self, raw: Any, encoding: str) -> None:
+        self.query(raw, "SELECT set_config('client_encoding', %s, false)", (encoding,))
+
+    def set_cursor_factory(self, raw: Any, factory: Any) -> None:
+        raw.cursor_factory = factory or psycopg.Cursor
+
+    def fileno(self, raw: Any) -> int:
+        number: int = raw.fileno()
+        return number
+
+    def abandon(self, raw: Any) -> None:
+        super().abandon(raw)
+        # Into the null device: psycopg complains of a connection that nobody has closed.
+        self.close(raw)
+
+    # Transactions
+
+    def begin(self, raw: Any, settings: SessionSettings, rider: str = "") -> Any:
+        return self._execute(raw, _begin(raw, settings), *([rider] if rider else [])).row
+
+    def begins_read_only(self, raw: Any, settings: SessionSettings) -> bool:
+        return bool(raw.read_only if settings.readonly is None else settings.readonly)
+
+    def commit(self, raw: Any, rider: str = "") -> None:
+        if self._execute(raw, *([rider] if rider else []), "COMMIT").tag == "ROLLBACK":
+            raise psycopg.errors.InFailedSqlTransaction(
+                "Nothing was committed: a statement of the transaction had failed, so the server "
+                "rolled it back. Do not go on to commit after an error."
+            )
+
+    def rollback(self, raw: Any) -> None:
+        _check_not_locked(raw)
+        if _is_in_pipeline(raw):
+            # The errors of what the pipeline has under way do not matter any more.
+            with contextlib.suppress(psycopg.Error), raw.pipeline():
+                pass
+        # psycopg's own forgets the statements that it has prepared in the transaction.
+        raw.rollback()
+
+    def own_transaction(self, raw: Any) -> None:
+        """psycopg knows of it."""
+
+    def in_transaction(self, raw: Any) -> bool:
+        return raw.info.transaction_status in (
+            pq.TransactionStatus.ACTIVE,
+            pq.TransactionStatus.INTRANS,
+            pq.TransactionStatus.INERROR,
+        )
+
+    def in_failed_transaction(self, raw: Any) -> bool:
+        return bool(raw.info.transaction_status == pq.TransactionStatus.INERROR)
+
+    # Beginning along with a statement
+
+    def may_begin_with(self, raw_cursor: Any, query: Any, parameters: Any = None) -> bool:
+        raw = raw_cursor.connection
+        if (
+            # A class of the user's may do more than to execute one statement.
+            type(raw_cursor).execute is not psycopg.Cursor.execute
+            or _is_in_pipeline(raw)
+            or raw.lock.locked()
+        ):
+            return False
+        if isinstance(query, sql.Composable):
+            query = query.as_string(raw)
+        elif isinstance(query, bytes):
+            query = query.decode("ascii", "replace")
+        elif not isinstance(query, str):
+            return False
+        return (
+            MAY_FOLLOW_BEGIN.match(query) is not None
+            # A pipeline takes one statement at a time, and a parameter that is not there is an
+            # error of the protocol.
+            and ";" not in query.rstrip().rstrip(";")
+            and (parameters is not None or "$" not in query)
+        )
+
+    def begin_with(
+        self,
+        raw: Any,
+        settings: SessionSettings,
+        rider: str,
+        execute: Callable[[], object],
+        answered: Callable[[], object],
+    ) -> Begun | None:
+        begin, companion = _own_cursor(raw), _own_cursor(raw)
+        error: Exception | None = None
+        try:
+            with raw.pipeline():
+                with _without_preparing(raw):
+                    begin.execute(_begin(raw, settings))
+                    if rider:
+                        companion.execute(_failing_without_row(rider))
+                # The server answers these at once, and not together with the statement.
+                raw.pgconn.send_flush_request()
+                execute()
+                if begin.pgresult is None:
+                    raw.wait(_until_readable())
+                answered()
+        except Exception as problem:
+            error = problem
+        if error is not None and self.meaning(error, raw) is Meaning.DISCONNECT:
+            raise error
+        if begin.pgresult is None or (rider and companion.pgresult is None):
+            if self.in_transaction(raw):
+                self.rollback(raw)
+            return None
+        return Begun(companion.fetchone()[:1] if rider else None, error)
+
+    # Statements
+
+    def query(self, raw: Any, statement: str, parameters: Any = None) -> list[Any]:
+        _check_not_locked(raw)
+        with _synchronized(raw), _without_preparing(raw):
+            cursor = _own_cursor(raw)
+            cursor.execute(statement, parameters)
+        return cursor.fetchall() if cursor.description else []
+
+    def cursor(self, raw: Any, name: str | None, options: Mapping[str, Any]) -> Any:
+        options = dict(options)
+        factory = options.pop("cursor_factory", None)
+        if factory is None:
+            return raw.cursor(name or "", **options)
+        binary = options.pop("binary", False)
+        cursor = factory(raw, *([name] if name else []), **options)
+        if binary:
+            cursor.format = pq.Format.BINARY
+        return cursor
+
+    def may_have_committed(self, raw_cursor: Any) -> bool:
+        query = raw_cursor._query
+        if query is not None:
+            return COMMIT_STATEMENT.search(query.query) is not None
+        # The cursor does not tell which prepared statement it has executed.
+        prepared = raw_cursor.connection._prepared
+        return any(
+            COMMIT_STATEMENT.search(text) for text, _ in (*prepared._counts, *prepared._names)
+        )
+
+    def looks_like_reading(self, raw_cursor: Any) -> bool:
+        return READING_TAGS.match(raw_cursor.statusmessage or "") is not None
+
+    # What libpq knows
+
+    def sqlstate(self, error: BaseException) -> str | None:
+        return getattr(error, "sqlstate", None)
+
+    def connection_message(self, error: BaseException) -> str:
+        return PREFIX.sub("", str(error))
+
+    def parameter_status(self, raw: Any, name: str) -> str | None:
+        status: str | None = raw.info.parameter_status(name)
+        return status
+
+    def server_version(self, raw: Any) -> int:
+        version: int = raw.info.server_version
+        return version
+
+    def _execute(self, raw: Any, *statements: str) -> _Answer:
+        """Execute statements without parameters, in one round trip; the answer to the last."""
+        _check_not_locked(raw)
+        if _is_in_pipeline(raw):
+            with _synchronized(raw), _without_preparing(raw):
+                for statement in statements:
+                    cursor = _own_cursor(raw)
+                    cursor.execute(statement)
+            return _Answer(cursor.pgresult)
+        # A cursor would make many times the work of it.
+        with raw.lock:
+            raw.pgconn.send_query(";".join(statements).encode())
+            results = raw.wait(generators.execute(raw.pgconn))
+        for result in results:
+            if result.status == pq.ExecStatus.FATAL_ERROR:
+                raise psycopg.errors.error_from_result(result, raw.info.encoding)
+        return _Answer(results[-1])
+
+
+class _Answer:
+    """What the server has answered to one statement."""
+
+    def __init__(self, result: Any) -> None:
+        self.tag = (result.command_status or b"").decode()
+        self.row = (result.get_value(0, 0).decode(),) if result.ntuples else None
+
+
+def _sql_name(level: int) -> str:
+    return IsolationLevel(level).name.replace("_", " ")
+
+
+def _begin(raw: Any, settings: SessionSettings) -> str:
+    """BEGIN with the modes that the user has set, or else those of the connection factory."""
+    level = raw.isolation_level if settings.isolation_level is None else settings.isolation_level
+    return begin_statement(
+        None if level is None else _sql_name(level),
+        raw.read_only if settings.readonly is None else settings.readonly,
+        raw.deferrable if settings.deferrable is None else settings.deferrable,
+    )
+
+
+def _failing_without_row(rider: str) -> str:
+    """A statement that returns the rider's row, or fails if there is none."""
+    if rider.startswith("SELECT"):
+        return rider
+    return (
+        f"WITH rider AS ({rider}) SELECT rider.*, 1 / (SELECT count(*) FROM rider)"
+        " FROM (VALUES (1)) AS always LEFT JOIN rider ON true"
+    )
+
+
+def _own_cursor(raw: Any) -> Any:
+    """A cursor for statements of zreconnect's.
+
+    Not raw.cursor(): a cursor class of the user's may log or change what it executes.
+    """
+    return psycopg.ClientCursor(raw, row_factory=tuple_row)
+
+
+@contextlib.contextmanager
+def _without_preparing(raw: Any) -> Iterator[None]:
+    """Keep the statements in this block out of those that psycopg counts, to prepare them."""
+    threshold, raw.prepare_threshold = raw.prepare_threshold, None
+    try:
+        yield
+    finally:
+        raw.prepare_threshold = threshold
+
+
+def _is_in_pipeline(raw: Any) -> bool:
+    return bool(raw.pgconn.pipeline_status)
+
+
+def _synchronized(raw: Any) -> contextlib.AbstractContextManager[Any]:
+    """In a pipeline of the user's: a block at whose end the answers have arrived."""
+    pipeline: contextlib.AbstractContextManager[Any] = raw.pipeline()
+    return pipeline if _is_in_pipeline(raw) else contextlib.nullcontext()
+
+
+def _check_not_locked(raw: Any) -> None:
+    # psycopg would wait for ever, for a generator of this very thread.
+    if raw.lock.locked():
+        raise psycopg.ProgrammingError(
+            "stream(), notifies() or a copy() block is not finished: close it before the "
+            "transaction begins or ends"
+        )
+
+
+def _until_readable() -> PQGen[None]:
+    while not (yield Wait.R):
+        pass
+
+
+driver = PsycopgDriver()
