@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 import unittest
@@ -20,12 +21,23 @@ PATIENCE = 30.0
 REQUIRED = os.environ.get("ZRECONNECT_REQUIRE_SERVERS") == "1"
 
 
-def on_mariadb(test_case):
-    """Give the tests MariaDB's layer, or skip them if it is not installed, unless it must be."""
-    if not EmbeddedMariaDB.installed() and not REQUIRED:
-        return unittest.skip("MariaDB's server is not installed: make services")(test_case)
-    test_case.layer = MARIADB_PORT_FORWARD_LAYER
-    return test_case
+def needs_mysqlclient(test_case):
+    """Skip the tests if mysqlclient is not installed, unless it must be."""
+    is_missing = importlib.util.find_spec("MySQLdb") is None and not REQUIRED
+    return unittest.skipIf(is_missing, "mysqlclient is not installed: make services")(test_case)
+
+
+def on_mariadb(layer=MARIADB_PORT_FORWARD_LAYER):
+    """A decorator: give the tests a layer with MariaDB, or skip them if it is not installed, unless
+    it must be."""
+
+    def decorate(test_case):
+        if not EmbeddedMariaDB.installed() and not REQUIRED:
+            return unittest.skip("MariaDB's server is not installed: make services")(test_case)
+        test_case.layer = layer
+        return test_case
+
+    return decorate
 
 
 def wait_until(condition, patience=PATIENCE):

@@ -24,7 +24,7 @@ sys.stdin.read()
 """
 
 
-@on_mariadb
+@on_mariadb()
 class EmbeddedMariaDBTests(unittest.TestCase):
     def setUp(self):
         self.server = self.layer.server
