@@ -31,6 +31,9 @@ class DatabaseTestCase(unittest.TestCase):
     layer = PORT_FORWARD_LAYER
 
     dbname = "postgres"
+    #: The driver of `connect`, and its module.
+    driver = "psycopg2"
+    module = psycopg2
 
     def setUp(self):
         self.server = self.layer.server
@@ -48,7 +51,7 @@ class DatabaseTestCase(unittest.TestCase):
         self.addCleanup(transaction.abort)
 
     def connect(self, dsn=None, **keywords):
-        connection = zreconnect.connect(dsn or self.dsn, **keywords)
+        connection = zreconnect.connect(dsn or self.dsn, driver=self.driver, **keywords)
         self.addCleanup(connection.close)
         return connection
 
@@ -83,6 +86,6 @@ class DatabaseTestCase(unittest.TestCase):
 
     @contextmanager
     def plain(self):
-        """A plain psycopg2 connection through the forwarder."""
-        with closing(psycopg2.connect(self.dsn)) as plain:
+        """A plain connection of the module's through the forwarder."""
+        with closing(self.module.connect(self.dsn)) as plain:
             yield plain
