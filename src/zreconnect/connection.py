@@ -647,10 +647,17 @@ class ReconnectingConnection:
                 self._ended_by_error = True
             return
         was_active = self._state == ACTIVE
+        has_committed = was_active and self._has_committed()
         self._end_session(error)
         if was_active:
             self._doom()
+        if has_committed:
+            raise CommitOutcomeUnknown(self.server) from error
         self._raise_lost(error, was_active)
+
+    def _has_committed(self) -> bool:
+        """Whether a statement of the transaction may have committed a part of it."""
+        return self._raw is not None and self._driver.has_committed(self._raw)
 
     def _raise_lost(self, error: BaseException, was_active: bool) -> NoReturn:
         raise self._driver.disconnection_error(
@@ -702,12 +709,14 @@ class ReconnectingConnection:
         """Return if the transaction was committed; else raise what became of it."""
         may_have_written = self._observer.may_have_written
         evidence = self._observer.describe()
+        is_witnessed = self._witness is not None and not self._has_committed()
         self._end_session(error)
         self._doom()
         if not may_have_written:
             self._raise_lost(error, was_active=True)
-        outcome, problem = self._look_up_outcome(error)
-        if self._witness is not None:
+        outcome, problem = Outcome.UNKNOWN, error
+        if is_witnessed:
+            outcome, problem = self._look_up_outcome(error)
             events.announce(events.CommitLookedUp(self.server, outcome.value))
         if outcome is Outcome.UNKNOWN:
             raise CommitOutcomeUnknown(self.server, evidence=evidence) from problem
@@ -727,11 +736,10 @@ class ReconnectingConnection:
                 outcome = self._observer.outcome(raw)
             self._take_down_session(raw)
 
-        if self._witness is not None:
-            try:
-                self._connect(look_up)
-            except Exception as problem:
-                error = problem
+        try:
+            self._connect(look_up)
+        except Exception as problem:
+            error = problem
         return outcome or Outcome.UNKNOWN, error
 
     def _may_run_again(self, error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping
 from urllib.parse import quote, unquote
@@ -14,6 +15,7 @@ DRIVERS = {
     "postgres": "psycopg2",
     "dbi": "psycopg2",
     "sqlite": "sqlite",
+    "mysql": "mysqlclient",
 }
 FORMS = (
     "postgresql://user:password@host:port/dbname, dbi://user:password@host:port/dbname "
@@ -34,6 +36,8 @@ def driver_name(dsn: str) -> str:
     if scheme is None:
         return "psycopg2"
     name = scheme.group(1).lower()
+    if name == "mysql" and importlib.util.find_spec("MySQLdb") is None:
+        return "pymysql"
     if name in DRIVERS:
         return DRIVERS[name]
     registered = registered_names()
@@ -61,10 +65,10 @@ def parse_dbi(dsn: str) -> dict[str, str]:
     return {name: unquote(part) for name, part in {**parts, **parameters}.items() if part}
 
 
-def redacted(parameters: Mapping[str, str]) -> str:
+def redacted(parameters: Mapping[str, str], scheme: str = "postgresql") -> str:
     """The server's address for people: user, host, port and database, no password."""
     user = quote(parameters["user"]) + "@" if parameters.get("user") else ""
     host = parameters.get("host") or parameters.get("hostaddr") or ""
     port = ":" + parameters["port"] if parameters.get("port") else ""
     dbname = quote(parameters.get("dbname") or "")
-    return f"postgresql://{user}{quote(host, safe='/,:')}{port}/{dbname}"
+    return f"{scheme}://{user}{quote(host, safe='/,:')}{port}/{dbname}"

@@ -178,7 +178,7 @@ class IDriver(Interface):
         """Begin a transaction with the modes in ``settings``, in one round trip.
 
         rider: a statement that is sent along. Its row is returned, or None if it has none; for one
-        that returns no rows, whatever is not None if it has found a row to change.
+        that returns no rows, whatever is not None if it has changed a row.
         """
 
     def begins_read_only(raw, settings):
@@ -216,6 +216,11 @@ class IDriver(Interface):
         back by itself, as MySQL does with the victim of a deadlock; the connection then refuses
         what follows. True while the answer to a statement of a transaction is not complete.
         """
+
+    def has_committed(raw):
+        """Whether a statement may have committed what came before it in the transaction, as DDL
+        does in MySQL, so that no witness knows what became of the rest. No round trip. Raises
+        nothing, also if the session is lost."""
 
     def in_failed_transaction(raw):
         """Whether a statement of the transaction has failed, so that it can only be rolled back.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,8 +14,10 @@ from typing import Any
 from zreconnect.interfaces import IDriver
 
 DRIVERS = {
+    "mysqlclient": "zreconnect.drivers.mysqlclient",
     "psycopg": "zreconnect.drivers.psycopg",
     "psycopg2": "zreconnect.drivers.psycopg2",
+    "pymysql": "zreconnect.drivers.pymysql",
     "sqlite": "zreconnect.drivers.sqlite",
 }
 #: Which extra of zreconnect installs a database module.
@@ -110,6 +113,9 @@ class BaseDriver:
         # A failed statement has done nothing, and the transaction goes on.
         return False
 
+    def has_committed(self, raw: Any) -> bool:
+        return False
+
     def close(self, raw: Any) -> None:
         with contextlib.suppress(self.module.Error):
             raw.close()
@@ -128,6 +134,12 @@ class BaseDriver:
 
     def has_transaction_ids(self, raw: Any) -> bool:
         return False
+
+
+def redirect_to_null(fileno: int) -> None:
+    """Let a forked child's copy of its parent's socket lead to the null device."""
+    with open(os.devnull, "r+b") as null:
+        os.dup2(null.fileno(), fileno, inheritable=False)
 
 
 def load_driver(name: str) -> Any:

@@ -401,9 +401,6 @@ class DriverConformance(TestCase):
         self.driver.rollback(raw)
         self.assertIsNotNone(self._begin(raw, self._update("a", 1)))
         self.driver.commit(raw)
-        # Also if the row has that value already.
-        self.assertIsNotNone(self._begin(raw, self._update("a", 1)))
-        self.driver.rollback(raw)
         self.assertEqual(self._ask(f"SELECT number FROM {TABLE}"), [(1,)])
 
     def _update(self, name: str, number: int) -> str:
@@ -820,7 +817,7 @@ class DriverConformance(TestCase):
                 connection.rollback()
                 with connection.transaction() as cursor:
                     cursor.execute(insert(way))
-        self.assertEqual(self._names(), sorted(self._ways_to_lose()))
+        self.assertCountEqual(self._names(), self._ways_to_lose())
 
     def test_close_raises_nothing(self) -> None:
         raw = self._open()

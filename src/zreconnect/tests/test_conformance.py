@@ -4,9 +4,13 @@ import sqlite3
 import tempfile
 import textwrap
 import unittest
+from importlib import import_module
 from pathlib import Path
 
+import pymysql.cursors
+
 from zreconnect.testing import DriverConformance, conformance
+from zreconnect.tests.base import needs_mysqlclient, on_mariadb, wait_until
 
 # The example in the documentation is psycopg2's test case.
 _, _, rest = conformance.__doc__.partition("complete::\n")
@@ -19,6 +23,66 @@ class ExampleTests(unittest.TestCase):
         example = globals()["Psycopg2Conformance"]
         self.assertTrue(issubclass(example, DriverConformance))
         self.assertGreater(len(unittest.defaultTestLoader.getTestCaseNames(example)), 50)
+
+
+class MysqlConformance(DriverConformance):
+    # The table is of a tenth of a second ago.
+    isolation_query = (
+        "SELECT trx_isolation_level FROM (SELECT SLEEP(0.2)) AS pause"
+        " STRAIGHT_JOIN information_schema.innodb_trx"
+        " WHERE trx_mysql_thread_id = CONNECTION_ID()"
+    )
+    client_encoding, encoding_query = "latin1", "SELECT @@character_set_client"
+
+    @property
+    def forward(self):
+        return self.layer.forward
+
+    def dsn(self):
+        return self.layer.dsn()
+
+    def dsn_with_password(self, password):
+        return f"mysql://somebody:{password}@localhost/somewhere"
+
+    def malformed_dsns(self, password):
+        return [
+            f"mysql://somebody:{password}@localhost:{password}/somewhere",
+            f"mysql://somebody@localhost/somewhere?{password}",
+        ]
+
+    def refused_dsns(self):
+        return [self.layer.dsn(user="nobody"), self.layer.dsn(dbname="nothing")]
+
+    def connect_plainly(self, autocommit=False):
+        parameters = self.driver.parse(self.dsn())
+        return self.driver.module.connect(
+            host=parameters["host"],
+            port=int(parameters["port"]),
+            user=parameters["user"],
+            password=parameters["password"],
+            database=parameters["dbname"],
+            autocommit=autocommit,
+        )
+
+    def kill(self, number):
+        self.layer.server.kill_session(number)
+        wait_until(lambda: number not in self.layer.server.session_ids())
+
+
+@on_mariadb()
+class PymysqlConformance(MysqlConformance, unittest.TestCase):
+    driver_name = "pymysql"
+    cursor_class = pymysql.cursors.DictCursor
+
+
+@on_mariadb()
+@needs_mysqlclient
+class MysqlclientConformance(MysqlConformance, unittest.TestCase):
+    driver_name = "mysqlclient"
+
+    @property
+    def cursor_class(self):
+        return import_module("MySQLdb.cursors").DictCursor
 
 
 class SqliteConformance(DriverConformance, unittest.TestCase):
