@@ -69,7 +69,7 @@ class _DriverAttribute:
         self._name = name
 
     def __get__(self, connection: ReconnectingConnection | None, owner: type) -> Any:
-        return self if connection is None else connection.__getattr__(self._name)
+        return self if connection is None else getattr(connection.driver_connection, self._name)
 
     def __set__(self, connection: ReconnectingConnection, value: Any) -> None:
         setattr(connection.driver_connection, self._name, value)
@@ -608,7 +608,11 @@ class ReconnectingConnection:
                 return False
             self._observer.began(begun.row)
             if begun.error is not None:
-                raise begun.error
+                try:
+                    raise begun.error
+                finally:
+                    # Its error's traceback refers to this frame.
+                    del begun
         except self._driver.module.Error as error:
             self._check_statement_lost(error, raw_cursor)
             raise
@@ -829,6 +833,9 @@ class ReconnectingConnection:
                 self._begin_raw(self._raw)
         except self._driver.module.Error as error:
             if not self._means_disconnect(error):
+                if self._driver.in_transaction(self._raw):
+                    # BEGIN was executed, and its rider failed.
+                    self._drop_session()
                 raise
             self._end_session(error)
             return False

@@ -28,6 +28,7 @@ from zreconnect.cli.interruptions import Interrupter, Interruption, make_plan
 from zreconnect.cli.job import import_files
 from zreconnect.cli.target import Target
 from zreconnect.cli.ways import ways_to_interrupt
+from zreconnect.drivers.base import DRIVERS
 from zreconnect.events import ConnectionLost
 from zreconnect.exceptions import CommitOutcomeUnknown, ReconnectTimeout, one_line
 from zreconnect.interfaces import ACTIVE, IDLE
@@ -94,6 +95,11 @@ def add_command(commands: Any) -> None:
         "terminated; the tables are in a schema of their own",
     )
     parser.add_argument(
+        "--driver",
+        choices=sorted(DRIVERS),
+        help="the database module of the job (default: the one for the DSN)",
+    )
+    parser.add_argument(
         "--keep", action="store_true", help="keep the tables, and say where they are"
     )
     parser.add_argument(
@@ -141,7 +147,7 @@ def _demonstrate(options: argparse.Namespace, directory: Path, names: Sequence[s
             stopping,
         )
         with _losses() as losses:
-            known = _import(target.forwarded_dsn, directory, names, interrupter, display)
+            known = _import(target, directory, names, interrupter, display)
         display.line("Comparing the tree with the tables")
         comparison = compare(directory, names, target.direct_dsn)
         _report(display, comparison, known, losses, plan, interrupter)
@@ -163,7 +169,11 @@ def python_files(directory: Path, skipped: Collection[str] = ()) -> list[str]:
 
 
 def _import(
-    dsn: str, directory: Path, names: Sequence[str], interrupter: Interrupter, display: Display
+    target: Target,
+    directory: Path,
+    names: Sequence[str],
+    interrupter: Interrupter,
+    display: Display,
 ) -> int:
     """Run the job among the interruptions; return how many items the unique key recognised.
 
@@ -177,8 +187,9 @@ def _import(
                 advance()
 
         try:
-            return import_files(dsn, directory, items())
-        except (psycopg2.Error, ReconnectTimeout, CommitOutcomeUnknown) as error:
+            driver = target.driver
+            return import_files(target.forwarded_dsn, directory, items(), driver.name)
+        except (driver.module.Error, ReconnectTimeout, CommitOutcomeUnknown) as error:
             if interrupter.error:
                 raise interrupter.error from None
             display.line(f"The job failed: {type(error).__name__}: {one_line(error)}")
@@ -216,7 +227,7 @@ def _database(
 ) -> Iterator[tuple[Target, EmbeddedPostgres | None]]:
     """The database to import into, and its server if it is one of our own."""
     if options.dsn is not None:
-        with Target(options.dsn, options.keep) as target:
+        with Target(options.dsn, options.keep, options.driver) as target:
             try:
                 yield target, None
             finally:
@@ -226,7 +237,10 @@ def _database(
     directory = None
     if options.keep:
         directory = Path(tempfile.gettempdir(), f"zreconnect-demo-{secrets.token_hex(4)}")
-    with EmbeddedPostgres(directory) as server, Target(server.dsn(), keep=True) as target:
+    with (
+        EmbeddedPostgres(directory) as server,
+        Target(server.dsn(), keep=True, driver=options.driver) as target,
+    ):
         try:
             yield target, server
             if directory is not None and sys.stdin.isatty() and sys.stdout.isatty():

@@ -5,9 +5,8 @@ import os
 import warnings
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from pathlib import Path
-
-from psycopg2.extras import execute_values
 
 from zreconnect import Ledger, ReconnectingCursor, initZopeless
 
@@ -16,12 +15,14 @@ CREATE TABLE IF NOT EXISTS file (path text PRIMARY KEY, error text);
 CREATE TABLE IF NOT EXISTS definition (path text, name text, kind text, line integer)
 """
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+# Rows of one statement. Databases limit the number of parameters.
+PAGE = 1000
 Parsed = tuple[str | None, list[tuple[str, str, int]]]
 
 
-def import_files(dsn: str, directory: Path, names: Iterable[str]) -> int:
+def import_files(dsn: str, directory: Path, names: Iterable[str], driver: str | None = None) -> int:
     """Record the named files of a directory; return how many had been recorded already."""
-    ztm = initZopeless(dsn, implicitBegin=False, timeout=60, witness=Ledger())
+    ztm = initZopeless(dsn, implicitBegin=False, timeout=60, driver=driver, witness=Ledger())
     run = partial(ztm.run, attempts=10)
     known = 0
     try:
@@ -56,5 +57,8 @@ def record(cursor: ReconnectingCursor, name: str, parsed: Parsed) -> bool:
     if cursor.fetchone() is None:
         return False
     rows = [(path, *definition) for definition in definitions]
-    execute_values(cursor, "INSERT INTO definition VALUES %s", rows)
+    for start in range(0, len(rows), PAGE):
+        page = rows[start : start + PAGE]
+        places = ", ".join(["(%s, %s, %s, %s)"] * len(page))
+        cursor.execute(f"INSERT INTO definition VALUES {places}", list(chain.from_iterable(page)))
     return True

@@ -26,16 +26,20 @@ class Target:
     Use it as a context manager, which makes the schema, and removes it unless ``keep`` is true.
 
     dsn: the DSN of a database on one TCP host.
+    driver: the name of the driver that the job uses; None takes the one for the DSN.
 
     Raises `CommandError` if the DSN cannot be used, also when the block is entered.
     """
 
-    def __init__(self, dsn: str, keep: bool) -> None:
+    def __init__(self, dsn: str, keep: bool, driver: str | None = None) -> None:
         try:
-            driver = load_driver(driver_name(dsn))
-            parameters = {"connect_timeout": CONNECT_TIMEOUT, **driver.parse(dsn)}
+            #: The `IDriver` of the job.
+            self.driver = load_driver(driver or driver_name(dsn))
+            parameters = {"connect_timeout": CONNECT_TIMEOUT, **self.driver.parse(dsn)}
         except ValueError as error:
             raise CommandError(f"argument --dsn: {error}") from None
+        except ImportError as error:
+            raise CommandError(str(error)) from error
         host = parameters.get("hostaddr") or parameters.get("host", "")
         port = parameters.get("port", DEFAULT_PORT)
         if not host or host[0] in "/@" or "," in host or not port.isdigit():
@@ -43,7 +47,7 @@ class Target:
         #: The name of the schema, and of the job's application.
         self.schema = f"zreconnect_demo_{secrets.token_hex(4)}"
         #: The database for people, without password.
-        self.address: str = driver.address(parameters)
+        self.address: str = self.driver.address(parameters)
         self.forward = PortForward(host, int(port))
         options = f"{parameters.get('options', '')} -c search_path={self.schema}"
         self._parameters = {**parameters, "options": options.strip()}

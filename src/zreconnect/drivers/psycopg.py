@@ -15,7 +15,8 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import psycopg
 from psycopg import IsolationLevel, generators, pq, sql
@@ -23,7 +24,6 @@ from psycopg.abc import PQGen
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import tuple_row
-from psycopg.waiting import Wait
 from zope.interface import implementer
 
 from zreconnect.drivers.base import Begun, Meaning, SessionSettings
@@ -43,6 +43,8 @@ ATTRIBUTES = ("row_factory", "server_cursor_factory", "prepare_threshold", "prep
 MAY_FOLLOW_BEGIN = re.compile(
     r"\s*(?:SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|VALUES|TABLE)\b", re.IGNORECASE
 )
+# `_SharedTrip` builds on what psycopg does not document: with another version, BEGIN goes first.
+KNOWS_PIPELINE = psycopg.__version__.startswith(("3.2.", "3.3."))
 # psycopg's own words, before libpq's: one line for each address that it has tried.
 PREFIX = re.compile(r"^(?:- host: .*?, hostaddr: \S+: )?connection (?:failed|is bad): ", re.M)
 
@@ -175,8 +177,9 @@ class PsycopgDriver(PostgresqlDriver):
     def may_begin_with(self, raw_cursor: Any, query: Any, parameters: Any = None) -> bool:
         raw = raw_cursor.connection
         if (
+            not KNOWS_PIPELINE
             # A class of the user's may do more than to execute one statement.
-            type(raw_cursor).execute is not psycopg.Cursor.execute
+            or type(raw_cursor).execute is not psycopg.Cursor.execute
             or _is_in_pipeline(raw)
             or raw.lock.locked()
         ):
@@ -203,37 +206,31 @@ class PsycopgDriver(PostgresqlDriver):
         execute: Callable[[], object],
         answered: Callable[[], object],
     ) -> Begun | None:
-        begin, companion = _own_cursor(raw), _own_cursor(raw)
         error: Exception | None = None
         try:
-            with raw.pipeline():
-                with _without_preparing(raw):
-                    begin.execute(_begin(raw, settings))
-                    if rider:
-                        companion.execute(_failing_without_row(rider))
-                # The server answers these at once, and not together with the statement.
-                raw.pgconn.send_flush_request()
+            with _SharedTrip(raw) as trip:
+                begin = trip.add(_begin(raw, settings), answered)
+                companion = trip.add(_failing_without_row(rider)) if rider else begin
+                trip.answer_so_far()
                 execute()
-                if begin.pgresult is None:
-                    raw.wait(_until_readable())
-                answered()
         except Exception as problem:
             error = problem
-        if error is not None and self.meaning(error, raw) is Meaning.DISCONNECT:
-            raise error
-        if begin.pgresult is None or (rider and companion.pgresult is None):
+        try:
+            if error is not None and self.meaning(error, raw) is Meaning.DISCONNECT:
+                raise error
+            if companion.answer is not None:
+                return Begun(companion.answer.row, error)
             if self.in_transaction(raw):
                 self.rollback(raw)
             return None
-        return Begun(companion.fetchone()[:1] if rider else None, error)
+        finally:
+            # Its traceback refers to this frame.
+            del error
 
     # Statements
 
     def query(self, raw: Any, statement: str, parameters: Any = None) -> list[Any]:
-        _check_not_locked(raw)
-        with _synchronized(raw), _without_preparing(raw):
-            cursor = _own_cursor(raw)
-            cursor.execute(statement, parameters)
+        cursor = self._ask(raw, statement, parameters)
         return cursor.fetchall() if cursor.description else []
 
     def cursor(self, raw: Any, name: str | None, options: Mapping[str, Any]) -> Any:
@@ -278,13 +275,9 @@ class PsycopgDriver(PostgresqlDriver):
 
     def _execute(self, raw: Any, *statements: str) -> _Answer:
         """Execute statements without parameters, in one round trip; the answer to the last."""
-        _check_not_locked(raw)
         if _is_in_pipeline(raw):
-            with _synchronized(raw), _without_preparing(raw):
-                for statement in statements:
-                    cursor = _own_cursor(raw)
-                    cursor.execute(statement)
-            return _Answer(cursor.pgresult)
+            return _Answer(self._ask(raw, ";".join(statements)).pgresult)
+        _check_not_locked(raw)
         # A cursor would make many times the work of it.
         with raw.lock:
             raw.pgconn.send_query(";".join(statements).encode())
@@ -294,6 +287,21 @@ class PsycopgDriver(PostgresqlDriver):
                 raise psycopg.errors.error_from_result(result, raw.info.encoding)
         return _Answer(results[-1])
 
+    def _ask(self, raw: Any, statement: str, parameters: Any = None) -> Any:
+        """A cursor that has executed statements, at the result of the last one."""
+        _check_not_locked(raw)
+        if not _is_in_pipeline(raw):
+            with _without_preparing(raw):
+                cursor = _own_cursor(raw).execute(statement, parameters)
+            while cursor.nextset():
+                pass
+            return cursor
+        # A pipeline takes one statement at a time; at the end of the block they are answered.
+        with raw.pipeline(), _without_preparing(raw):
+            for part in statement.split(";"):
+                cursor = _own_cursor(raw).execute(part, parameters)
+        return cursor
+
 
 class _Answer:
     """What the server has answered to one statement."""
@@ -301,6 +309,87 @@ class _Answer:
     def __init__(self, result: Any) -> None:
         self.tag = (result.command_status or b"").decode()
         self.row = (result.get_value(0, 0).decode(),) if result.ntuples else None
+
+
+class _Companion:
+    """A statement of ours that travels along with one of the user's.
+
+    To psycopg's pipeline it is a cursor that waits for its results.
+    """
+
+    def __init__(self, answered: Callable[[], object] | None) -> None:
+        self.answer: _Answer | None = None
+        self._answered = answered
+
+    def _check_results(self, results: list[Any]) -> None:
+        if self._answered is not None:
+            self._answered()
+        if results[0].status == pq.ExecStatus.FATAL_ERROR:
+            raise psycopg.errors.error_from_result(results[0])
+
+    def _set_results(self, results: list[Any]) -> None:
+        if results[0].status != pq.ExecStatus.PIPELINE_ABORTED:
+            self.answer = _Answer(results[0])
+
+
+class _SharedTrip(psycopg.Pipeline):
+    """A pipeline for a single round trip: at the end of the block all is sent, in one piece.
+
+    psycopg's own sends each statement by itself, which costs a system call and a packet each.
+    """
+
+    def __enter__(self) -> _SharedTrip:
+        self.pgconn.enter_pipeline_mode()
+        self._conn._pipeline = self
+        return self
+
+    def add(self, statement: str, answered: Callable[[], object] | None = None) -> _Companion:
+        companion = _Companion(answered)
+        self.command_queue.append(partial(self.pgconn.send_query_params, statement.encode(), None))
+        self.result_queue.append((cast(Any, companion), None))
+        return companion
+
+    def answer_so_far(self) -> None:
+        """Have the server answer what is before at once, and not together with what follows."""
+        self.command_queue.append(self.pgconn.send_flush_request)
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            with self._conn.lock:
+                self._conn.wait(self._send_and_fetch())
+        finally:
+            self._conn._pipeline = None
+            with contextlib.suppress(psycopg.OperationalError):
+                # Not if an interrupted wait has left answers behind: the session is of no use.
+                self.pgconn.exit_pipeline_mode()
+
+    def _send_and_fetch(self) -> PQGen[None]:
+        self._enqueue_sync()
+        while self.command_queue:
+            self.command_queue.popleft()()
+        yield from generators.send(self.pgconn)
+        error: psycopg.Error | None = None
+        while self.result_queue:
+            try:
+                results = yield from generators.fetch_many(self.pgconn)
+            except psycopg.Error as problem:
+                # What was answered before may tell why there is no more of it.
+                raise error or problem from None
+            try:
+                self._process_results(self.result_queue.popleft(), results)
+            except psycopg.Error as problem:
+                error = error or problem
+        if error is not None:
+            try:
+                raise error
+            finally:
+                # Its traceback refers to this frame.
+                del error
+
+    def _communicate_gen(self) -> PQGen[None]:
+        """Nothing is sent before the end of the block."""
+        return
+        yield
 
 
 def _sql_name(level: int) -> str:
@@ -349,12 +438,6 @@ def _is_in_pipeline(raw: Any) -> bool:
     return bool(raw.pgconn.pipeline_status)
 
 
-def _synchronized(raw: Any) -> contextlib.AbstractContextManager[Any]:
-    """In a pipeline of the user's: a block at whose end the answers have arrived."""
-    pipeline: contextlib.AbstractContextManager[Any] = raw.pipeline()
-    return pipeline if _is_in_pipeline(raw) else contextlib.nullcontext()
-
-
 def _check_not_locked(raw: Any) -> None:
     # psycopg would wait for ever, for a generator of this very thread.
     if raw.lock.locked():
@@ -362,11 +445,6 @@ def _check_not_locked(raw: Any) -> None:
             "stream(), notifies() or a copy() block is not finished: close it before the "
             "transaction begins or ends"
         )
-
-
-def _until_readable() -> PQGen[None]:
-    while not (yield Wait.R):
-        pass
 
 
 driver = PsycopgDriver()

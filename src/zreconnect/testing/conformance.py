@@ -750,11 +750,17 @@ class DriverConformance(TestCase):
         self._begin(raw)
         self.driver.query(raw, increment("a"))
         self.driver.limit_lock_waits(other, 1.0)
-        with self._error() as errors:
-            self.driver.query(other, f"SELECT name FROM {TABLE} WHERE name = 'a' FOR UPDATE")
-        self.assertIs(self.driver.condition(errors[0]), Condition.LOCK_NOT_AVAILABLE)
+        statement = f"SELECT name FROM {TABLE} WHERE name = 'a' FOR UPDATE"
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(self.driver.query, other, statement)
+            try:
+                error = waiting.exception(PATIENCE)
+            finally:
+                # Gives the lock to who still waits for it.
+                self.driver.rollback(raw)
+        self.assertIsInstance(error, self.module.Error)
+        self.assertIs(self.driver.condition(error), Condition.LOCK_NOT_AVAILABLE)
         self.driver.limit_lock_waits(other, None)
-        self.driver.rollback(raw)
 
     # Losing a session
 

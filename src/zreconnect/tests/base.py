@@ -74,6 +74,9 @@ class DatabaseTestCase(LineTestCase):
     layer = PORT_FORWARD_LAYER
 
     dbname = "postgres"
+    #: The driver of `connect`, and its module.
+    driver = "psycopg2"
+    module = psycopg2
 
     def setUp(self):
         self.server = self.layer.server
@@ -91,7 +94,7 @@ class DatabaseTestCase(LineTestCase):
         self.addCleanup(transaction.abort)
 
     def connect(self, dsn=None, **keywords):
-        connection = zreconnect.connect(dsn or self.dsn, **keywords)
+        connection = zreconnect.connect(dsn or self.dsn, driver=self.driver, **keywords)
         self.addCleanup(connection.close)
         return connection
 
@@ -111,6 +114,6 @@ class DatabaseTestCase(LineTestCase):
 
     @contextmanager
     def plain(self):
-        """A plain psycopg2 connection through the forwarder."""
-        with closing(psycopg2.connect(self.dsn)) as plain:
+        """A plain connection of the module's through the forwarder."""
+        with closing(self.module.connect(self.dsn)) as plain:
             yield plain

@@ -53,7 +53,7 @@ class StateTests(DatabaseTestCase):
     def test_begin_inside_a_transaction(self):
         connection = self.connect()
         connection.begin()
-        with self.assertRaisesRegex(psycopg2.ProgrammingError, "begin.. inside a transaction"):
+        with self.assertRaisesRegex(self.module.ProgrammingError, "begin.. inside a transaction"):
             connection.begin()
         self.assertEqual(connection.state, "active")
 
@@ -88,7 +88,7 @@ class StateTests(DatabaseTestCase):
             lambda: cursor.execute("SELECT 1"),
             cursor.fetchone,
         ):
-            with self.assertRaisesRegex(psycopg2.InterfaceError, "The connection is closed"):
+            with self.assertRaisesRegex(self.module.InterfaceError, "The connection is closed"):
                 use()
 
     def test_close_before_the_first_session(self):
@@ -182,7 +182,7 @@ class DisconnectTests(DatabaseTestCase):
                 with self.assertRaisesRegex(CommitOutcomeUnknown, "COMMIT was under way") as lost:
                     connection.commit()
                 self.assertEqual(lost.exception.server, connection.server)
-                self.assertIsInstance(lost.exception.__cause__, psycopg2.OperationalError)
+                self.assertIsInstance(lost.exception.__cause__, self.module.OperationalError)
                 self.assertEqual(connection.state, "doomed")
                 connection.rollback()
 
@@ -209,7 +209,7 @@ class DoomedTests(DatabaseTestCase):
 
     def test_the_error_carries_the_drivers(self):
         error_type, error, trace = self.error.getOriginalException()
-        self.assertIs(error_type, psycopg2.OperationalError)
+        self.assertIs(error_type, self.module.OperationalError)
         self.assertIs(self.error.__cause__, error)
         self.assertIn("cursor.py", "".join(traceback.format_tb(trace)))
 
@@ -344,7 +344,7 @@ class ReadingTests(DatabaseTestCase):
         self.forward.drop()
         self.assertEqual(cursor.fetchone(), (1,))
         connection.begin()
-        with self.assertRaisesRegex(psycopg2.InterfaceError, "cursor already closed"):
+        with self.assertRaisesRegex(self.module.InterfaceError, "cursor already closed"):
             cursor.fetchall()
 
 
@@ -354,9 +354,9 @@ class CommitTests(DatabaseTestCase):
         connection = self.connect()
         cursor = connection.cursor()
         cursor.execute("INSERT INTO item VALUES ('lost')")
-        with self.assertRaises(psycopg2.errors.UndefinedTable):
+        with self.assertRaises(self.module.errors.UndefinedTable):
             cursor.execute("SELECT * FROM missing")
-        with self.assertRaisesRegex(psycopg2.InternalError, "Nothing was committed"):
+        with self.assertRaisesRegex(self.module.InternalError, "Nothing was committed"):
             connection.commit()
         self.assertEqual(connection.state, "idle")
         self.assertEqual(self.names(), [])
@@ -367,9 +367,9 @@ class CommitTests(DatabaseTestCase):
     def test_after_a_failed_statement_with_a_server_side_cursor(self):
         connection = self.connect()
         connection.cursor("one").execute("SELECT 1")
-        with self.assertRaises(psycopg2.errors.UndefinedTable):
+        with self.assertRaises(self.module.errors.UndefinedTable):
             connection.cursor().execute("SELECT * FROM missing")
-        with self.assertRaisesRegex(psycopg2.InternalError, "Nothing was committed"):
+        with self.assertRaisesRegex(self.module.InternalError, "Nothing was committed"):
             connection.commit()
         self.assertEqual(connection.state, "idle")
 
@@ -381,7 +381,7 @@ class CommitTests(DatabaseTestCase):
                 connection.cursor(cursor_name).execute("SELECT 1")
             cursor = connection.cursor()
             cursor.execute("INSERT INTO once VALUES (1), (1)")
-            with self.assertRaises(psycopg2.IntegrityError):
+            with self.assertRaises(self.module.IntegrityError):
                 connection.commit()
             self.assertEqual(connection.state, "idle")
             connection.rollback()
@@ -437,7 +437,7 @@ class CommitTests(DatabaseTestCase):
         connection = self.connect()
         connection.begin()
         connection.driver_connection.autocommit = False
-        with self.assertRaises(psycopg2.ProgrammingError):
+        with self.assertRaises(self.module.ProgrammingError):
             connection.commit()
         self.assertEqual(connection.state, "active")
         connection.driver_connection.autocommit = True
@@ -501,7 +501,7 @@ class BlockTests(DatabaseTestCase):
         connection = self.connect()
         with (
             connection,
-            self.assertRaisesRegex(psycopg2.ProgrammingError, "already inside a with block"),
+            self.assertRaisesRegex(self.module.ProgrammingError, "already inside a with block"),
             connection,
         ):
             pass
@@ -513,7 +513,7 @@ class BlockTests(DatabaseTestCase):
         cursor = connection.cursor()
         cursor.execute("INSERT INTO item VALUES ('one')")
         savepoint = connection.savepoint()
-        with self.assertRaises(psycopg2.IntegrityError):
+        with self.assertRaises(self.module.IntegrityError):
             cursor.execute("INSERT INTO item VALUES ('one')")
         savepoint.rollback()
         inner = connection.savepoint()
@@ -523,7 +523,7 @@ class BlockTests(DatabaseTestCase):
         self.assertEqual(self.names(), ["one", "two"])
 
     def test_savepoint_outside_a_transaction(self):
-        with self.assertRaisesRegex(psycopg2.ProgrammingError, "outside a transaction"):
+        with self.assertRaisesRegex(self.module.ProgrammingError, "outside a transaction"):
             self.connect().savepoint()
 
 
@@ -572,7 +572,7 @@ class RunTests(DatabaseTestCase):
 
         for failure, error in [
             (fail, LookupError),
-            (lambda: self.connection.cursor().execute("SELECT x"), psycopg2.ProgrammingError),
+            (lambda: self.connection.cursor().execute("SELECT x"), self.module.ProgrammingError),
         ]:
             self.calls = 0
             with self.assertRaises(error):
@@ -598,7 +598,7 @@ class RunTests(DatabaseTestCase):
 
     def test_inside_a_transaction_it_is_refused_and_changes_nothing(self):
         self.connection.begin()
-        with self.assertRaisesRegex(psycopg2.ProgrammingError, "inside a transaction"):
+        with self.assertRaisesRegex(self.module.ProgrammingError, "inside a transaction"):
             self.connection.run(self.insert, "one")
         self.assertEqual(self.connection.state, "active")
 
@@ -635,7 +635,7 @@ class ThreadTests(DatabaseTestCase):
             connection.begin,
         ):
             (error,) = self.in_thread(use)
-            self.assertIsInstance(error, psycopg2.ProgrammingError)
+            self.assertIsInstance(error, self.module.ProgrammingError)
             self.assertIn("belongs to another thread", str(error))
         self.assertEqual(cursor.fetchone(), (1,))
         connection.commit()
@@ -670,7 +670,7 @@ class ThreadTests(DatabaseTestCase):
 
         thread = threading.Thread(target=cancel)
         thread.start()
-        with self.assertRaises(psycopg2.extensions.QueryCanceledError):
+        with self.assertRaises(self.module.errors.QueryCanceled):
             cursor.execute("SELECT pg_sleep(60)")
         thread.join()
         self.assertEqual(connection.state, "active")
@@ -684,15 +684,17 @@ class ThreadTests(DatabaseTestCase):
         raw = connection.driver_connection
         raw.close()
         connection._state = "closed"
-        with self.assertRaises(psycopg2.InterfaceError) as closed:
-            connection._check_lost(psycopg2.InterfaceError("closed"))
-            raise psycopg2.InterfaceError("closed")
+        with self.assertRaises(self.module.InterfaceError) as closed:
+            connection._check_lost(self.module.InterfaceError("closed"))
+            raise self.module.InterfaceError("closed")
         self.assertNotIsInstance(closed.exception, DisconnectionError)
 
 
 class FactoryTests(DatabaseTestCase):
     def test_any_connection_factory(self):
-        connection = ReconnectingConnection(lambda: psycopg2.connect(self.dsn))
+        connection = ReconnectingConnection(
+            lambda: self.module.connect(self.dsn), driver=self.driver
+        )
         self.addCleanup(connection.close)
         self.assertEqual(connection.server, "the server of a connection_factory")
         cursor = connection.cursor()
@@ -705,13 +707,16 @@ class FactoryTests(DatabaseTestCase):
         connection.rollback()
         cursor.execute("SELECT 1")
 
+    def set_modes(self, raw):
+        raw.set_session(isolation_level="SERIALIZABLE", readonly=True, deferrable=True)
+
     def test_what_the_factory_set_holds(self):
         def connection_factory():
-            raw = psycopg2.connect(self.dsn)
-            raw.set_session(isolation_level="SERIALIZABLE", readonly=True, deferrable=True)
+            raw = self.module.connect(self.dsn)
+            self.set_modes(raw)
             return raw
 
-        connection = ReconnectingConnection(connection_factory)
+        connection = ReconnectingConnection(connection_factory, driver=self.driver)
         self.addCleanup(connection.close)
         cursor = connection.cursor()
         cursor.execute(
@@ -729,7 +734,7 @@ class FactoryTests(DatabaseTestCase):
             raise LookupError("no such vault")
 
         with self.assertRaisesRegex(LookupError, "no such vault"):
-            ReconnectingConnection(connection_factory).begin()
+            ReconnectingConnection(connection_factory, driver=self.driver).begin()
         self.assertEqual(len(calls), 1)
 
     def test_an_oserror_of_the_factory_is(self):
@@ -739,36 +744,36 @@ class FactoryTests(DatabaseTestCase):
             calls.append(1)
             if len(calls) < 3:
                 raise ConnectionRefusedError("a tunnel is down")
-            return psycopg2.connect(self.dsn)
+            return self.module.connect(self.dsn)
 
-        connection = ReconnectingConnection(connection_factory)
+        connection = ReconnectingConnection(connection_factory, driver=self.driver)
         self.addCleanup(connection.close)
         connection.begin()
         self.assertEqual(len(calls), 3)
 
     def test_unusable_connections(self):
         def in_autocommit_mode():
-            raw = psycopg2.connect(self.dsn)
+            raw = self.module.connect(self.dsn)
             raw.autocommit = True
             return raw
 
         def in_a_transaction():
-            raw = psycopg2.connect(self.dsn)
+            raw = self.module.connect(self.dsn)
             raw.cursor().execute("SELECT 1")
             return raw
 
         for factory, error, message in [
-            (in_autocommit_mode, psycopg2.ProgrammingError, "autocommit"),
-            (in_a_transaction, psycopg2.ProgrammingError, "inside a transaction"),
+            (in_autocommit_mode, self.module.ProgrammingError, "autocommit"),
+            (in_a_transaction, self.module.ProgrammingError, "inside a transaction"),
             (
-                lambda: psycopg2.connect(self.dsn, async_=True),
-                psycopg2.ProgrammingError,
+                lambda: self.module.connect(self.dsn, async_=True),
+                self.module.ProgrammingError,
                 "asynchronous",
             ),
             (lambda: None, TypeError, "must return a psycopg2 connection, not None"),
         ]:
             with self.subTest(message), self.assertRaisesRegex(error, message):
-                ReconnectingConnection(factory).begin()
+                ReconnectingConnection(factory, driver=self.driver).begin()
 
     def test_bad_arguments(self):
         for message, arguments, keywords in [
@@ -791,7 +796,7 @@ class FactoryTests(DatabaseTestCase):
         ]:
             before = self.forward.count()
             connection = self.connect(dsn)
-            with self.assertRaisesRegex(psycopg2.OperationalError, message) as refused:
+            with self.assertRaisesRegex(self.module.OperationalError, message) as refused:
                 connection.begin()
             self.assertNotIsInstance(refused.exception, DisconnectionError)
             self.assertNotIn(self.server.password, str(refused.exception))
@@ -819,7 +824,7 @@ class ForkTests(DatabaseTestCase):
         self.addCleanup(forked.close)
         connection.begin()
         forked.begin()
-        self.assertNotEqual(connection.get_backend_pid(), forked.get_backend_pid())
+        self.assertNotEqual(connection.info.backend_pid, forked.info.backend_pid)
         self.assertEqual(len(seen), 2)
         forked.rollback()
         self.assertEqual(connection.state, "active")
@@ -834,7 +839,7 @@ class DriverAttributeTests(DatabaseTestCase):
     def test_exceptions(self):
         connection = self.connect()
         for name in ("Error", "OperationalError", "IntegrityError", "Warning"):
-            self.assertIs(getattr(connection, name), getattr(psycopg2, name))
+            self.assertIs(getattr(connection, name), getattr(self.module, name))
 
     def test_attributes_and_methods(self):
         connection = self.connect()
@@ -915,7 +920,7 @@ class GarbageTests(DatabaseTestCase):
     def test_a_forgotten_connection_closes_its_session_at_once(self):
         gc.disable()
         self.addCleanup(gc.enable)
-        connection = zreconnect.connect(self.dsn)
+        connection = zreconnect.connect(self.dsn, driver=self.driver)
         connection.cursor().execute("SELECT 1")
         forgotten = weakref.ref(connection)
         del connection
@@ -923,7 +928,7 @@ class GarbageTests(DatabaseTestCase):
         wait_until(lambda: not self.sessions())
 
     def test_one_that_met_a_disconnect_is_collected(self):
-        connection = zreconnect.connect(self.dsn, policy=FAIL_FAST)
+        connection = zreconnect.connect(self.dsn, driver=self.driver, policy=FAIL_FAST)
         connection.begin()
         self.forward.drop()
         try:

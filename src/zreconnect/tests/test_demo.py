@@ -236,6 +236,12 @@ class GivenServerTests(CommandTestCase):
         self.run_demo("--interruptions", 0)
         self.assertEqual(self.schemas(), [])
 
+    def test_another_driver(self):
+        files, definitions = make_tree(self.tree)
+        output = self.run_demo("--interruptions", 7, "--driver", "psycopg", "--verbose")
+        self.assertEqual(figure(output, "recorded"), files)
+        self.assertEqual(figure(output, "definitions recorded"), definitions)
+
     def test_keep_leaves_the_schema(self):
         files, _definitions = make_tree(self.tree, plain_files=0)
         output = self.run_demo("--interruptions", 0, "--keep")

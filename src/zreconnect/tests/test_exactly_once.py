@@ -10,6 +10,7 @@ of a direction, until there is no such byte, for each witness:
 - of connecting again and looking the outcome up, when the answer to COMMIT was lost, and when
   COMMIT itself was: at every sixth byte, by FIN and by RST in turn.
 
+With psycopg 3 the transaction begins along with its first statement; it is spared the last three.
 A witness that asks at COMMIT differs from one that asks at BEGIN only there, and is spared the last
 two; a SELECT that writes, which it takes for one that reads until COMMIT, the last three.
 
@@ -38,6 +39,7 @@ from zreconnect import (
 )
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.events import CommitLookedUp, ConnectionLost
+from zreconnect.retry import run_unit_of_work
 from zreconnect.server import server_from_dsn
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests.base import wait_until
@@ -140,15 +142,15 @@ class Lane:
     """A unit of work that is run again and again on a line that is cut."""
 
     numbers = itertools.count(1)
-    driver = None
     module = psycopg2
 
-    def __init__(self, line, witness, statement):
+    def __init__(self, line, witness, statement, driver, begins_with_statement):
         self.server, self.forward = line.server, line.forward
         self.statement = statement
         self.connection = WatchedConnection(
-            server_from_dsn(line.dsn(), self.driver), policy=POLICY, witness=witness
+            server_from_dsn(line.dsn(), driver), policy=POLICY, witness=witness
         )
+        self.begins_with_statement = begins_with_statement
         self.witness = witness
         self.events = []
         self.at_commit = None
@@ -192,6 +194,17 @@ class Lane:
         if self.at_commit is not None and self.runs == 1:
             self.at_commit()
 
+    def run(self, number):
+        connection = self.connection
+        run_unit_of_work(
+            lambda: self.work(number),
+            begin=(lambda: None) if self.begins_with_statement else connection.begin,
+            commit=connection.commit,
+            abort=connection.rollback,
+            may_run_again=connection._may_run_again,
+            attempts=5,
+        )
+
     def bytes_of(self, sweep):
         """At least so many bytes there are to cut at."""
         counts = []
@@ -202,10 +215,10 @@ class Lane:
         if sweep.part == TRANSACTION:
             self.prepare(None)
             count()
-            self.connection.run(self.work, 0)
+            self.run(0)
         elif sweep.part == COMMIT:
             self.prepare(at_commit=count)
-            self.connection.run(self.work, 0)
+            self.run(0)
         else:
             self.connection.reset()
             count()
@@ -240,7 +253,7 @@ class Lane:
         rescue.start()
         is_unknown = False
         try:
-            self.connection.run(self.work, number, attempts=5)
+            self.run(number)
         except CommitOutcomeUnknown:
             is_unknown = True
         finally:
@@ -333,6 +346,8 @@ class SweepTestCase:
     layer = SWEEP_LAYER
     lane = Lane
     statement = "INSERT INTO item VALUES (%s)"
+    driver = "psycopg2"
+    begins_with_statement = False
 
     def sweep(self, part, crash=False, step=1):
         """Sweep over both directions, by FIN on one server and meanwhile by RST on the other."""
@@ -342,7 +357,9 @@ class SweepTestCase:
 
         def sweep_line(line, reset):
             first = step // 2 if reset else 0
-            with self.lane(line, self.witness, self.statement) as lane:
+            with self.lane(
+                line, self.witness, self.statement, self.driver, self.begins_with_statement
+            ) as lane:
                 for direction in ("to_server", "to_client"):
                     lane.sweep(Sweep(part, direction, reset, crash, first, step), stopped, tally)
 
@@ -397,3 +414,18 @@ class WritingSelectSweepTests(SweepTestCase, unittest.TestCase):
     name = "xid at COMMIT of a SELECT that writes"
     witness = XidWitness(at_commit=True)
     statement = "SELECT add_item(%s)"
+
+
+class PsycopgSweepTestCase(CrashSweepTestCase):
+    driver = "psycopg"
+    begins_with_statement = True
+
+
+class PsycopgXidSweepTests(PsycopgSweepTestCase, unittest.TestCase):
+    name = "psycopg, xid"
+    witness = "xid"
+
+
+class PsycopgLedgerSweepTests(PsycopgSweepTestCase, unittest.TestCase):
+    name = "psycopg, ledger"
+    witness = Ledger()

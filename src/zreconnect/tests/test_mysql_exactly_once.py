@@ -67,6 +67,10 @@ class MysqlSweepTestCase(SweepTestCase):
     def name(self):
         return self.lane.driver
 
+    @property
+    def driver(self):
+        return self.lane.driver
+
     def test_bytes_of_a_commit_and_a_crash(self):
         self.sweep(COMMIT, crash=True, step=CRASH_STEP)
 

@@ -81,7 +81,7 @@ class SettingsTests(DatabaseTestCase):
             lambda: self.connection.set_client_encoding("LATIN1"),
             lambda: setattr(self.connection, "autocommit", True),
         ):
-            with self.assertRaisesRegex(psycopg2.ProgrammingError, "inside a transaction"):
+            with self.assertRaisesRegex(self.module.ProgrammingError, "inside a transaction"):
                 change()
         self.assertFalse(self.connection.autocommit)
 
@@ -101,7 +101,7 @@ class SettingsTests(DatabaseTestCase):
         self.assertEqual(self.connection.encoding, "LATIN1")
 
     def test_an_unknown_client_encoding_is_not_kept(self):
-        with self.assertRaises(psycopg2.Error):
+        with self.assertRaises(self.module.Error):
             self.connection.set_client_encoding("KLINGON")
         self.forward.drop()
         self.assertEqual(self.connection.encoding, "UTF8")
@@ -168,7 +168,7 @@ class AutocommitTests(DatabaseTestCase):
         for _ in range(2):
             self.cursor.execute("SHOW default_transaction_isolation")
             self.assertEqual(self.cursor.fetchone(), ("serializable",))
-            with self.assertRaises(psycopg2.errors.ReadOnlySqlTransaction):
+            with self.assertRaises(self.module.errors.ReadOnlySqlTransaction):
                 self.cursor.execute("INSERT INTO item VALUES ('one')")
             self.forward.drop()
             with self.assertRaises(CommitOutcomeUnknown):
@@ -234,5 +234,5 @@ class OnConnectTests(DatabaseTestCase):
             raw.commit()
 
         self.connect(on_connect=in_another_mode).begin()
-        with self.assertRaisesRegex(psycopg2.ProgrammingError, "inside a transaction"):
+        with self.assertRaisesRegex(self.module.ProgrammingError, "inside a transaction"):
             self.connect(on_connect=in_a_transaction).begin()

@@ -7,8 +7,6 @@ import os
 import threading
 import weakref
 
-import psycopg2
-
 import zreconnect
 from zreconnect import DisconnectionError, Ledger, ReconnectTimeout, RetryPolicy, watchdog
 from zreconnect.tests.base import DatabaseTestCase, wait_until
@@ -24,7 +22,7 @@ class SilenceTests(DatabaseTestCase):
 
     def suspend(self):
         """Stop the session's server process, until it is told to end."""
-        self.server.suspend_backend(self.connection.get_backend_pid())
+        self.server.suspend_backend(self.connection.info.backend_pid)
 
     def let_go_when_cut(self):
         """Let the server be heard again as soon as the watchdog has cut the connection."""
@@ -58,7 +56,7 @@ class SilenceTests(DatabaseTestCase):
 
         def work():
             self.cursor.execute("INSERT INTO item VALUES ('one')")
-            calls.append(self.connection.get_backend_pid())
+            calls.append(self.connection.info.backend_pid)
             if len(calls) == 1:
                 self.suspend()
                 # SIGTERM waits for a stopped process too.
@@ -155,7 +153,7 @@ class ThreadTests(DatabaseTestCase):
         wait_until(lambda: not self.threads())
 
     def test_a_forgotten_session_is_not_kept(self):
-        connection = zreconnect.connect(self.dsn)
+        connection = zreconnect.connect(self.dsn, driver=self.driver)
         connection.begin()
         watch = weakref.ref(connection._watch)
         del connection
@@ -186,7 +184,7 @@ class ThreadTests(DatabaseTestCase):
         connection.begin()
 
     def test_a_socket_that_is_gone_already_is_no_error(self):
-        left = psycopg2.connect(self.dsn)
+        left = self.module.connect(self.dsn)
         watch = watchdog.Watch(left.fileno(), "here")
         self.forward.drop(reset=True)
         wait_until(lambda: left.closed or self.fails(left))
@@ -197,6 +195,6 @@ class ThreadTests(DatabaseTestCase):
     def fails(self, connection):
         try:
             connection.cursor().execute("SELECT 1")
-        except psycopg2.Error:
+        except self.module.Error:
             return True
         return False

@@ -358,9 +358,9 @@ class XidAtCommitTests(WitnessTestCase):
         self.assertFalse(self.connection._observer.may_have_written)
 
     def test_a_failed_transaction_is_not_committed(self):
-        with self.assertRaises(psycopg2.errors.DivisionByZero):
+        with self.assertRaises(self.module.errors.DivisionByZero):
             self.execute("SELECT 1/0")
-        with self.assertRaises(psycopg2.errors.InFailedSqlTransaction):
+        with self.assertRaises(self.module.errors.InFailedSqlTransaction):
             self.connection.commit()
         self.assertEqual(self.connection.state, "idle")
 
