@@ -279,10 +279,18 @@ class Tests(MysqlTestCase):
 
     def test_a_server_without_locks_of_that_kind(self):
         raw = self.connect().driver_connection
-        with mock.patch.object(self.driver, "query", return_value=[(7, None)]):
-            session = self.driver.identify(raw)
-        self.assertEqual((session.pid, session.start), (7, None))
-        self.assertFalse(self.driver.end_session(raw, session, None))
+        unsupported = self.module.NotSupportedError(1235, "not in a cluster")
+        for answer in ({"return_value": [(None,)]}, {"side_effect": unsupported}):
+            with mock.patch.object(self.driver, "query", **answer):
+                session = self.driver.identify(raw)
+            self.assertEqual((session.pid, session.start), (raw.thread_id(), None))
+            self.assertFalse(self.driver.end_session(raw, session, None))
+        lost = self.module.OperationalError(mysql.CR_SERVER_LOST, "Lost connection")
+        with (
+            mock.patch.object(self.driver, "query", side_effect=lost),
+            self.assertRaises(self.module.OperationalError),
+        ):
+            self.driver.identify(raw)
 
     # What ends a transaction on the server
 
@@ -533,8 +541,9 @@ class Tests(MysqlTestCase):
         with mock.patch.object(self.driver, "_is_mariadb", return_value=False):
             connection = self.connect()
             connection.set_session(isolation_level="READ COMMITTED")
-            self.insert(connection)
-            connection.commit()
+            connection.run(lambda: None)
+            # Five to begin, one statement, and three to commit.
+            self.assertEqual(self.round_trips(lambda: connection.run(self.insert, connection)), 9)
             self.insert(connection, "two")
             connection.driver_connection.rollback()
             with self.assertRaises(self.module.InternalError):
