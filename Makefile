@@ -19,6 +19,11 @@ made_of := $(shell cat .venv/made-of 2>/dev/null | tr '\n' '|')
 ifneq ($(made_of),$(python_id)|$(CURDIR)|)
 stale := yes
 endif
+debian_packages := mariadb-server-core default-libmysqlclient-dev gcc pkg-config python3-dev
+has_server := PATH="$$PATH:/usr/sbin" command -v mariadbd mariadb-install-db >/dev/null
+# mysqlclient has no wheels for Linux.
+builds_mysqlclient := command -v cc >/dev/null && pkg-config --exists mysqlclient 2>/dev/null && \
+    $(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null
 programs := bin/py bin/test bin/zreconnect bin/coverage bin/mypy bin/ruff
 unbuilt := $(filter-out $(wildcard bin/*),$(programs))
 
@@ -59,8 +64,24 @@ lint: .venv/built
 	bin/ruff format --check
 	bin/mypy
 
+# The first package has MariaDB's programs without the service. The others are for building
+# mysqlclient, after which bin/ is to be made anew.
 services:
-	@echo 'services: the tests need nothing beyond Python and its eggs.'
+	@if $(has_server) && $(builds_mysqlclient); then \
+	    echo 'services: all that the tests need is installed.'; \
+	elif ! command -v apt-get >/dev/null; then \
+	    echo 'services: the tests need the programs of a MariaDB server; building mysqlclient needs' \
+	        'a C compiler, pkg-config and the headers of Python and of a MySQL or MariaDB client.' \
+	        'Only on Debian and Ubuntu this can install them; tests that miss one are skipped.' >&2; \
+	    exit 1; \
+	elif [ "$$(id -u)" != 0 ]; then \
+	    echo 'services: only root can install packages. Have root run:' \
+	        'apt-get install $(debian_packages)' >&2; \
+	    exit 1; \
+	else \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	        apt-get install --yes --no-install-recommends -qq $(debian_packages) && rm -f .venv/built; \
+	fi
 
 clean:
 	rm -rf .venv bin develop-eggs eggs parts .installed.cfg build dist src/*.egg-info
@@ -99,7 +120,8 @@ clean:
 .venv/built: .venv/ready setup.py pyproject.toml buildout.cfg $(if $(unbuilt),.FORCE)
 	@echo 'Installing the eggs and bin/ with zc.buildout'
 	@PYTHONWARNINGS='ignore:Module zc was already imported:UserWarning' \
-	    .venv/bin/buildout -U 2>&1 | sed '/^root: /d'
+	    .venv/bin/buildout -U "buildout:mysql=`$(builds_mysqlclient) && echo ', mysql'`" 2>&1 \
+	    | sed '/^root: /d'
 	@for program in $(programs); do \
 	    test -x $$program || { echo "buildout did not make $$program" >&2; exit 1; }; done
 	@touch .venv/built

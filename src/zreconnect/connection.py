@@ -104,6 +104,7 @@ class ReconnectingConnection:
         "_data_manager",
         "_data_manager_class",
         "_driver",
+        "_ended_by_error",
         "_had_session",
         "_implicit_begin",
         "_inside_with",
@@ -162,6 +163,8 @@ class ReconnectingConnection:
         self._process = os.getpid()
         self._had_session = False
         self._inside_with = False
+        # Whether the server has rolled the transaction back by itself, because of an error.
+        self._ended_by_error = False
         self._savepoints = itertools.count(1)
         # Set by the data manager and the descriptor, which make this connection part of something
         # larger.
@@ -474,8 +477,8 @@ class ReconnectingConnection:
         """Begin a transaction if a statement needs one; else see that there is a session."""
         self._check_usable()
         if self._state == ACTIVE:
-            return
-        if self._is_autocommit():
+            self._check_not_ended()
+        elif self._is_autocommit():
             self._need_session()
         elif not self._implicit_begin:
             raise self._driver.module.ProgrammingError(
@@ -636,13 +639,25 @@ class ReconnectingConnection:
 
     def _check_lost(self, error: BaseException) -> None:
         """Doom the transaction and raise `DisconnectionError` if ``error`` means a lost session."""
-        if self._state == CLOSED or not self._means_disconnect(error):
+        if self._state == CLOSED:
+            return
+        if not self._means_disconnect(error):
+            # Later statements would each be a transaction of its own.
+            if self._state == ACTIVE and not self._driver.in_transaction(self._raw):
+                self._ended_by_error = True
             return
         was_active = self._state == ACTIVE
+        has_committed = was_active and self._has_committed()
         self._end_session(error)
         if was_active:
             self._doom()
+        if has_committed:
+            raise CommitOutcomeUnknown(self.server) from error
         self._raise_lost(error, was_active)
+
+    def _has_committed(self) -> bool:
+        """Whether a statement of the transaction may have committed a part of it."""
+        return self._raw is not None and self._driver.has_committed(self._raw)
 
     def _raise_lost(self, error: BaseException, was_active: bool) -> NoReturn:
         raise self._driver.disconnection_error(
@@ -651,6 +666,14 @@ class ReconnectingConnection:
             + f". Roll back (or abort) and run the work again. The driver said: {one_line(error)}",
             (type(error), error, error.__traceback__),
         ) from error
+
+    def _check_not_ended(self) -> None:
+        if self._ended_by_error:
+            raise self._driver.module.InternalError(
+                f"The transaction ended on {self.server} with the error before, and what follows "
+                "would not be a part of it. Roll back (or abort) before the connection is used "
+                "again."
+            )
 
     def _check_not_doomed(self) -> None:
         if self._state == DOOMED:
@@ -670,6 +693,7 @@ class ReconnectingConnection:
         if self._state != ACTIVE:
             return
         try:
+            self._check_not_ended()
             with self._watch.awaiting(self._response_timeout):
                 self._observer.commit(self._raw)
         except self._driver.module.Error as error:
@@ -685,12 +709,14 @@ class ReconnectingConnection:
         """Return if the transaction was committed; else raise what became of it."""
         may_have_written = self._observer.may_have_written
         evidence = self._observer.describe()
+        is_witnessed = self._witness is not None and not self._has_committed()
         self._end_session(error)
         self._doom()
         if not may_have_written:
             self._raise_lost(error, was_active=True)
-        outcome, problem = self._look_up_outcome(error)
-        if self._witness is not None:
+        outcome, problem = Outcome.UNKNOWN, error
+        if is_witnessed:
+            outcome, problem = self._look_up_outcome(error)
             events.announce(events.CommitLookedUp(self.server, outcome.value))
         if outcome is Outcome.UNKNOWN:
             raise CommitOutcomeUnknown(self.server, evidence=evidence) from problem
@@ -710,11 +736,10 @@ class ReconnectingConnection:
                 outcome = self._observer.outcome(raw)
             self._take_down_session(raw)
 
-        if self._witness is not None:
-            try:
-                self._connect(look_up)
-            except Exception as problem:
-                error = problem
+        try:
+            self._connect(look_up)
+        except Exception as problem:
+            error = problem
         return outcome or Outcome.UNKNOWN, error
 
     def _may_run_again(self, error: BaseException) -> bool:
@@ -864,6 +889,7 @@ class ReconnectingConnection:
 
     def _be_idle(self) -> None:
         self._state = IDLE
+        self._ended_by_error = False
         self._thread = self._owner
 
     def _doom(self) -> None:
@@ -900,7 +926,7 @@ class ReconnectingConnection:
                 self._doom()
 
     def _new_observer(self) -> Any:
-        if self._witness is None:
+        if self._witness is None or not self._driver.has_sessions:
             return NoObserver(self._driver)
         return self._witness.observer(self._driver)
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping
 from urllib.parse import quote, unquote
 
+from zreconnect.drivers.base import registered_names
+
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-DRIVERS = {"postgresql": "psycopg2", "postgres": "psycopg2", "dbi": "psycopg2"}
+DRIVERS = {
+    "postgresql": "psycopg2",
+    "postgres": "psycopg2",
+    "dbi": "psycopg2",
+    "sqlite": "sqlite",
+    "mysql": "mysqlclient",
+}
 FORMS = (
     "postgresql://user:password@host:port/dbname, dbi://user:password@host:port/dbname "
     "or 'host=... dbname=... user=...'"
@@ -15,7 +24,7 @@ FORMS = (
 
 
 def driver_name(dsn: str) -> str:
-    """The name of the driver that ``dsn`` asks for.
+    """The name of the driver that ``dsn`` asks for; a registered one has its scheme as its name.
 
     Raises TypeError if it is no string, ValueError if it is empty or its scheme is unknown.
     """
@@ -26,13 +35,16 @@ def driver_name(dsn: str) -> str:
     scheme = SCHEME.match(dsn)
     if scheme is None:
         return "psycopg2"
-    try:
-        return DRIVERS[scheme.group(1).lower()]
-    except KeyError:
-        known = ", ".join(sorted(DRIVERS))
-        raise ValueError(
-            f"dsn has the unknown scheme {scheme.group(1)!r}; known are {known}"
-        ) from None
+    name = scheme.group(1).lower()
+    if name == "mysql" and importlib.util.find_spec("MySQLdb") is None:
+        return "pymysql"
+    if name in DRIVERS:
+        return DRIVERS[name]
+    registered = registered_names()
+    if name in registered:
+        return name
+    known = ", ".join(sorted({*DRIVERS, *registered}))
+    raise ValueError(f"dsn has the unknown scheme {scheme.group(1)!r}; known are {known}")
 
 
 def parse_dbi(dsn: str) -> dict[str, str]:
@@ -53,10 +65,10 @@ def parse_dbi(dsn: str) -> dict[str, str]:
     return {name: unquote(part) for name, part in {**parts, **parameters}.items() if part}
 
 
-def redacted(parameters: Mapping[str, str]) -> str:
+def redacted(parameters: Mapping[str, str], scheme: str = "postgresql") -> str:
     """The server's address for people: user, host, port and database, no password."""
     user = quote(parameters["user"]) + "@" if parameters.get("user") else ""
     host = parameters.get("host") or parameters.get("hostaddr") or ""
     port = ":" + parameters["port"] if parameters.get("port") else ""
     dbname = quote(parameters.get("dbname") or "")
-    return f"postgresql://{user}{quote(host, safe='/,:')}{port}/{dbname}"
+    return f"{scheme}://{user}{quote(host, safe='/,:')}{port}/{dbname}"

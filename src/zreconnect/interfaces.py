@@ -44,16 +44,28 @@ class IRetryPolicy(Interface):
 
 
 class IDriver(Interface):
-    """All that differs between database modules.
+    """All that differs between database modules; `zreconnect.testing.DriverConformance` tests it.
 
-    A *raw connection* is the module's own. A driver has no state of its own: every method can
-    be called by any thread.
+    A *raw connection* is the module's own. A driver keeps nothing about one: every method can be
+    called by any thread, for one raw connection by one thread at a time. From `prepare` on, a
+    statement outside a transaction is a transaction of its own; `begin` begins one that lasts until
+    `commit` or `rollback`.
+
+    A method that talks to the server may raise the module's errors, derived from its ``Error``,
+    also for a lost session; the caller asks `meaning` about them. Anything else that is raised is
+    taken for a mistake in the program and passed on. Where nothing is said of a round trip, the
+    method may make one or more, but not on the path of a healthy transaction. `BaseDriver` in
+    ``zreconnect.drivers.base`` has what most drivers do alike.
     """
 
     name = Attribute("The name that ``connect(driver=...)`` takes.")
     module = Attribute("The DB-API 2.0 module, with its exceptions.")
     disconnection_error = Attribute(
-        "Subclass of `DisconnectionError` and of the module's OperationalError."
+        "Subclass of `DisconnectionError` and of the module's OperationalError, at the top of a "
+        "module, so that it can be pickled."
+    )
+    has_sessions = Attribute(
+        "Whether there is a server, whose sessions can be lost. Without one, no witness is asked."
     )
     supports_two_phase = Attribute("Whether transactions can be prepared.")
     ledger_table = Attribute("The statement that makes a `Ledger`'s ``{table}``, unless it exists.")
@@ -62,37 +74,47 @@ class IDriver(Interface):
         "if there are no such ids."
     )
 
-    def parse(dsn):
-        """The connection parameters in ``dsn``, as a dictionary for `connect` and `address`.
+    # Where to connect to. None of these but `connect` talks to a server.
 
-        Raises ValueError, which does not quote the DSN, if it cannot be parsed.
+    def parse(dsn):
+        """The connection parameters in ``dsn``, for `connect` and `address`: strings by name.
+
+        Raises ValueError, which quotes nothing of the DSN, if it cannot be parsed.
         """
 
     def address(parameters):
-        """The server's address for people, without password."""
-
-    def isolation_level(level):
-        """The module's constant for an isolation level, given as constant or as SQL spells it.
-
-        None stands for the server's default. Raises ValueError for an unknown level.
-        """
+        """The server's address for people, without password. Raises nothing."""
 
     def connect(parameters, timeout):
-        """A new raw connection.
+        """A new raw connection, which may be used by another thread than the calling one.
 
-        timeout: seconds for the attempt. The caller enforces it too, so it may be rounded.
-        Raises the module's errors.
+        timeout: seconds for the attempt, from connecting to the server's last word. It may be
+        rounded up, for the caller goes on without the attempt when they are over; but the attempt
+        has to end. Raises the module's errors or OSError.
+        """
+
+    def connect_meaning(error, parameters):
+        """What an error of connecting means: DISCONNECT (try again) or PERMANENT.
+
+        error: raised by `connect` or a connection factory, or a TimeoutError of the caller's, which
+        is to be tried again. PERMANENT is what waiting does not change: a wrong password, role or
+        database, a mistake. Raises nothing.
         """
 
     def parameters(raw):
-        """The parameters that ``raw`` was connected with, for `address`; no password."""
+        """The parameters that ``raw`` was connected with, for `address`; no password.
+
+        Called once for a connection factory, with its first raw connection.
+        """
+
+    # A session
 
     def prepare(raw):
-        """Bring a raw connection into the form that the driver's other methods expect.
+        """Bring a new raw connection into the form that the driver's other methods expect.
 
-        Raises TypeError for what is no connection of the module, and the module's
-        ProgrammingError for one that cannot be used: in a transaction, in autocommit mode or
-        asynchronous.
+        Called once, also for what `connect` returned. Raises TypeError for what is no connection
+        of the module, and the module's ProgrammingError for one that cannot be used: in a
+        transaction, in autocommit mode or asynchronous.
         """
 
     def keep(raw):
@@ -106,47 +128,73 @@ class IDriver(Interface):
         earlier one."""
 
     def restore(raw, settings):
-        """Give a raw connection the session settings of an earlier one."""
+        """Give a raw connection the session settings of an earlier one, outside a transaction.
+
+        settings: `SessionSettings`. The modes that `begin` states itself are set only for
+        autocommit mode. Called for each new session, after ``on_connect``, and after each change.
+        """
+
+    def isolation_level(level):
+        """The module's constant for an isolation level, given as constant or as SQL spells it.
+
+        None, and "DEFAULT", stand for the server's own: None. Raises ValueError for an unknown
+        level. No round trip.
+        """
+
+    def set_client_encoding(raw, encoding):
+        """Set the encoding of the session. Raises the module's error for an unknown one."""
+
+    def set_cursor_factory(raw, factory):
+        """Set the class of cursors for which none is given; None for the usual one. No round
+        trip."""
+
+    def fileno(raw):
+        """The file descriptor of the session's socket; None if there is none. No round trip.
+
+        When another thread shuts that socket down, a statement that waits for its answer has to
+        raise the error of a lost session.
+        """
+
+    def misses_target(raw, parameters):
+        """Whether the server is not, or no longer, of the kind that ``parameters`` ask for.
+
+        Needs no round trip, and knows of a change when the server has answered a request since.
+        Raises nothing.
+        """
+
+    def close(raw):
+        """Close a raw connection, whatever state it is in, also twice. Raises nothing."""
+
+    def abandon(raw):
+        """Give up a raw connection that belongs to the parent process.
+
+        Sends the server nothing and leaves the parent's session as it is, also when the child
+        ends. Raises nothing.
+        """
+
+    # Transactions
 
     def begin(raw, settings, rider=""):
-        """Begin a transaction, in one round trip.
+        """Begin a transaction with the modes in ``settings``, in one round trip.
 
         rider: a statement that is sent along. Its row is returned, or None if it has none; for one
         that returns no rows, whatever is not None if it has changed a row.
         """
 
     def begins_read_only(raw, settings):
-        """Whether `begin` asks for a read-only transaction."""
-
-    def query(raw, statement, parameters=None):
-        """Execute a statement of zreconnect's own, and return its rows."""
-
-    def cursor(raw, name, options):
-        """A new raw cursor.
-
-        name: makes it a server-side cursor, if the module has these; None for an ordinary one.
-        options: those that the module's ``cursor()`` takes.
-        """
-
-    def fileno(raw):
-        """The file descriptor of the session's socket; None if there is none."""
-
-    def set_client_encoding(raw, encoding):
-        """Set the encoding of the session."""
-
-    def set_cursor_factory(raw, factory):
-        """Set the class of cursors for which none is given."""
+        """Whether `begin` asks for a read-only transaction. No round trip. Raises nothing."""
 
     def commit(raw, rider=""):
         """Commit, in one round trip.
 
         rider: a statement that is sent along before COMMIT, which is not executed if it fails.
         Raises the module's errors; its InternalError also if the server rolled back because a
-        statement had failed.
+        statement had failed. If the transaction goes on after an error, `in_transaction` says so,
+        and `commit` can be called again.
         """
 
     def rollback(raw):
-        """Roll back, in one round trip."""
+        """Roll back, in one round trip. Also right if the server has done so already."""
 
     def prepare_transaction(raw, gid):
         """Prepare the transaction for a two-phase commit. Raises the module's errors.
@@ -162,20 +210,49 @@ class IDriver(Interface):
         """
 
     def in_transaction(raw):
-        """Whether the server session is in a transaction. Needs no round trip."""
+        """Whether the server session is in a transaction. Needs no round trip. Raises nothing.
+
+        If it is not after an error inside a transaction, the server has rolled the transaction
+        back by itself, as MySQL does with the victim of a deadlock; the connection then refuses
+        what follows. True while the answer to a statement of a transaction is not complete.
+        """
+
+    def has_committed(raw):
+        """Whether a statement may have committed what came before it in the transaction, as DDL
+        does in MySQL, so that no witness knows what became of the rest. No round trip. Raises
+        nothing, also if the session is lost."""
 
     def in_failed_transaction(raw):
         """Whether a statement of the transaction has failed, so that it can only be rolled back.
-        Needs no round trip."""
+        Needs no round trip. Raises nothing."""
 
-    def close(raw):
-        """Close a raw connection. Raises nothing."""
+    # Statements
 
-    def abandon(raw):
-        """Give up a raw connection that belongs to the parent process.
+    def query(raw, statement, parameters=None):
+        """Execute a statement of zreconnect's own, in one round trip, and return its rows: tuples
+        in a list, which is empty for a statement that has none.
 
-        Sends the server nothing and leaves the parent's session as it is.
+        statement: marks parameters with ``%s``, whatever the module's paramstyle. Cursor classes
+        and row factories of the user's have no say in it.
         """
+
+    def cursor(raw, name, options):
+        """A new raw cursor. No round trip.
+
+        name: makes it a server-side cursor; None for an ordinary one. Raises the module's
+        NotSupportedError if it has none. options: those that the module's ``cursor()`` takes, and
+        ``cursor_factory``.
+        """
+
+    def may_have_committed(raw_cursor):
+        """Whether the statement that ``raw_cursor`` sent last may have been a COMMIT. No round
+        trip, for the session is lost."""
+
+    def looks_like_reading(raw_cursor):
+        """Whether the statement that ``raw_cursor`` executed last is of a kind that writes nothing,
+        most often; False where that is not known. No round trip."""
+
+    # Errors. None of these talks to the server or raises anything.
 
     def meaning(error, raw):
         """What an error of a statement means, a `Meaning`.
@@ -183,46 +260,38 @@ class IDriver(Interface):
         raw: the raw connection; its state decides first, then SQLSTATE, then the message.
         """
 
-    def is_refused_by_standby(error, raw):
-        """Whether ``error`` says that the server takes no writes, as one that was a primary."""
-
-    def misses_target(raw, parameters):
-        """Whether the server is not, or no longer, of the kind that ``parameters`` ask for.
-
-        Needs no round trip, and knows of a change when the server has answered a request since.
-        """
-
-    def may_have_committed(raw_cursor):
-        """Whether the statement that ``raw_cursor`` sent last may have been a COMMIT."""
-
-    def looks_like_reading(raw_cursor):
-        """Whether the statement that ``raw_cursor`` executed last is of a kind that writes nothing,
-        most often. Needs no round trip."""
+    def is_transient(error):
+        """Whether ``error`` is of the module's, the session lives, and the same work may succeed
+        when run again; False for every other exception."""
 
     def condition(error):
         """The `Condition` that an error of a statement of zreconnect's own tells, or None."""
+
+    def is_refused_by_standby(error, raw):
+        """Whether ``error`` says that the server takes no writes, as one that was a primary."""
+
+    # After a loss. Without sessions, none of these is called.
 
     def has_transaction_ids(raw):
         """Whether the server tells transactions' ids, and what became of them."""
 
     def identify(raw):
-        """What the server knows the session by, a `ServerSession`."""
+        """What the server knows the session by, a `ServerSession`. Called in any state."""
 
     def end_session(raw, session, xid):
         """Tell the server to end another session; whether it still was there.
 
-        Not if it works in a transaction other than ``xid``, of somebody to whom a pooler has given
-        it. A session that may not be ended is left alone.
+        Returns without waiting for its end, and is called again until it returns False. Not if it
+        works in a transaction other than ``xid``, of somebody to whom a pooler has given it. A
+        session that may not be ended is left alone.
         """
 
     def limit_lock_waits(raw, seconds):
-        """Limit how long statements wait for locks; None takes the limit away."""
+        """Limit how long statements wait for locks; None takes the limit away.
 
-    def is_transient(error):
-        """Whether ``error`` is of the driver's, and the same work may succeed when run again."""
-
-    def connect_meaning(error, parameters):
-        """What an error of `connect` means: DISCONNECT (try again) or PERMANENT."""
+        seconds: may be rounded up. What is not given in time raises an error whose `condition` is
+        LOCK_NOT_AVAILABLE.
+        """
 
 
 class IPipeliningDriver(IDriver):

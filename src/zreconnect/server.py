@@ -137,13 +137,15 @@ _servers: weakref.WeakValueDictionary[tuple[str, Any], Server] = weakref.WeakVal
 
 
 def server_from_dsn(dsn: str, driver_name: str | None = None) -> Server:
-    """The server that ``dsn`` names; the same object for the same DSN.
+    """The server that ``dsn`` names; the same object for the same parameters.
 
     Raises TypeError or ValueError for a DSN or driver that makes no sense.
     """
     driver = load_driver(driver_name or dsn_module.driver_name(dsn))
     parameters = driver.parse(dsn)
-    return _shared((driver.name, dsn), driver, partial(driver.connect, parameters), parameters)
+    # Not the DSN: what it means can depend on where the program is.
+    key = (driver.name, tuple(sorted(parameters.items())))
+    return _shared(key, driver, partial(driver.connect, parameters), parameters)
 
 
 def server_from_factory(connection_factory: Callable[[], Any], driver_name: str) -> Server:

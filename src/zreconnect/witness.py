@@ -122,10 +122,11 @@ class NoObserver:
     """For a connection without a witness: it knows nothing of any transaction."""
 
     watches_statements = False
-    may_have_written = True
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver
+        # Without a server no answer is lost: a connection that was closed has not committed.
+        self.may_have_written = driver.has_sessions
 
     def new_session(self, raw: Any, settings: SessionSettings) -> None:
         """Nothing is taken down."""
@@ -381,9 +382,12 @@ class LedgerObserver(_SessionObserver):
             make_ledger(self._driver, raw, self._table)
             self._insert_row(raw)
         # A connection may be waiting for its server, to look up its outcome here.
-        self._driver.query(
-            raw, f"DELETE FROM {self._table} WHERE used < now() - INTERVAL '{KEPT_DAYS}' DAY"
+        # The rows are looked for first: MySQL's DELETE waits for the locks of those it passes by.
+        unused = self._driver.query(
+            raw, f"SELECT id FROM {self._table} WHERE used < now() - INTERVAL '{KEPT_DAYS}' DAY"
         )
+        for (identifier,) in unused:
+            self._driver.query(raw, f"DELETE FROM {self._table} WHERE id = %s", (str(identifier),))
 
     def _insert_row(self, raw: Any) -> None:
         """Insert the connection's row, unless it is there from an earlier session."""

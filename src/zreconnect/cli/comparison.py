@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psycopg2
+from zreconnect.drivers.base import load_driver
+from zreconnect.dsn import driver_name
+
+CONNECT_TIMEOUT = 10.0
 
 #: A row of ``file``, as (path,), or of ``definition``, as (path, name, kind, line).
 Row = tuple[Any, ...]
@@ -44,8 +47,8 @@ class Comparison:
 def compare(directory: Path, names: Iterable[str], dsn: str) -> Comparison:
     """Compare the named files of a directory with the tables that ``dsn`` leads to.
 
-    The files are parsed anew and the rows read through a plain psycopg2 connection.
-    Raises psycopg2's errors.
+    The files are parsed anew and the rows read through a plain connection of the
+    database's module. Raises its errors.
     """
     names = list(names)
     expected = Counter(row for name in names for row in _rows_of_file(directory, name))
@@ -75,8 +78,12 @@ def _rows_of_file(directory: Path, name: str) -> Iterator[Row]:
 
 
 def _rows_of_tables(dsn: str) -> list[Row]:
-    with closing(psycopg2.connect(dsn)) as connection, connection.cursor() as cursor:
+    driver = load_driver(driver_name(dsn))
+    with (
+        closing(driver.connect(driver.parse(dsn), CONNECT_TIMEOUT)) as connection,
+        closing(connection.cursor()) as cursor,
+    ):
         cursor.execute("SELECT path FROM file")
         files = cursor.fetchall()
         cursor.execute("SELECT path, name, kind, line FROM definition")
-        return files + cursor.fetchall()
+        return [*files, *cursor.fetchall()]

@@ -26,7 +26,7 @@ from zreconnect.cli.comparison import Comparison, compare
 from zreconnect.cli.errors import CommandError
 from zreconnect.cli.interruptions import Interrupter, Interruption, make_plan
 from zreconnect.cli.job import import_files
-from zreconnect.cli.target import Target
+from zreconnect.cli.target import Target, target_for
 from zreconnect.cli.ways import ways_to_interrupt
 from zreconnect.drivers.base import DRIVERS
 from zreconnect.events import ConnectionLost
@@ -44,7 +44,7 @@ LARGEST_RANDOM_SEED = 999999
 NOT_IN_DEFAULT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 DESCRIPTION = """\
-Import a source tree into PostgreSQL by a batch job: each .py file is a work item, parsed while
+Import a source tree into a database by a batch job: each .py file is a work item, parsed while
 the database is not in use and recorded, with its definitions, in one transaction. Meanwhile
 the server is restarted and killed, and the job's connection is cut, silenced and delayed, at
 random moments. At the end the tree is compared with the tables.
@@ -227,9 +227,11 @@ def _database(
 ) -> Iterator[tuple[Target, EmbeddedPostgres | None]]:
     """The database to import into, and its server if it is one of our own."""
     if options.dsn is not None:
-        with Target(options.dsn, options.keep, options.driver) as target:
+        with target_for(options.dsn, options.keep, options.driver) as target:
             try:
                 yield target, None
+            except target.errors as error:
+                raise CommandError(str(error)) from error
             finally:
                 if options.keep:
                     display.line(f"Kept: the schema {target.schema} in {target.address}")
@@ -239,7 +241,7 @@ def _database(
         directory = Path(tempfile.gettempdir(), f"zreconnect-demo-{secrets.token_hex(4)}")
     with (
         EmbeddedPostgres(directory) as server,
-        Target(server.dsn(), keep=True, driver=options.driver) as target,
+        target_for(server.dsn(), keep=True, driver_named=options.driver) as target,
     ):
         try:
             yield target, server

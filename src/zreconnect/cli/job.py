@@ -10,10 +10,14 @@ from pathlib import Path
 
 from zreconnect import Ledger, ReconnectingCursor, initZopeless
 
-TABLES = """
-CREATE TABLE IF NOT EXISTS file (path text PRIMARY KEY, error text);
-CREATE TABLE IF NOT EXISTS definition (path text, name text, kind text, line integer)
-"""
+# MySQL's keys are of limited length.
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS file (path varchar(700) PRIMARY KEY, error text)",
+    "CREATE TABLE IF NOT EXISTS definition (path text, name text, kind text, line integer)",
+)
+# Leaves a file alone that had been recorded already.
+INSERT = "INSERT INTO file VALUES (%s, %s) ON CONFLICT DO NOTHING"
+MYSQL_INSERT = "INSERT INTO file VALUES (%s, %s) ON DUPLICATE KEY UPDATE path = path"
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # Rows of one statement. Databases limit the number of parameters.
 PAGE = 1000
@@ -24,12 +28,14 @@ def import_files(dsn: str, directory: Path, names: Iterable[str], driver: str | 
     """Record the named files of a directory; return how many had been recorded already."""
     ztm = initZopeless(dsn, implicitBegin=False, timeout=60, driver=driver, witness=Ledger())
     run = partial(ztm.run, attempts=10)
+    insert = MYSQL_INSERT if dsn.startswith("mysql:") else INSERT
     known = 0
     try:
-        run(partial(ztm.cursor().execute, TABLES))
+        for table in TABLES:
+            run(partial(ztm.cursor().execute, table))
         for name in names:
             parsed = parse(directory / name)
-            known += not run(partial(record, ztm.cursor(), name, parsed))
+            known += not run(partial(record, ztm.cursor(), name, parsed, insert))
     finally:
         ztm.uninstall()
     return known
@@ -47,14 +53,12 @@ def parse(path: Path) -> Parsed:
     return None, [(node.name, type(node).__name__, node.lineno) for node in found]
 
 
-def record(cursor: ReconnectingCursor, name: str, parsed: Parsed) -> bool:
+def record(cursor: ReconnectingCursor, name: str, parsed: Parsed, insert: str = INSERT) -> bool:
     """Record a file in the current transaction; return False if it had been recorded already."""
     path = os.fsencode(name).decode(errors="backslashreplace")
     error, definitions = parsed
-    cursor.execute(
-        "INSERT INTO file VALUES (%s, %s) ON CONFLICT DO NOTHING RETURNING path", (path, error)
-    )
-    if cursor.fetchone() is None:
+    cursor.execute(insert, (path, error))
+    if cursor.rowcount == 0:
         return False
     rows = [(path, *definition) for definition in definitions]
     insert_definitions(cursor, rows)

@@ -1,16 +1,29 @@
-"""What all drivers share: their vocabulary, and finding one by name."""
+"""What all drivers share: their vocabulary, what most do alike, and finding one by name."""
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any
 
+from zreconnect.interfaces import IDriver
+
 DRIVERS = {
+    "mysqlclient": "zreconnect.drivers.mysqlclient",
     "psycopg": "zreconnect.drivers.psycopg",
     "psycopg2": "zreconnect.drivers.psycopg2",
+    "pymysql": "zreconnect.drivers.pymysql",
+    "sqlite": "zreconnect.drivers.sqlite",
 }
+#: Which extra of zreconnect installs a database module.
+EXTRAS = {"psycopg": "psycopg", "MySQLdb": "mysql", "pymysql": "pymysql"}
+#: The entry points by which other distributions make their drivers known.
+ENTRY_POINTS = "zreconnect.drivers"
 
 
 class Meaning(enum.Enum):
@@ -73,8 +86,97 @@ class SessionSettings:
     cursor_factory: Any = None
 
 
+class BaseDriver:
+    """What most drivers do alike; those that know better replace it. See `IDriver`."""
+
+    module: Any
+    has_sessions = True
+    supports_two_phase = False
+    ledger_answer = ""
+
+    def keep(self, raw: Any) -> Any:
+        return None
+
+    def inherit(self, raw: Any, kept: Any) -> None:
+        """Nothing is kept."""
+
+    def begins_read_only(self, raw: Any, settings: SessionSettings) -> bool:
+        return bool(settings.readonly)
+
+    def own_transaction(self, raw: Any) -> None:
+        """The module works in any transaction."""
+
+    def prepare_transaction(self, raw: Any, gid: str) -> None:
+        raise self.module.NotSupportedError("Transactions cannot be prepared")
+
+    def in_failed_transaction(self, raw: Any) -> bool:
+        # A failed statement has done nothing, and the transaction goes on.
+        return False
+
+    def has_committed(self, raw: Any) -> bool:
+        return False
+
+    def close(self, raw: Any) -> None:
+        with contextlib.suppress(self.module.Error):
+            raw.close()
+
+    def is_transient(self, error: BaseException) -> bool:
+        return False
+
+    def is_refused_by_standby(self, error: BaseException, raw: Any) -> bool:
+        return False
+
+    def misses_target(self, raw: Any, parameters: Mapping[str, str]) -> bool:
+        return False
+
+    def looks_like_reading(self, raw_cursor: Any) -> bool:
+        return False
+
+    def has_transaction_ids(self, raw: Any) -> bool:
+        return False
+
+
+def redirect_to_null(fileno: int) -> None:
+    """Let a forked child's copy of its parent's socket lead to the null device."""
+    with open(os.devnull, "r+b") as null:
+        os.dup2(null.fileno(), fileno, inheritable=False)
+
+
 def load_driver(name: str) -> Any:
-    """The `IDriver` of that name. Raises ValueError for an unknown one."""
-    if name not in DRIVERS:
-        raise ValueError(f"driver {name!r} is unknown; known are {', '.join(sorted(DRIVERS))}")
-    return import_module(DRIVERS[name]).driver
+    """The `IDriver` of that name: one of zreconnect's, or one that a distribution has registered.
+
+    Raises ValueError for an unknown one, ImportError if its database module is not installed, and
+    TypeError if what is registered is no driver.
+    """
+    if name in DRIVERS:
+        return _import_driver(name)
+    try:
+        entry_point = entry_points(group=ENTRY_POINTS)[name]
+    except KeyError:
+        known = ", ".join(sorted({*DRIVERS, *registered_names()}))
+        raise ValueError(f"driver {name!r} is unknown; known are {known}") from None
+    driver = entry_point.load()
+    if not IDriver.providedBy(driver):
+        raise TypeError(
+            f"driver {name!r} is registered as {entry_point.value}, which is no IDriver"
+        )
+    return driver
+
+
+def registered_names() -> set[str]:
+    """The names of the drivers that other distributions have registered."""
+    return set(entry_points(group=ENTRY_POINTS).names)
+
+
+def _import_driver(name: str) -> Any:
+    try:
+        return import_module(DRIVERS[name]).driver
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(error.name or "")
+        if extra is None:
+            raise
+        raise ImportError(
+            f"driver {name!r} needs the module {error.name}, which is not installed: "
+            f"pip install zreconnect[{extra}]",
+            name=error.name,
+        ) from error

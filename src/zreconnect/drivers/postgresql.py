@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from zreconnect import dsn as dsn_module
-from zreconnect.drivers.base import Condition, Meaning, ServerSession, SessionSettings
+from zreconnect.drivers.base import (
+    Condition,
+    Meaning,
+    ServerSession,
+    SessionSettings,
+    redirect_to_null,
+)
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 CONNECTION_EXCEPTION_CLASS = "08"
@@ -93,6 +98,7 @@ class PostgresqlDriver:
     """The part of `zreconnect.interfaces.IDriver` that all modules for PostgreSQL share."""
 
     module: Any
+    has_sessions = True
     supports_two_phase = True
     ledger_table = (
         "CREATE TABLE IF NOT EXISTS {table} ("
@@ -139,8 +145,11 @@ class PostgresqlDriver:
     def abandon(self, raw: Any) -> None:
         # Whatever libpq may still write goes to the null device, and the parent's socket has one
         # holder less. psycopg2 does not finish a connection in a process that did not make it.
-        with contextlib.suppress(self.module.Error), open(os.devnull, "r+b") as null:
-            os.dup2(null.fileno(), raw.fileno(), inheritable=False)
+        with contextlib.suppress(self.module.Error):
+            redirect_to_null(raw.fileno())
+
+    def has_committed(self, raw: Any) -> bool:
+        return False
 
     # Errors
 

@@ -124,7 +124,7 @@ class PsycopgDriver(PostgresqlDriver):
         self.query(raw, "SELECT set_config('client_encoding', %s, false)", (encoding,))
 
     def set_cursor_factory(self, raw: Any, factory: Any) -> None:
-        raw.cursor_factory = factory
+        raw.cursor_factory = factory or psycopg.Cursor
 
     def fileno(self, raw: Any) -> int:
         number: int = raw.fileno()

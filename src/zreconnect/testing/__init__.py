@@ -1,17 +1,25 @@
 """Tools to test how a program bears the loss of its database.
 
-`EmbeddedPostgres` is a server to crash, `PortForward` a line to cut. `zreconnect.testing.layers`
-has layers for zope.testrunner that provide both.
+`EmbeddedPostgres` and `EmbeddedMariaDB` are servers to crash, `PortForward` is a line to cut.
+`zreconnect.testing.layers` has layers for zope.testrunner that provide both. `DriverConformance`
+tests a driver of one's own.
 """
 
+from zreconnect.testing.conformance import DriverConformance
+from zreconnect.testing.embedded import EmbeddedServerError
+from zreconnect.testing.mariadb import EmbeddedMariaDB, EmbeddedMariaDBError
 from zreconnect.testing.portforward import Count, Cut, PortForward
 from zreconnect.testing.postgres import EmbeddedPostgres, EmbeddedPostgresError, EmbeddedStandby
 
 __all__ = [
     "Count",
     "Cut",
+    "DriverConformance",
+    "EmbeddedMariaDB",
+    "EmbeddedMariaDBError",
     "EmbeddedPostgres",
     "EmbeddedPostgresError",
+    "EmbeddedServerError",
     "EmbeddedStandby",
     "PortForward",
 ]

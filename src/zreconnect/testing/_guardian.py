@@ -1,6 +1,6 @@
 """Ends the processes of a test server and removes its directory when the test process is gone.
 
-EmbeddedPostgres runs this file as a program of its own, with nothing but the standard library:
+An `EmbeddedServer` runs this file as a program of its own, with nothing but the standard library:
 
     python _guardian.py DIRECTORY DATA_DIRECTORY < pipe
 
@@ -8,9 +8,9 @@ The pipe's other end is held open by the test process. A byte in it, or its end,
 brings about however the test process dies, is the sign to clean up: the server that works in
 DATA_DIRECTORY is ended, and DIRECTORY is removed with all that is in it.
 
-A process of the server is known by its working directory: PostgreSQL's are all in the data
-directory. That finds backends whose postmaster was killed, and never a process that was given the
-same process id later.
+A process of the server is known by its working directory: PostgreSQL's and MariaDB's are all in
+the data directory. That finds backends whose postmaster was killed, and never a process that was
+given the same process id later.
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ def kill_all_in(directory: Path) -> None:
 
 
 def end_all_in(directory: Path) -> None:
-    """End the server that works in the directory by immediate shutdown, and by SIGKILL after."""
+    """End the server that works in the directory by SIGQUIT, and by SIGKILL after.
+
+    SIGQUIT makes PostgreSQL shut down immediately and MariaDB in order.
+    """
     running = processes_in(directory)
     send_signal(running, signal.SIGQUIT)
     # One that is stopped acts upon a signal only when it continues.

@@ -1,6 +1,6 @@
-"""Layers for zope.testrunner: one PostgreSQL server, and a bad line to it, for many tests.
+"""Layers for zope.testrunner: one server, and a bad line to it, for many tests.
 
-Name one of the two layers in a test case::
+Name one of the layers in a test case::
 
     from zreconnect.testing.layers import PORT_FORWARD_LAYER
 
@@ -20,29 +20,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from zreconnect.testing.embedded import EmbeddedServer
+from zreconnect.testing.mariadb import EmbeddedMariaDB
 from zreconnect.testing.portforward import PortForward
 from zreconnect.testing.postgres import EmbeddedPostgres
 
 
-class PostgresLayer:
-    """Starts one EmbeddedPostgres for all tests that name this layer.
+class ServerLayer:
+    """Starts one server for all tests that name this layer.
 
     Make another one, with a name of its own, for other `settings` of the server.
     """
 
+    server_class: type[EmbeddedServer]
     #: The server, while the layer is set up.
-    server: EmbeddedPostgres
+    server: EmbeddedServer
 
     def __init__(
-        self, name: str = "PostgresLayer", settings: Mapping[str, object] | None = None
+        self, name: str | None = None, settings: Mapping[str, object] | None = None
     ) -> None:
-        self.__name__ = name
+        self.__name__ = name or type(self).__name__
         self.__bases__: tuple[object, ...] = ()
         self._settings = settings
 
     def setUp(self) -> None:
         """Start the server."""
-        self.server = EmbeddedPostgres(settings=self._settings)
+        self.server = self.server_class(settings=self._settings)
         self.server.start()
 
     def tearDown(self) -> None:
@@ -55,23 +58,37 @@ class PostgresLayer:
         self.server.ensure_running()
 
 
+class PostgresLayer(ServerLayer):
+    """Starts one EmbeddedPostgres for all tests that name this layer."""
+
+    server_class = EmbeddedPostgres
+    server: EmbeddedPostgres
+
+
+class MariaDBLayer(ServerLayer):
+    """Starts one EmbeddedMariaDB for all tests that name this layer."""
+
+    server_class = EmbeddedMariaDB
+    server: EmbeddedMariaDB
+
+
 class PortForwardLayer:
-    """Puts one PortForward before the server of a PostgresLayer."""
+    """Puts one PortForward before the server of a ServerLayer."""
 
     #: The forwarder, while the layer is set up.
     forward: PortForward
 
-    def __init__(self, postgres: PostgresLayer, name: str = "PortForwardLayer") -> None:
+    def __init__(self, base: ServerLayer, name: str = "PortForwardLayer") -> None:
         self.__name__ = name
-        self.__bases__: tuple[object, ...] = (postgres,)
-        self._postgres = postgres
+        self.__bases__: tuple[object, ...] = (base,)
+        self._base = base
 
     @property
-    def server(self) -> EmbeddedPostgres:
+    def server(self) -> EmbeddedServer:
         """The server that is forwarded to."""
-        return self._postgres.server
+        return self._base.server
 
-    def dsn(self, user: str = "postgres", dbname: str = "postgres") -> str:
+    def dsn(self, user: str | None = None, dbname: str | None = None) -> str:
         """Return the URL to connect with through the forwarder."""
         return self.server.dsn(user, dbname, self.forward.host, self.forward.port)
 
@@ -100,3 +117,5 @@ class PortForwardLayer:
 
 POSTGRES_LAYER = PostgresLayer()
 PORT_FORWARD_LAYER = PortForwardLayer(POSTGRES_LAYER)
+MARIADB_LAYER = MariaDBLayer()
+MARIADB_PORT_FORWARD_LAYER = PortForwardLayer(MARIADB_LAYER, "MariaDBPortForwardLayer")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import time
 import unittest
 from contextlib import closing, contextmanager
@@ -11,9 +13,31 @@ import transaction
 import zope.event
 
 import zreconnect
-from zreconnect.testing.layers import PORT_FORWARD_LAYER
+from zreconnect.testing import EmbeddedMariaDB
+from zreconnect.testing.layers import MARIADB_PORT_FORWARD_LAYER, PORT_FORWARD_LAYER
 
 PATIENCE = 30.0
+# Whether it is an error if what tests need is not installed.
+REQUIRED = os.environ.get("ZRECONNECT_REQUIRE_SERVERS") == "1"
+
+
+def needs_mysqlclient(test_case):
+    """Skip the tests if mysqlclient is not installed, unless it must be."""
+    is_missing = importlib.util.find_spec("MySQLdb") is None and not REQUIRED
+    return unittest.skipIf(is_missing, "mysqlclient is not installed: make services")(test_case)
+
+
+def on_mariadb(layer=MARIADB_PORT_FORWARD_LAYER):
+    """A decorator: give the tests a layer with MariaDB, or skip them if it is not installed, unless
+    it must be."""
+
+    def decorate(test_case):
+        if not EmbeddedMariaDB.installed() and not REQUIRED:
+            return unittest.skip("MariaDB's server is not installed: make services")(test_case)
+        test_case.layer = layer
+        return test_case
+
+    return decorate
 
 
 def wait_until(condition, patience=PATIENCE):
@@ -25,7 +49,26 @@ def wait_until(condition, patience=PATIENCE):
         time.sleep(0.005)
 
 
-class DatabaseTestCase(unittest.TestCase):
+class LineTestCase(unittest.TestCase):
+    """What is seen of a connection on its line, ``self.forward``, and of what it announces."""
+
+    def round_trips(self, function):
+        before = self.forward.count()
+        function()
+        return (self.forward.count() - before).round_trips
+
+    @contextmanager
+    def events(self):
+        """The events that are announced inside the block."""
+        seen = []
+        zope.event.subscribers.append(seen.append)
+        try:
+            yield seen
+        finally:
+            zope.event.subscribers.remove(seen.append)
+
+
+class DatabaseTestCase(LineTestCase):
     """``self.dsn`` leads to an empty database through ``self.forward``."""
 
     layer = PORT_FORWARD_LAYER
@@ -68,21 +111,6 @@ class DatabaseTestCase(unittest.TestCase):
     def sessions(self):
         """The process ids of the test's sessions."""
         return self.server.backend_pids()
-
-    def round_trips(self, function):
-        before = self.forward.count()
-        function()
-        return (self.forward.count() - before).round_trips
-
-    @contextmanager
-    def events(self):
-        """The events that are announced inside the block."""
-        seen = []
-        zope.event.subscribers.append(seen.append)
-        try:
-            yield seen
-        finally:
-            zope.event.subscribers.remove(seen.append)
 
     @contextmanager
     def plain(self):

@@ -198,12 +198,12 @@ class InterruptionTests(SharedServerTests):
     def test_kill_backend_crashes_all_sessions(self):
         table = self.table()
         victim, other = self.connect(), self.connect()
-        postmaster = self.server._postmaster.pid
+        postmaster = self.server._process.pid
         self.server.kill_backend(victim.info.backend_pid)
         self.server.wait_until_ready()
         self.check_lost(victim)
         self.check_lost(other)
-        self.assertEqual(self.server._postmaster.pid, postmaster)
+        self.assertEqual(self.server._process.pid, postmaster)
         self.assertEqual(self.server.query(f"SELECT word FROM {table}"), [("kept",)])
 
     def test_ready_after_kill_backend_means_recovered(self):
@@ -259,7 +259,7 @@ class InterruptionTests(SharedServerTests):
 
     def test_ensure_running(self):
         self.server.ensure_running()
-        os.kill(self.server._postmaster.pid, signal.SIGKILL)
+        os.kill(self.server._process.pid, signal.SIGKILL)
         wait_for(lambda: not self.server.running)
         self.server.ensure_running()
         pid = self.connect().info.backend_pid
@@ -273,7 +273,7 @@ class InterruptionTests(SharedServerTests):
             self.server.wait_until_ready()
 
     def test_waiting_for_a_silent_server_ends(self):
-        self.server.suspend_backend(self.server._postmaster.pid)
+        self.server.suspend_backend(self.server._process.pid)
         with self.assertRaisesRegex(EmbeddedPostgresError, "no connection within 1 seconds"):
             self.server.wait_until_ready(1)
 

@@ -25,6 +25,7 @@ import unittest
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import psycopg2
 import zope.event
@@ -141,6 +142,7 @@ class Lane:
     """A unit of work that is run again and again on a line that is cut."""
 
     numbers = itertools.count(1)
+    module = psycopg2
 
     def __init__(self, line, witness, statement, driver, begins_with_statement):
         self.server, self.forward = line.server, line.forward
@@ -154,6 +156,12 @@ class Lane:
         self.at_commit = None
 
     def __enter__(self):
+        self.make_tables()
+        self.open_onlooker()
+        zope.event.subscribers.append(self.see)
+        return self
+
+    def make_tables(self):
         self.server.query("CREATE TABLE IF NOT EXISTS item (number int)")
         self.server.query(
             "CREATE OR REPLACE FUNCTION add_item(int) RETURNS void LANGUAGE sql"
@@ -161,9 +169,6 @@ class Lane:
         )
         # Checking a password takes half the time of connecting; hashed anew, it takes none.
         self.server.query("ALTER ROLE postgres PASSWORD %s", self.server.password)
-        self.open_onlooker()
-        zope.event.subscribers.append(self.see)
-        return self
 
     def __exit__(self, *error):
         zope.event.subscribers.remove(self.see)
@@ -175,8 +180,7 @@ class Lane:
             self.events.append(event)
 
     def open_onlooker(self):
-        self.onlooker = psycopg2.connect(self.server.dsn())
-        self.onlooker.autocommit = True
+        self.onlooker = self.server._connect(self.server._dbname, DEADLINE)
 
     # The unit of work, and what is counted of it
 
@@ -275,8 +279,7 @@ class Lane:
 
     def arm(self, sweep, after):
         self.prepare(None)
-        pid = self.connection.driver_connection.info.backend_pid
-        crash = (lambda: self.server.kill_backend(pid)) if sweep.crash else None
+        crash = self.crash(self.connection.driver_connection) if sweep.crash else None
 
         def cut():
             self.forward.cut(sweep.direction, after, sweep.reset, crash)
@@ -288,6 +291,10 @@ class Lane:
         else:
             lost = "to_client" if sweep.part == AFTER_LOST_ANSWER else "to_server"
             self.at_commit = lambda: self.forward.cut(lost, 0, then=cut)
+
+    def crash(self, raw):
+        """What crashes the server, which comes back by itself."""
+        return partial(self.server.kill_backend, raw.info.backend_pid)
 
     # What must hold afterwards
 
@@ -329,7 +336,7 @@ class Lane:
             with self.onlooker.cursor() as cursor:
                 cursor.execute(statement, parameters)
                 return cursor.fetchall()
-        except (psycopg2.OperationalError, psycopg2.InterfaceError):
+        except (self.module.OperationalError, self.module.InterfaceError):
             self.server.wait_until_ready()
             self.open_onlooker()
             return self.look(statement, *parameters)
@@ -337,6 +344,7 @@ class Lane:
 
 class SweepTestCase:
     layer = SWEEP_LAYER
+    lane = Lane
     statement = "INSERT INTO item VALUES (%s)"
     driver = "psycopg2"
     begins_with_statement = False
@@ -349,7 +357,7 @@ class SweepTestCase:
 
         def sweep_line(line, reset):
             first = step // 2 if reset else 0
-            with Lane(
+            with self.lane(
                 line, self.witness, self.statement, self.driver, self.begins_with_statement
             ) as lane:
                 for direction in ("to_server", "to_client"):

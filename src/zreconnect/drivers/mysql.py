@@ -1,0 +1,477 @@
+"""What the drivers for MySQL and MariaDB have in common: errors, statements, and transactions.
+
+Outside a transaction a session is in MySQL's autocommit mode, inside one it is not: so no statement
+commits by itself when the server has ended the transaction, and the mode, which each answer of the
+server tells, says where the session is. BEGIN sets a savepoint, the mark, which COMMIT releases: it
+is gone if the server has rolled the transaction back, as it does with the victim of a deadlock.
+
+MariaDB gets all this in one compound statement and so in one round trip. MySQL has compound
+statements in procedures alone, and gets one statement after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import re
+import socket
+import uuid
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from zreconnect import dsn as dsn_module
+from zreconnect.drivers.base import (
+    BaseDriver,
+    Condition,
+    Meaning,
+    ServerSession,
+    SessionSettings,
+    redirect_to_null,
+)
+
+FORM = "mysql://user:password@host:port/dbname?option=value"
+
+# The server's errors: https://mariadb.com/kb/en/mariadb-error-code-reference/
+ER_CON_COUNT_ERROR = 1040
+ER_DBACCESS_DENIED_ERROR = 1044
+ER_TABLE_EXISTS_ERROR = 1050
+ER_SERVER_SHUTDOWN = 1053
+ER_NORMAL_SHUTDOWN = 1077
+ER_SHUTDOWN_COMPLETE = 1079
+ER_FORCING_CLOSE = 1080
+ER_NO_SUCH_THREAD = 1094
+ER_TABLEACCESS_DENIED_ERROR = 1142
+ER_NO_SUCH_TABLE = 1146
+ER_ERROR_DURING_COMMIT = 1180
+ER_TOO_MANY_USER_CONNECTIONS = 1203
+ER_LOCK_WAIT_TIMEOUT = 1205
+ER_LOCK_TABLE_FULL = 1206
+ER_LOCK_DEADLOCK = 1213
+ER_USER_LIMIT_REACHED = 1226
+ER_SPECIFIC_ACCESS_DENIED_ERROR = 1227
+ER_OPTION_PREVENTS_STATEMENT = 1290
+ER_SP_DOES_NOT_EXIST = 1305
+ER_QUERY_INTERRUPTED = 1317
+ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION = 1792
+ER_CONNECTION_KILLED = 1927
+ER_STATEMENT_TIMEOUT = 1969
+ER_QUERY_TIMEOUT = 3024
+ER_CLIENT_INTERACTION_TIMEOUT = 4031
+# The client library's: https://dev.mysql.com/doc/mysql-errors/en/client-error-reference.html
+CR_CONNECTION_ERROR = 2002
+CR_CONN_HOST_ERROR = 2003
+CR_SERVER_GONE_ERROR = 2006
+CR_SERVER_LOST = 2013
+CR_SSL_CONNECTION_ERROR = 2026
+CR_SERVER_LOST_EXTENDED = 2055
+FIRST_CLIENT_ERROR, LAST_CLIENT_ERROR = 2000, 2999
+
+LOST = {
+    ER_SERVER_SHUTDOWN,
+    ER_NORMAL_SHUTDOWN,
+    ER_SHUTDOWN_COMPLETE,
+    ER_FORCING_CLOSE,
+    ER_CONNECTION_KILLED,
+    ER_CLIENT_INTERACTION_TIMEOUT,
+    CR_CONNECTION_ERROR,
+    CR_CONN_HOST_ERROR,
+    CR_SERVER_GONE_ERROR,
+    CR_SERVER_LOST,
+    CR_SERVER_LOST_EXTENDED,
+}
+PASSING_WHILE_CONNECTING = LOST | {
+    ER_CON_COUNT_ERROR,
+    ER_TOO_MANY_USER_CONNECTIONS,
+    ER_USER_LIMIT_REACHED,
+}
+TRANSIENT = {ER_LOCK_DEADLOCK, ER_LOCK_WAIT_TIMEOUT}
+# InnoDB has rolled the whole transaction back, and not the statement alone.
+ENDS_TRANSACTION = {ER_LOCK_DEADLOCK, ER_LOCK_TABLE_FULL}
+# Of COMMIT, these leave it open whether it was done.
+UNDECIDED = {ER_QUERY_INTERRUPTED, ER_STATEMENT_TIMEOUT, ER_QUERY_TIMEOUT, ER_ERROR_DURING_COMMIT}
+CONDITIONS = {
+    ER_NO_SUCH_TABLE: Condition.UNDEFINED_TABLE,
+    ER_DBACCESS_DENIED_ERROR: Condition.INSUFFICIENT_PRIVILEGE,
+    ER_TABLEACCESS_DENIED_ERROR: Condition.INSUFFICIENT_PRIVILEGE,
+    ER_SPECIFIC_ACCESS_DENIED_ERROR: Condition.INSUFFICIENT_PRIVILEGE,
+    ER_TABLE_EXISTS_ERROR: Condition.ALREADY_EXISTS,
+    ER_LOCK_WAIT_TIMEOUT: Condition.LOCK_NOT_AVAILABLE,
+    ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION: Condition.READ_ONLY_TRANSACTION,
+}
+
+ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
+MARK = "zreconnect_transaction"
+# Comments may stand before a statement.
+BLANK = r"(?:\s|--\s[^\n]*\n|#[^\n]*\n|/\*.*?\*/)*"
+# https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
+COMMITTING = re.compile(
+    BLANK + r"(?!(?:CREATE|DROP)\s+TEMPORARY\b)"
+    r"(?:ALTER|ANALYZE|BEGIN|CACHE|CHANGE|CHECK|COMMIT|CREATE|DROP|FLUSH|GRANT|INSTALL|LOCK|OPTIMIZE"
+    r"|RENAME|REPAIR|RESET|REVOKE|SET\s+PASSWORD|START|STOP|TRUNCATE|UNINSTALL|UNLOCK)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+# A procedure may commit, and nobody can see it from outside.
+CALLING = re.compile(BLANK + r"CALL\b", re.IGNORECASE | re.DOTALL)
+READING = re.compile(BLANK + r"(?:SELECT|SHOW|DESC|EXPLAIN|HELP|SET)\b", re.IGNORECASE | re.DOTALL)
+# Options of DSNs whose values are numbers, in seconds.
+NUMBERS = ("connect_timeout", "read_timeout", "write_timeout")
+TEXTS = ("charset", "collation", "init_command", "sql_mode", "unix_socket")
+FILES = ("read_default_file", "read_default_group", "ssl_ca", "ssl_cert", "ssl_key")
+SSL_MODES = ("DISABLED", "PREFERRED", "REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY")
+DEFAULT_PORT = 3306
+CHARSET = "utf8mb4"
+# As with PostgreSQL, in seconds; the last is in milliseconds.
+KEEPALIVE = {
+    socket.TCP_KEEPIDLE: 30,
+    socket.TCP_KEEPINTVL: 10,
+    socket.TCP_KEEPCNT: 3,
+    socket.TCP_USER_TIMEOUT: 60000,
+}
+
+
+class MysqlDriver(BaseDriver):
+    """The part of `zreconnect.interfaces.IDriver` that all modules for MySQL share."""
+
+    ledger_table = (
+        "CREATE TABLE IF NOT EXISTS {table} ("
+        " id char(36) CHARACTER SET ascii PRIMARY KEY,"
+        " number bigint NOT NULL DEFAULT 0,"
+        " used timestamp NOT NULL DEFAULT CURRENT_TIMESTAMP"
+        ") ENGINE=InnoDB"
+    )
+    # The module's class of connections, and its usual cursors.
+    connection_class: Any
+    plain_cursor: type
+    server_side_cursor: type
+
+    # Connecting
+
+    def parse(self, dsn: str) -> dict[str, str]:
+        try:
+            parts = urlsplit(dsn)
+            port = parts.port
+            options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
+        except ValueError:
+            # Python's message quotes what it does not understand.
+            raise ValueError(
+                f"dsn is no URL of the form {FORM}, with special characters written as %XX"
+            ) from None
+        if parts.scheme.lower() != "mysql" or not parts.netloc + parts.query or parts.fragment:
+            raise ValueError(f"dsn has not the form {FORM}")
+        _check_options(options)
+        found = {
+            "user": parts.username,
+            "password": parts.password,
+            "host": parts.hostname,
+            "port": None if port is None else str(port),
+            "dbname": parts.path[1:],
+        }
+        return {name: unquote(part) for name, part in found.items() if part} | options
+
+    def address(self, parameters: Mapping[str, str]) -> str:
+        return dsn_module.redacted(parameters, "mysql")
+
+    def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
+        limit = math.ceil(timeout)
+        # PEP 249: not in autocommit mode; `prepare` looks whether somebody has changed that.
+        keywords: dict[str, Any] = {"charset": CHARSET, "autocommit": False}
+        keywords |= {name: parameters[name] for name in (*TEXTS, *FILES[:2]) if name in parameters}
+        keywords |= {name: int(parameters[name]) for name in NUMBERS if name in parameters}
+        keywords |= {
+            name: parameters[name] for name in ("host", "user", "password") if name in parameters
+        }
+        keywords["port"] = int(parameters.get("port", DEFAULT_PORT))
+        if "dbname" in parameters:
+            keywords["database"] = parameters["dbname"]
+        # At least a second, and not more than asked for.
+        keywords["connect_timeout"] = max(1, min(limit, keywords.get("connect_timeout", limit)))
+        return self.module.connect(**keywords, **self.tls_keywords(parameters))
+
+    def prepare(self, raw: Any) -> None:
+        if not isinstance(raw, self.connection_class):
+            raise TypeError(
+                f"connection_factory must return a connection of {self.module.__name__}, "
+                f"not {raw!r}"
+            )
+        if raw.get_autocommit():
+            raise self.module.ProgrammingError(
+                "connection_factory made a connection in autocommit mode; set autocommit on the "
+                "reconnecting connection instead"
+            )
+        if self._is_mariadb(raw) and self.query(raw, "SELECT @@in_transaction") != [(0,)]:
+            raise self.module.ProgrammingError(
+                "connection_factory made a connection that is in a transaction"
+            )
+        raw.autocommit(True)
+        raw.zreconnect_committed = False
+        _keep_alive(self.fileno(raw))
+
+    def restore(self, raw: Any, settings: SessionSettings) -> None:
+        raw.autocommit(True)  # Again, because on_connect may have changed it.
+        if settings.cursor_factory is not None:
+            self.set_cursor_factory(raw, settings.cursor_factory)
+        if settings.client_encoding is not None:
+            self.set_client_encoding(raw, settings.client_encoding)
+        # BEGIN states these; without a BEGIN they must be the session's defaults.
+        if settings.autocommit:
+            modes = [] if settings.isolation_level is None else [_level(settings)]
+            if settings.readonly is not None:
+                modes.append(_access(settings))
+            if modes:
+                self.query(raw, f"SET SESSION TRANSACTION {', '.join(modes)}")
+
+    def isolation_level(self, level: Any) -> Any:
+        if level is None or (isinstance(level, str) and level.upper() == "DEFAULT"):
+            return None
+        if isinstance(level, str) and level.upper().replace("-", " ") in ISOLATION_LEVELS:
+            return level.upper().replace("-", " ")
+        names = ", ".join([*ISOLATION_LEVELS, "DEFAULT"])
+        raise ValueError(f"isolation level {level!r} is unknown; known are {names}")
+
+    def set_client_encoding(self, raw: Any, encoding: str) -> None:
+        raw.set_character_set(encoding)
+
+    def set_cursor_factory(self, raw: Any, factory: Any) -> None:
+        raw.cursorclass = factory or self.plain_cursor
+
+    def abandon(self, raw: Any) -> None:
+        # mysqlclient says goodbye on the socket when the object is deleted.
+        with contextlib.suppress(self.module.Error, OSError):
+            redirect_to_null(self.fileno(raw))
+
+    # Transactions
+
+    def begin(self, raw: Any, settings: SessionSettings, rider: str = "") -> Any:
+        raw.zreconnect_committed = False
+        statements = ["SET autocommit = 0"]
+        if settings.isolation_level is not None:
+            statements.append(f"SET TRANSACTION {_level(settings)}")
+        access = "" if settings.readonly is None else f" {_access(settings)}"
+        statements += [f"START TRANSACTION{access}", f"SAVEPOINT {MARK}"]
+        if rider:
+            statements.append(rider)
+        return self._execute_all(raw, statements)
+
+    def commit(self, raw: Any, rider: str = "") -> None:
+        statements = [rider] if rider else []
+        statements += [f"RELEASE SAVEPOINT {MARK}", "COMMIT", "SET autocommit = 1"]
+        try:
+            self._execute_all(raw, statements)
+        except self.module.Error as error:
+            number = errno(error)
+            if number in UNDECIDED:
+                # What became of it is looked up, as after a lost answer.
+                self.close(raw)
+            elif number == ER_SP_DOES_NOT_EXIST:
+                self.rollback(raw)
+                raise self.module.InternalError(
+                    "Nothing was committed: the server has ended the transaction before, by itself "
+                    "or in a procedure. Do not go on to commit after an error."
+                ) from error
+            elif number in ENDS_TRANSACTION:
+                self.rollback(raw)
+            raise
+        raw.zreconnect_committed = False
+
+    def rollback(self, raw: Any) -> None:
+        self._execute_all(raw, ["ROLLBACK", "SET autocommit = 1"])
+        raw.zreconnect_committed = False
+
+    def in_transaction(self, raw: Any) -> bool:
+        return bool(raw.open) and not raw.get_autocommit()
+
+    def has_committed(self, raw: Any) -> bool:
+        return bool(raw.zreconnect_committed)
+
+    def _execute_all(self, raw: Any, statements: list[str]) -> Any:
+        """Execute statements, in one round trip if the server can.
+
+        The row of the last one, or, if it returns no rows, True if it has changed some.
+        """
+        if self._is_mariadb(raw):
+            statements = [f"BEGIN NOT ATOMIC {'; '.join(statements)}; END"]
+        with contextlib.closing(self.plain_cursor(raw)) as cursor:
+            for statement in statements:
+                cursor.execute(statement)
+            if cursor.description:
+                return cursor.fetchone()
+            return cursor.rowcount > 0 or None
+
+    def _is_mariadb(self, raw: Any) -> bool:
+        return "MariaDB" in raw.get_server_info()
+
+    # Statements
+
+    def query(self, raw: Any, statement: str, parameters: Any = None) -> list[Any]:
+        # Not raw.cursor(): a cursor class of the user's may log or change what it executes.
+        with contextlib.closing(self.plain_cursor(raw)) as cursor:
+            cursor.execute(statement, parameters)
+            return list(cursor.fetchall()) if cursor.description else []
+
+    def cursor(self, raw: Any, name: str | None, options: Mapping[str, Any]) -> Any:
+        usual = raw.cursorclass if name is None else self.server_side_cursor
+        options = dict(options)
+        cursor_class = options.pop("cursor_factory", None) or usual
+        cursor = _watched(cursor_class)(raw, **options)
+        cursor.zreconnect_driver = self
+        return cursor
+
+    def may_have_committed(self, raw_cursor: Any) -> bool:
+        sent = raw_cursor.zreconnect_sent
+        return COMMITTING.match(sent) is not None or CALLING.match(sent) is not None
+
+    def looks_like_reading(self, raw_cursor: Any) -> bool:
+        return READING.match(raw_cursor.zreconnect_sent) is not None
+
+    def execute_watched(self, raw: Any, cursor: Any, execute: Any, statement: Any) -> Any:
+        """Execute a statement of the user's, and keep track of the transaction."""
+        text = statement.decode(errors="replace") if isinstance(statement, bytes) else statement
+        cursor.zreconnect_sent = text
+        if not self.in_transaction(raw):
+            return execute(statement)
+        is_committing = COMMITTING.match(text) is not None
+        if is_committing or CALLING.match(text):
+            raw.zreconnect_committed = True
+        try:
+            result = execute(statement)
+        except self.module.Error as error:
+            if errno(error) in ENDS_TRANSACTION or self._timeout_ended_transaction(raw, error):
+                # So that the session knows it too, and the connection refuses what follows.
+                self.rollback(raw)
+            raise
+        if is_committing and self.in_transaction(raw):
+            # What follows is a transaction of its own.
+            self.query(raw, f"SAVEPOINT {MARK}")
+        return result
+
+    def _timeout_ended_transaction(self, raw: Any, error: BaseException) -> bool:
+        return errno(error) == ER_LOCK_WAIT_TIMEOUT and self.query(
+            raw, "SELECT @@innodb_rollback_on_timeout"
+        ) == [(1,)]
+
+    # Errors
+
+    def meaning(self, error: BaseException, raw: Any) -> Meaning:
+        if not raw.open or errno(error) in LOST:
+            return Meaning.DISCONNECT
+        return Meaning.TRANSIENT if errno(error) in TRANSIENT else Meaning.USER
+
+    def is_transient(self, error: BaseException) -> bool:
+        return isinstance(error, self.module.Error) and errno(error) in TRANSIENT
+
+    def condition(self, error: BaseException) -> Condition | None:
+        return CONDITIONS.get(errno(error) or 0)
+
+    def is_refused_by_standby(self, error: BaseException, raw: Any) -> bool:
+        # The message quotes the option, in every language.
+        return errno(error) == ER_OPTION_PREVENTS_STATEMENT and "read-only" in str(error)
+
+    def connect_meaning(self, error: BaseException, parameters: Mapping[str, str]) -> Meaning:
+        number = errno(error)
+        if isinstance(error, OSError) or number in PASSING_WHILE_CONNECTING:
+            return Meaning.DISCONNECT
+        is_operational = isinstance(error, self.module.OperationalError)
+        if not is_operational or not FIRST_CLIENT_ERROR <= (number or 0) <= LAST_CLIENT_ERROR:
+            return Meaning.PERMANENT
+        if number == CR_SSL_CONNECTION_ERROR and "certificate" in str(error).lower():
+            return Meaning.PERMANENT
+        return Meaning.DISCONNECT
+
+    # After a loss
+
+    def identify(self, raw: Any) -> ServerSession:
+        # A number may be given again after a restart of the server; the lock is the session's own,
+        # and free when its transaction has ended.
+        lock = f"zreconnect:{uuid.uuid4()}"
+        try:
+            ((locked,),) = self.query(raw, "SELECT GET_LOCK(%s, 0)", (lock,))
+        except self.module.Error as error:
+            # A cluster may refuse such locks.
+            if self.meaning(error, raw) is Meaning.DISCONNECT:
+                raise
+            locked = False
+        return ServerSession(raw.thread_id(), lock if locked else None)
+
+    def end_session(self, raw: Any, session: ServerSession, xid: int | None) -> bool:
+        if session.start is None:
+            return False
+        ((number,),) = self.query(raw, "SELECT IS_USED_LOCK(%s)", (session.start,))
+        if number is None:
+            return False
+        try:
+            self.query(raw, f"KILL CONNECTION {number}")
+        except self.module.Error as error:
+            if errno(error) != ER_NO_SUCH_THREAD:
+                raise
+        return True
+
+    def limit_lock_waits(self, raw: Any, seconds: float | None) -> None:
+        value = "DEFAULT" if seconds is None else math.ceil(seconds)
+        self.query(raw, f"SET SESSION innodb_lock_wait_timeout = {value}")
+
+    # What differs between the modules
+
+    def tls_keywords(self, parameters: Mapping[str, str]) -> dict[str, Any]:
+        """The module's keywords for the DSN's options ``ssl_...``."""
+        raise NotImplementedError
+
+    def fileno(self, raw: Any) -> int:
+        raise NotImplementedError
+
+
+def errno(error: BaseException) -> int | None:
+    """The number of an error, if it has one."""
+    number = error.args[0] if error.args else None
+    return number if isinstance(number, int) else None
+
+
+@functools.cache
+def _watched(cursor_class: type[Any]) -> type[Any]:
+    """A subclass that lets the driver execute its statements."""
+
+    class Watched(cursor_class):
+        zreconnect_sent = ""
+        zreconnect_driver: Any
+
+        def _query(self, statement: Any) -> Any:
+            return self.zreconnect_driver.execute_watched(
+                self.connection, self, super()._query, statement
+            )
+
+    Watched.__name__ = cursor_class.__name__
+    Watched.__qualname__ = cursor_class.__qualname__
+    Watched.__module__ = cursor_class.__module__
+    return Watched
+
+
+def _level(settings: SessionSettings) -> str:
+    return f"ISOLATION LEVEL {settings.isolation_level}"
+
+
+def _access(settings: SessionSettings) -> str:
+    return "READ ONLY" if settings.readonly else "READ WRITE"
+
+
+def _check_options(options: Mapping[str, str]) -> None:
+    known = (*NUMBERS, *TEXTS, *FILES, "ssl_mode")
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(
+                f"dsn has the unknown option {name!r}; known are {', '.join(sorted(known))}"
+            )
+        if name in NUMBERS and not value.isdigit():
+            raise ValueError(f"dsn: {name} must be a whole number of seconds, not {value!r}")
+        if name == "ssl_mode" and value not in SSL_MODES:
+            raise ValueError(f"dsn: ssl_mode must be one of {', '.join(SSL_MODES)}, not {value!r}")
+
+
+def _keep_alive(fileno: int) -> None:
+    """Let the kernel notice a silent peer in minutes, where it takes hours by itself."""
+    with socket.socket(fileno=os.dup(fileno)) as copy:
+        if copy.family != socket.AF_UNIX:
+            copy.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEPALIVE.items():
+                copy.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -1,0 +1,64 @@
+"""MySQL and MariaDB through mysqlclient, whose module is MySQLdb."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import MySQLdb
+from MySQLdb import connections, cursors
+from zope.interface import implementer
+
+from zreconnect.drivers.mysql import CR_SSL_CONNECTION_ERROR, MysqlDriver
+from zreconnect.exceptions import DisconnectionError
+from zreconnect.interfaces import IDriver
+
+# The option of a DSN, and the key that mysqlclient has for it.
+TLS_FILES = {"ssl_ca": "ca", "ssl_cert": "cert", "ssl_key": "key"}
+
+
+class MysqlclientDisconnectionError(DisconnectionError, MySQLdb.OperationalError):
+    """A `DisconnectionError` for code that was written against mysqlclient."""
+
+
+@implementer(IDriver)
+class MysqlclientDriver(MysqlDriver):
+    name = "mysqlclient"
+    module = MySQLdb
+    disconnection_error = MysqlclientDisconnectionError
+    connection_class = connections.Connection
+    plain_cursor = cursors.Cursor
+    server_side_cursor = cursors.SSCursor
+
+    def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
+        raw = super().connect(parameters, timeout)
+        # MariaDB's client library takes this for a wish.
+        if parameters.get("ssl_mode") == "REQUIRED" and not self._uses_tls(raw):
+            self.close(raw)
+            raise MySQLdb.OperationalError(
+                CR_SSL_CONNECTION_ERROR, "TLS is required, but the server does not use it"
+            )
+        return raw
+
+    def _uses_tls(self, raw: Any) -> bool:
+        ((_, cipher),) = self.query(raw, "SHOW STATUS LIKE 'Ssl_cipher'")
+        return bool(cipher)
+
+    def tls_keywords(self, parameters: Mapping[str, str]) -> dict[str, Any]:
+        files = {key: parameters[name] for name, key in TLS_FILES.items() if name in parameters}
+        keywords: dict[str, Any] = {"ssl": files} if files else {}
+        if "ssl_mode" in parameters:
+            keywords["ssl_mode"] = parameters["ssl_mode"]
+        # PyMySQL's default, too: several statements in one string are for who asks for them.
+        return {"multi_statements": False, **keywords}
+
+    def parameters(self, raw: Any) -> dict[str, str]:
+        found = {"user": raw.user, "host": raw.host, "port": raw.port, "dbname": raw.database}
+        return {name: str(value) for name, value in found.items() if value}
+
+    def fileno(self, raw: Any) -> int:
+        number: int = raw.fileno()
+        return number
+
+
+driver = MysqlclientDriver()

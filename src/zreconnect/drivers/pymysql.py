@@ -1,0 +1,78 @@
+"""MySQL and MariaDB through PyMySQL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pymysql
+from pymysql import cursors
+from zope.interface import implementer
+
+from zreconnect.drivers.mysql import MysqlDriver
+from zreconnect.exceptions import DisconnectionError
+from zreconnect.interfaces import IDriver
+
+TLS: Mapping[str, Mapping[str, Any]] = {
+    "DISABLED": {"ssl_disabled": True},
+    "PREFERRED": {},
+    "REQUIRED": {"ssl": {"verify_mode": False, "check_hostname": False}},
+    "VERIFY_CA": {"ssl_verify_cert": True},
+    "VERIFY_IDENTITY": {"ssl_verify_cert": True, "ssl_verify_identity": True},
+}
+
+
+class PymysqlDisconnectionError(DisconnectionError, pymysql.OperationalError):
+    """A `DisconnectionError` for code that was written against PyMySQL."""
+
+
+@implementer(IDriver)
+class PymysqlDriver(MysqlDriver):
+    name = "pymysql"
+    module = pymysql
+    disconnection_error = PymysqlDisconnectionError
+    connection_class = pymysql.connections.Connection
+    plain_cursor = cursors.Cursor
+    server_side_cursor = cursors.SSCursor
+
+    def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
+        # Its connect_timeout does not hold for a server that accepts and says nothing.
+        limited = {**parameters, "read_timeout": str(math.ceil(timeout))}
+        raw = super().connect(limited, timeout)
+        raw._read_timeout = (
+            int(parameters["read_timeout"]) if "read_timeout" in parameters else None
+        )
+        return raw
+
+    def close(self, raw: Any) -> None:
+        super().close(raw)
+        result = getattr(raw, "_result", None)
+        if result is not None:
+            # Else it would want to read its rest when it is deleted.
+            result.unbuffered_active = False
+
+    def tls_keywords(self, parameters: Mapping[str, str]) -> dict[str, Any]:
+        files = {name: parameters[name] for name in _FILES if name in parameters}
+        return {**TLS[parameters.get("ssl_mode", "PREFERRED")], **files}
+
+    def parameters(self, raw: Any) -> dict[str, str]:
+        # It has encoded what it sends to log in.
+        found = {"user": raw.user, "host": raw.host, "port": str(raw.port), "dbname": raw.db}
+        return {
+            name: value.decode() if isinstance(value, bytes) else value
+            for name, value in found.items()
+            if value
+        }
+
+    def fileno(self, raw: Any) -> int:
+        # There is no other way to it.
+        if raw._sock is None:
+            raise pymysql.InterfaceError("The connection is closed")
+        number: int = raw._sock.fileno()
+        return number
+
+
+_FILES = ("ssl_ca", "ssl_cert", "ssl_key")
+
+driver = PymysqlDriver()
