@@ -6,13 +6,10 @@ import ast
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import psycopg2
 
 #: A row of ``file``, as (path,), or of ``definition``, as (path, name, kind, line).
 Row = tuple[Any, ...]
@@ -41,15 +38,15 @@ class Comparison:
         return not self.lost and not self.twice
 
 
-def compare(directory: Path, names: Iterable[str], dsn: str) -> Comparison:
-    """Compare the named files of a directory with the tables that ``dsn`` leads to.
+def compare(directory: Path, names: Iterable[str], query: Callable[[str], list[Row]]) -> Comparison:
+    """Compare the named files of a directory with the tables.
 
-    The files are parsed anew and the rows read through a plain psycopg2 connection.
-    Raises psycopg2's errors.
+    query: returns the rows of a statement, past zreconnect. The files are parsed anew.
+    Raises what ``query`` raises.
     """
     names = list(names)
     expected = Counter(row for name in names for row in _rows_of_file(directory, name))
-    present = Counter(_rows_of_tables(dsn))
+    present = Counter(_rows_of_tables(query))
     lost = {row[0] for row in expected - present}
     return Comparison(
         found=len(names),
@@ -74,9 +71,5 @@ def _rows_of_file(directory: Path, name: str) -> Iterator[Row]:
             yield path, node.name, type(node).__name__, node.lineno
 
 
-def _rows_of_tables(dsn: str) -> list[Row]:
-    with closing(psycopg2.connect(dsn)) as connection, connection.cursor() as cursor:
-        cursor.execute("SELECT path FROM file")
-        files = cursor.fetchall()
-        cursor.execute("SELECT path, name, kind, line FROM definition")
-        return files + cursor.fetchall()
+def _rows_of_tables(query: Callable[[str], list[Row]]) -> list[Row]:
+    return query("SELECT path FROM file") + query("SELECT path, name, kind, line FROM definition")

@@ -8,6 +8,7 @@ import os
 import random
 import secrets
 import shlex
+import sqlite3
 import sys
 import sysconfig
 import tempfile
@@ -24,9 +25,10 @@ import zope.event
 
 from zreconnect.cli.comparison import Comparison, compare
 from zreconnect.cli.errors import CommandError
+from zreconnect.cli.file import FileTarget
 from zreconnect.cli.interruptions import Interrupter, Interruption, make_plan
 from zreconnect.cli.job import import_files
-from zreconnect.cli.target import Target
+from zreconnect.cli.target import Target, driver_for
 from zreconnect.cli.ways import ways_to_interrupt
 from zreconnect.drivers.base import DRIVERS
 from zreconnect.events import ConnectionLost
@@ -92,7 +94,8 @@ def add_command(commands: Any) -> None:
         "--dsn",
         help="use this database, through TCP, and not a server that is started for the purpose; "
         "it is not restarted or killed, only its line is interrupted and the job's sessions are "
-        "terminated; the tables are in a schema of their own",
+        "terminated; the tables are in a schema of their own. sqlite:///PATH makes a file beside "
+        "that one, which others lock meanwhile",
     )
     parser.add_argument(
         "--driver",
@@ -119,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(f"there are no .py files in {directory}")
     try:
         comparison = _demonstrate(options, directory, names)
-    except (EmbeddedPostgresError, psycopg2.Error) as error:
+    except (EmbeddedPostgresError, psycopg2.Error, sqlite3.Error) as error:
         raise CommandError(str(error)) from error
     return 0 if comparison.is_exact else 1
 
@@ -142,14 +145,14 @@ def _demonstrate(options: argparse.Namespace, directory: Path, names: Sequence[s
         interrupter = Interrupter(
             plan,
             ways,
-            lambda: target.forward.count().messages_to_server,
+            target.count_requests,
             lambda each: display.line(f"  item {each.item + 1} of {len(names)}: {each.kind}"),
             stopping,
         )
         with _losses() as losses:
             known = _import(target, directory, names, interrupter, display)
         display.line("Comparing the tree with the tables")
-        comparison = compare(directory, names, target.direct_dsn)
+        comparison = compare(directory, names, target.query)
         _report(display, comparison, known, losses, plan, interrupter)
         display.line(f"{time.monotonic() - started:.0f} seconds in all")
     return comparison
@@ -169,7 +172,7 @@ def python_files(directory: Path, skipped: Collection[str] = ()) -> list[str]:
 
 
 def _import(
-    target: Target,
+    target: Target | FileTarget,
     directory: Path,
     names: Sequence[str],
     interrupter: Interrupter,
@@ -188,7 +191,7 @@ def _import(
 
         try:
             driver = target.driver
-            return import_files(target.forwarded_dsn, directory, items(), driver.name)
+            return import_files(target.forwarded_dsn, directory, items(), driver.name, target.mark)
         except (driver.module.Error, ReconnectTimeout, CommitOutcomeUnknown) as error:
             if interrupter.error:
                 raise interrupter.error from None
@@ -224,22 +227,24 @@ def _report(
 @contextmanager
 def _database(
     options: argparse.Namespace, display: Display
-) -> Iterator[tuple[Target, EmbeddedPostgres | None]]:
+) -> Iterator[tuple[Target | FileTarget, EmbeddedPostgres | None]]:
     """The database to import into, and its server if it is one of our own."""
     if options.dsn is not None:
-        with Target(options.dsn, options.keep, options.driver) as target:
+        driver = driver_for(options.dsn, options.driver)
+        kind = Target if driver.has_sessions else FileTarget
+        with kind(driver, options.dsn, options.keep) as chosen:
             try:
-                yield target, None
+                yield chosen, None
             finally:
                 if options.keep:
-                    display.line(f"Kept: the schema {target.schema} in {target.address}")
+                    display.line(f"Kept: {chosen.place}")
         return
     directory = None
     if options.keep:
         directory = Path(tempfile.gettempdir(), f"zreconnect-demo-{secrets.token_hex(4)}")
     with (
         EmbeddedPostgres(directory) as server,
-        Target(server.dsn(), keep=True, driver=options.driver) as target,
+        Target(driver_for(server.dsn(), options.driver), server.dsn(), keep=True) as target,
     ):
         try:
             yield target, server

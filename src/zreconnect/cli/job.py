@@ -10,26 +10,32 @@ from pathlib import Path
 
 from zreconnect import Ledger, ReconnectingCursor, initZopeless
 
-TABLES = """
-CREATE TABLE IF NOT EXISTS file (path text PRIMARY KEY, error text);
-CREATE TABLE IF NOT EXISTS definition (path text, name text, kind text, line integer)
-"""
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS file (path text PRIMARY KEY, error text)",
+    "CREATE TABLE IF NOT EXISTS definition (path text, name text, kind text, line integer)",
+)
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # Rows of one statement. Databases limit the number of parameters.
 PAGE = 1000
 Parsed = tuple[str | None, list[tuple[str, str, int]]]
 
 
-def import_files(dsn: str, directory: Path, names: Iterable[str], driver: str | None = None) -> int:
-    """Record the named files of a directory; return how many had been recorded already."""
+def import_files(
+    dsn: str, directory: Path, names: Iterable[str], driver: str | None = None, mark: str = "%s"
+) -> int:
+    """Record the named files of a directory; return how many had been recorded already.
+
+    mark: how the driver wants parameters marked.
+    """
     ztm = initZopeless(dsn, implicitBegin=False, timeout=60, driver=driver, witness=Ledger())
     run = partial(ztm.run, attempts=10)
     known = 0
     try:
-        run(partial(ztm.cursor().execute, TABLES))
+        for table in TABLES:
+            run(partial(ztm.cursor().execute, table))
         for name in names:
             parsed = parse(directory / name)
-            known += not run(partial(record, ztm.cursor(), name, parsed))
+            known += not run(partial(record, ztm.cursor(), mark, name, parsed))
     finally:
         ztm.uninstall()
     return known
@@ -47,18 +53,19 @@ def parse(path: Path) -> Parsed:
     return None, [(node.name, type(node).__name__, node.lineno) for node in found]
 
 
-def record(cursor: ReconnectingCursor, name: str, parsed: Parsed) -> bool:
+def record(cursor: ReconnectingCursor, mark: str, name: str, parsed: Parsed) -> bool:
     """Record a file in the current transaction; return False if it had been recorded already."""
     path = os.fsencode(name).decode(errors="backslashreplace")
     error, definitions = parsed
     cursor.execute(
-        "INSERT INTO file VALUES (%s, %s) ON CONFLICT DO NOTHING RETURNING path", (path, error)
+        f"INSERT INTO file VALUES ({mark}, {mark}) ON CONFLICT DO NOTHING RETURNING path",
+        (path, error),
     )
-    if cursor.fetchone() is None:
+    if not cursor.fetchall():
         return False
     rows = [(path, *definition) for definition in definitions]
     for start in range(0, len(rows), PAGE):
         page = rows[start : start + PAGE]
-        places = ", ".join(["(%s, %s, %s, %s)"] * len(page))
+        places = ", ".join([f"({mark}, {mark}, {mark}, {mark})"] * len(page))
         cursor.execute(f"INSERT INTO definition VALUES {places}", list(chain.from_iterable(page)))
     return True

@@ -25,21 +25,18 @@ class Target:
 
     Use it as a context manager, which makes the schema, and removes it unless ``keep`` is true.
 
+    driver: the `IDriver` of the job.
     dsn: the DSN of a database on one TCP host.
-    driver: the name of the driver that the job uses; None takes the one for the DSN.
 
     Raises `CommandError` if the DSN cannot be used, also when the block is entered.
     """
 
-    def __init__(self, dsn: str, keep: bool, driver: str | None = None) -> None:
-        try:
-            #: The `IDriver` of the job.
-            self.driver = load_driver(driver or driver_name(dsn))
-            parameters = {"connect_timeout": CONNECT_TIMEOUT, **self.driver.parse(dsn)}
-        except ValueError as error:
-            raise CommandError(f"argument --dsn: {error}") from None
-        except ImportError as error:
-            raise CommandError(str(error)) from error
+    #: How the job marks parameters.
+    mark = "%s"
+
+    def __init__(self, driver: Any, dsn: str, keep: bool) -> None:
+        self.driver = driver
+        parameters = {"connect_timeout": CONNECT_TIMEOUT, **driver.parse(dsn)}
         host = parameters.get("hostaddr") or parameters.get("host", "")
         port = parameters.get("port", DEFAULT_PORT)
         if not host or host[0] in "/@" or "," in host or not port.isdigit():
@@ -51,6 +48,8 @@ class Target:
         self.forward = PortForward(host, int(port))
         options = f"{parameters.get('options', '')} -c search_path={self.schema}"
         self._parameters = {**parameters, "options": options.strip()}
+        #: What is kept.
+        self.place = f"the schema {self.schema} in {self.address}"
         self._keep = keep
 
     def __enter__(self) -> Target:
@@ -65,6 +64,10 @@ class Target:
         self.forward.stop()
         if not self._keep:
             self.query(sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(self.schema)))
+
+    def count_requests(self) -> int:
+        """How many messages the job has sent to the server so far."""
+        return self.forward.count().messages_to_server
 
     @property
     def direct_dsn(self) -> str:
@@ -92,3 +95,18 @@ class Target:
             with connection.cursor() as cursor:
                 cursor.execute(statement, parameters or None)
                 return cursor.fetchall() if cursor.description else []
+
+
+def driver_for(dsn: str, name: str | None = None) -> Any:
+    """The `IDriver` of that name; None takes the one for the DSN.
+
+    Raises `CommandError` if there is none, or if it cannot use the DSN.
+    """
+    try:
+        driver = load_driver(name or driver_name(dsn))
+        driver.parse(dsn)
+    except ValueError as error:
+        raise CommandError(f"argument --dsn: {error}") from None
+    except ImportError as error:
+        raise CommandError(str(error)) from error
+    return driver

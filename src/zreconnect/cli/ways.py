@@ -8,6 +8,7 @@ from contextlib import closing, suppress
 
 import psycopg2
 
+from zreconnect.cli.file import FileTarget
 from zreconnect.cli.interruptions import POLL_INTERVAL, Way
 from zreconnect.cli.target import Target
 from zreconnect.testing import EmbeddedPostgres, PortForward
@@ -19,7 +20,7 @@ SESSION_TIMEOUT = 1.0
 
 
 def ways_to_interrupt(
-    target: Target, server: EmbeddedPostgres | None, stopping: threading.Event
+    target: Target | FileTarget, server: EmbeddedPostgres | None, stopping: threading.Event
 ) -> dict[str, Way]:
     """Return all ways that there are, by the name of their kind.
 
@@ -28,6 +29,8 @@ def ways_to_interrupt(
 
     Raises psycopg2's errors if the target cannot be reached.
     """
+    if isinstance(target, FileTarget):
+        return target.ways(stopping)
     ways = _ways_on_line(target.forward, stopping)
     if _may_terminate(target):
         ways["terminate_backend"] = lambda seconds: _terminate(target, _session(target, stopping))

@@ -481,11 +481,14 @@ class ErrorTests(SqliteTestCase):
         connection = self.connect()
         connection.autocommit = True
         connection.cursor().execute("BEGIN")
+        connection.cursor().execute("INSERT INTO item VALUES ('a')")
         with self.assertRaises(sqlite3.ProgrammingError):
             connection.begin()
-        connection.cursor().execute("INSERT INTO item VALUES ('a')")
-        connection.cursor().execute("COMMIT")
-        self.assertEqual(self.names(), ["a"])
+        self.assertEqual(self.names(), [])
+        connection.begin()
+        connection.cursor().execute("INSERT INTO item VALUES ('b')")
+        connection.commit()
+        self.assertEqual(self.names(), ["b"])
 
     def test_a_session_that_was_closed_by_hand(self):
         connection = self.connect()
