@@ -401,12 +401,6 @@ class JobTests(CommandTestCase):
     def compare(self):
         return compare(self.tree, python_files(self.tree), self.query)
 
-    def query(self, statement):
-        with contextlib.closing(psycopg2.connect(self.direct_dsn)) as connection:
-            cursor = connection.cursor()
-            cursor.execute(statement)
-            return cursor.fetchall()
-
     def waiting_for(self, kind):
         """The process ids of the sessions that wait for a lock of this kind."""
         rows = self.server.query(
