@@ -106,7 +106,8 @@ class ReconnectingCursor:
         return self._statement("executemany", query, vars_list, **options)
 
     def callproc(self, procname: str, parameters: Any = None) -> Any:
-        return self._statement("callproc", procname, parameters)
+        arguments = (procname,) if parameters is None else (procname, parameters)
+        return self._statement("callproc", *arguments)
 
     def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> Any:
         """As in psycopg2."""

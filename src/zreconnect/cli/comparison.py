@@ -6,10 +6,16 @@ import ast
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from zreconnect.drivers.base import load_driver
+from zreconnect.dsn import driver_name
+
+CONNECT_TIMEOUT = 10.0
 
 #: A row of ``file``, as (path,), or of ``definition``, as (path, name, kind, line).
 Row = tuple[Any, ...]
@@ -38,15 +44,15 @@ class Comparison:
         return not self.lost and not self.twice
 
 
-def compare(directory: Path, names: Iterable[str], query: Callable[[str], list[Row]]) -> Comparison:
-    """Compare the named files of a directory with the tables.
+def compare(directory: Path, names: Iterable[str], dsn: str) -> Comparison:
+    """Compare the named files of a directory with the tables that ``dsn`` leads to.
 
-    query: returns the rows of a statement, past zreconnect. The files are parsed anew.
-    Raises what ``query`` raises.
+    The files are parsed anew and the rows read through a plain connection of the
+    database's module. Raises its errors.
     """
     names = list(names)
     expected = Counter(row for name in names for row in _rows_of_file(directory, name))
-    present = Counter(_rows_of_tables(query))
+    present = Counter(_rows_of_tables(dsn))
     lost = {row[0] for row in expected - present}
     return Comparison(
         found=len(names),
@@ -71,5 +77,13 @@ def _rows_of_file(directory: Path, name: str) -> Iterator[Row]:
             yield path, node.name, type(node).__name__, node.lineno
 
 
-def _rows_of_tables(query: Callable[[str], list[Row]]) -> list[Row]:
-    return query("SELECT path FROM file") + query("SELECT path, name, kind, line FROM definition")
+def _rows_of_tables(dsn: str) -> list[Row]:
+    driver = load_driver(driver_name(dsn))
+    with (
+        closing(driver.connect(driver.parse(dsn), CONNECT_TIMEOUT)) as connection,
+        closing(connection.cursor()) as cursor,
+    ):
+        cursor.execute("SELECT path FROM file")
+        files = cursor.fetchall()
+        cursor.execute("SELECT path, name, kind, line FROM definition")
+        return [*files, *cursor.fetchall()]

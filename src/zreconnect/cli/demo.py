@@ -8,7 +8,6 @@ import os
 import random
 import secrets
 import shlex
-import sqlite3
 import sys
 import sysconfig
 import tempfile
@@ -28,7 +27,7 @@ from zreconnect.cli.errors import CommandError
 from zreconnect.cli.file import FileTarget
 from zreconnect.cli.interruptions import Interrupter, Interruption, make_plan
 from zreconnect.cli.job import import_files
-from zreconnect.cli.target import Target, driver_for
+from zreconnect.cli.target import Target, target_for
 from zreconnect.cli.ways import ways_to_interrupt
 from zreconnect.drivers.base import DRIVERS
 from zreconnect.events import ConnectionLost
@@ -46,7 +45,7 @@ LARGEST_RANDOM_SEED = 999999
 NOT_IN_DEFAULT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 DESCRIPTION = """\
-Import a source tree into PostgreSQL by a batch job: each .py file is a work item, parsed while
+Import a source tree into a database by a batch job: each .py file is a work item, parsed while
 the database is not in use and recorded, with its definitions, in one transaction. Meanwhile
 the server is restarted and killed, and the job's connection is cut, silenced and delayed, at
 random moments. At the end the tree is compared with the tables.
@@ -122,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(f"there are no .py files in {directory}")
     try:
         comparison = _demonstrate(options, directory, names)
-    except (EmbeddedPostgresError, psycopg2.Error, sqlite3.Error) as error:
+    except (EmbeddedPostgresError, psycopg2.Error) as error:
         raise CommandError(str(error)) from error
     return 0 if comparison.is_exact else 1
 
@@ -152,7 +151,7 @@ def _demonstrate(options: argparse.Namespace, directory: Path, names: Sequence[s
         with _losses() as losses:
             known = _import(target, directory, names, interrupter, display)
         display.line("Comparing the tree with the tables")
-        comparison = compare(directory, names, target.query)
+        comparison = compare(directory, names, target.direct_dsn)
         _report(display, comparison, known, losses, plan, interrupter)
         display.line(f"{time.monotonic() - started:.0f} seconds in all")
     return comparison
@@ -191,7 +190,7 @@ def _import(
 
         try:
             driver = target.driver
-            return import_files(target.forwarded_dsn, directory, items(), driver.name, target.mark)
+            return import_files(target.forwarded_dsn, directory, items(), driver.name)
         except (driver.module.Error, ReconnectTimeout, CommitOutcomeUnknown) as error:
             if interrupter.error:
                 raise interrupter.error from None
@@ -230,22 +229,23 @@ def _database(
 ) -> Iterator[tuple[Target | FileTarget, EmbeddedPostgres | None]]:
     """The database to import into, and its server if it is one of our own."""
     if options.dsn is not None:
-        driver = driver_for(options.dsn, options.driver)
-        kind = Target if driver.has_sessions else FileTarget
-        with kind(driver, options.dsn, options.keep) as chosen:
+        with target_for(options.dsn, options.keep, options.driver) as target:
             try:
-                yield chosen, None
+                yield target, None
+            except target.errors as error:
+                raise CommandError(str(error)) from error
             finally:
                 if options.keep:
-                    display.line(f"Kept: {chosen.place}")
+                    display.line(f"Kept: {target.place}")
         return
     directory = None
     if options.keep:
         directory = Path(tempfile.gettempdir(), f"zreconnect-demo-{secrets.token_hex(4)}")
     with (
         EmbeddedPostgres(directory) as server,
-        Target(driver_for(server.dsn(), options.driver), server.dsn(), keep=True) as target,
+        target_for(server.dsn(), keep=True, driver_named=options.driver) as target,
     ):
+        assert isinstance(target, Target)
         try:
             yield target, server
             if directory is not None and sys.stdin.isatty() and sys.stdout.isatty():

@@ -13,6 +13,7 @@ from typing import Any
 
 from zreconnect.cli.errors import CommandError
 from zreconnect.cli.interruptions import Way
+from zreconnect.drivers.sqlite import MEMORY
 from zreconnect.exceptions import one_line
 
 # How long an interruption itself waits for a lock, in seconds.
@@ -20,38 +21,38 @@ TIMEOUT = 60.0
 
 
 class FileTarget:
-    """Where the job works: a new file beside the one that the DSN names.
+    """Where the job works: a new file beside the one that the parameters name.
 
     Use it as a context manager, which makes the file, and removes it unless ``keep`` is true.
 
-    driver: the `IDriver` for SQLite.
-    dsn: the DSN of a file.
+    driver: the `IDriver` of the job.
+    parameters: of a file.
 
-    Raises `CommandError` if the DSN cannot be used, also when the block is entered.
+    Raises `CommandError` if the file cannot be used, also when the block is entered.
     """
 
-    #: How the job marks parameters.
-    mark = "?"
+    #: What can be raised on the way past zreconnect.
+    errors: type[Exception] = sqlite3.Error
 
-    def __init__(self, driver: Any, dsn: str, keep: bool) -> None:
+    def __init__(self, driver: Any, parameters: dict[str, str], keep: bool) -> None:
         self.driver = driver
-        named = driver.parse(dsn)["database"]
-        if named == driver.parse("sqlite://")["database"]:
+        if parameters["database"] == MEMORY:
             raise CommandError("argument --dsn: it must name a file, which others can lock")
-        self._path = Path(f"{named}.zreconnect_demo_{secrets.token_hex(4)}")
+        self._path = Path(f"{parameters['database']}.zreconnect_demo_{secrets.token_hex(4)}")
         #: The file for people.
         self.address: str = driver.address({"database": str(self._path)})
         #: What is kept.
         self.place = f"the database {self.address}"
-        #: The DSN of the file, to be used by the job.
-        self.forwarded_dsn = self.address
+        #: The DSN of the file, for the job and past it.
+        self.forwarded_dsn = self.direct_dsn = self.address
         self._keep = keep
         # Nothing can be counted on the way to a file. Whoever looks has waited a little.
         self.count_requests: Callable[[], int] = itertools.count().__next__
 
     def __enter__(self) -> FileTarget:
         try:
-            self.query("PRAGMA user_version = 1")
+            with closing(self._connect()) as connection:
+                connection.execute("PRAGMA user_version = 1")
         except sqlite3.Error as error:
             raise CommandError(f"cannot use {self.address}: {one_line(error)}") from error
         return self
@@ -60,11 +61,6 @@ class FileTarget:
         if not self._keep:
             for suffix in ("", "-journal"):
                 Path(f"{self._path}{suffix}").unlink(missing_ok=True)
-
-    def query(self, statement: str) -> list[Any]:
-        """Execute a statement on a connection of its own. Raises sqlite3's errors."""
-        with closing(self._connect()) as connection:
-            return connection.execute(statement).fetchall()
 
     def ways(self, stopping: threading.Event) -> dict[str, Way]:
         """Return all ways to interrupt the job, by the name of their kind.

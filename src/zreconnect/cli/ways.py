@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import closing, suppress
-
-import psycopg2
+from contextlib import suppress
 
 from zreconnect.cli.file import FileTarget
 from zreconnect.cli.interruptions import POLL_INTERVAL, Way
@@ -27,13 +25,13 @@ def ways_to_interrupt(
     server: the target's server, if it may be restarted and killed.
     stopping: ends what lasts.
 
-    Raises psycopg2's errors if the target cannot be reached.
+    Raises the target's ``errors`` if it cannot be reached.
     """
     if isinstance(target, FileTarget):
         return target.ways(stopping)
     ways = _ways_on_line(target.forward, stopping)
-    if _may_terminate(target):
-        ways["terminate_backend"] = lambda seconds: _terminate(target, _session(target, stopping))
+    if target.may_terminate():
+        ways[target.terminates_by] = lambda seconds: target.terminate(_session(target, stopping))
     if server is not None:
         ways |= _ways_on_server(server, target, stopping)
     return ways
@@ -79,7 +77,7 @@ def _ways_on_server(
             server.kill_backend(_session(target, stopping))
         except ValueError:
             # There is none, or it has just ended. Any process of the server will do.
-            server.kill_backend(_process(target, "backend_type = 'walwriter'"))
+            server.kill_backend(target.process("backend_type = 'walwriter'"))
         server.wait_until_ready()
 
     def kill_all(seconds: float) -> None:
@@ -102,32 +100,12 @@ def _ways_on_server(
     }
 
 
-def _terminate(target: Target, process_id: int) -> None:
-    target.query("SELECT pg_terminate_backend(%s)", process_id)
-
-
-def _may_terminate(target: Target) -> bool:
-    with closing(psycopg2.connect(target.direct_dsn)) as victim:
-        try:
-            _terminate(target, victim.info.backend_pid)
-        except psycopg2.Error:
-            return False
-    return True
-
-
 def _session(target: Target, stopping: threading.Event) -> int:
     """The process id of the job's session, 0 if it has none now and soon."""
     deadline = time.monotonic() + SESSION_TIMEOUT
     while not stopping.is_set() and time.monotonic() < deadline:
-        process_id = _process(target, f"application_name = '{target.schema}'")
+        process_id = target.session()
         if process_id:
             return process_id
         stopping.wait(POLL_INTERVAL)
     return 0
-
-
-def _process(target: Target, condition: str) -> int:
-    rows = target.query(
-        f"SELECT pid FROM pg_stat_activity WHERE {condition} ORDER BY backend_start DESC LIMIT 1"
-    )
-    return rows[0][0] if rows else 0

@@ -9,7 +9,7 @@ import MySQLdb
 from MySQLdb import connections, cursors
 from zope.interface import implementer
 
-from zreconnect.drivers.mysql import MysqlDriver
+from zreconnect.drivers.mysql import CR_SSL_CONNECTION_ERROR, MysqlDriver
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.interfaces import IDriver
 
@@ -29,6 +29,18 @@ class MysqlclientDriver(MysqlDriver):
     connection_class = connections.Connection
     plain_cursor = cursors.Cursor
     server_side_cursor = cursors.SSCursor
+
+    def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
+        raw = super().connect(parameters, timeout)
+        # MariaDB's client library takes this for a wish.
+        if parameters.get("ssl_mode") == "REQUIRED":
+            ((_, cipher),) = self.query(raw, "SHOW STATUS LIKE 'Ssl_cipher'")
+            if not cipher:
+                self.close(raw)
+                raise MySQLdb.OperationalError(
+                    CR_SSL_CONNECTION_ERROR, "TLS is required, but the server does not use it"
+                )
+        return raw
 
     def tls_keywords(self, parameters: Mapping[str, str]) -> dict[str, Any]:
         files = {key: parameters[name] for name, key in TLS_FILES.items() if name in parameters}

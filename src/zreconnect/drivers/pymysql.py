@@ -45,6 +45,12 @@ class PymysqlDriver(MysqlDriver):
         )
         return raw
 
+    def close(self, raw: Any) -> None:
+        super().close(raw)
+        if isinstance(raw, self.connection_class):
+            # Its cursors would want to read the rest of a result when they are deleted.
+            raw._result = None
+
     def tls_keywords(self, parameters: Mapping[str, str]) -> dict[str, Any]:
         files = {name: parameters[name] for name in _FILES if name in parameters}
         return {**TLS[parameters.get("ssl_mode", "PREFERRED")], **files}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Mapping
@@ -55,7 +56,10 @@ class EmbeddedMariaDB(EmbeddedServer):
 
         Raises RuntimeError if it is not running.
         """
-        self._running_process().send_signal(signal.SIGSTOP)
+        process = self._running_process()
+        process.send_signal(signal.SIGSTOP)
+        # Until all of its threads have stopped.
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
 
     def resume(self) -> None:
         """Let a suspended server continue. Raises RuntimeError if it is not running."""

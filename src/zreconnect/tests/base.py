@@ -49,7 +49,26 @@ def wait_until(condition, patience=PATIENCE):
         time.sleep(0.005)
 
 
-class DatabaseTestCase(unittest.TestCase):
+class LineTestCase(unittest.TestCase):
+    """What is seen of a connection on its line, ``self.forward``, and of what it announces."""
+
+    def round_trips(self, function):
+        before = self.forward.count()
+        function()
+        return (self.forward.count() - before).round_trips
+
+    @contextmanager
+    def events(self):
+        """The events that are announced inside the block."""
+        seen = []
+        zope.event.subscribers.append(seen.append)
+        try:
+            yield seen
+        finally:
+            zope.event.subscribers.remove(seen.append)
+
+
+class DatabaseTestCase(LineTestCase):
     """``self.dsn`` leads to an empty database through ``self.forward``."""
 
     layer = PORT_FORWARD_LAYER
@@ -92,21 +111,6 @@ class DatabaseTestCase(unittest.TestCase):
     def sessions(self):
         """The process ids of the test's sessions."""
         return self.server.backend_pids()
-
-    def round_trips(self, function):
-        before = self.forward.count()
-        function()
-        return (self.forward.count() - before).round_trips
-
-    @contextmanager
-    def events(self):
-        """The events that are announced inside the block."""
-        seen = []
-        zope.event.subscribers.append(seen.append)
-        try:
-            yield seen
-        finally:
-            zope.event.subscribers.remove(seen.append)
 
     @contextmanager
     def plain(self):

@@ -23,7 +23,7 @@ from zreconnect.cli.interruptions import Interrupter, make_plan
 from zreconnect.cli.job import import_files
 from zreconnect.testing import EmbeddedPostgres
 from zreconnect.testing.layers import PORT_FORWARD_LAYER
-from zreconnect.tests.base import PATIENCE, wait_until
+from zreconnect.tests.base import PATIENCE, on_mariadb, wait_until
 
 TIMEOUT = 120
 KINDS_ON_LINE = {
@@ -399,7 +399,7 @@ class JobTests(CommandTestCase):
         import_files(self.dsn, self.tree, [])
 
     def compare(self):
-        return compare(self.tree, python_files(self.tree), self.query)
+        return compare(self.tree, python_files(self.tree), self.direct_dsn)
 
     def waiting_for(self, kind):
         """The process ids of the sessions that wait for a lock of this kind."""
@@ -557,3 +557,33 @@ class InterrupterTests(unittest.TestCase):
             for _item in interrupter.items("abcde"):
                 raise ZeroDivisionError
         self.assertLess(len(calls), 4)
+
+
+@on_mariadb()
+class MysqlDemoTests(unittest.TestCase):
+    def demonstrate(self, dsn, *arguments):
+        output, errors = io.StringIO(), io.StringIO()
+        with (
+            tempfile.TemporaryDirectory() as holder,
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(errors),
+        ):
+            files, _ = make_tree(Path(holder, "tree"), plain_files=5)
+            status = main(["demo", f"{holder}/tree", "--dsn", dsn, *arguments])
+        return status, output.getvalue(), errors.getvalue(), files
+
+    def test_every_file_is_recorded_once(self):
+        kinds = {*KINDS_ON_LINE, "KILL"} - {"terminate_backend"}
+        status, output, _, files = self.demonstrate(
+            self.layer.server.dsn(), "--driver", "pymysql", "--interruptions", str(len(kinds))
+        )
+        self.assertEqual(status, 0, output)
+        self.assertEqual(figure(output, "recorded"), files)
+        self.assertEqual((figure(output, "lost"), figure(output, "recorded twice")), (0, 0))
+        self.assertEqual({kind for _, kind in happened(output)}, kinds)
+        self.assertEqual(self.layer.server.query("SHOW DATABASES LIKE 'zreconnect%%'"), [])
+
+    def test_a_database_that_cannot_be_used(self):
+        status, _, errors, _ = self.demonstrate(self.layer.server.dsn(user="nobody"))
+        self.assertEqual(status, 2)
+        self.assertIn("Access denied", errors)

@@ -1,0 +1,711 @@
+"""MySQL and MariaDB through each of their modules: what the core promises, and what is theirs."""
+
+import contextlib
+import os
+import threading
+import unittest
+from importlib import import_module
+from unittest import mock
+
+import pymysql
+
+import zreconnect
+from zreconnect import (
+    FAIL_FAST,
+    CommitOutcomeUnknown,
+    DisconnectionError,
+    Ledger,
+    ReconnectTimeout,
+    RetryPolicy,
+)
+from zreconnect.connection import ReconnectingConnection
+from zreconnect.drivers import mysql
+from zreconnect.drivers.base import Meaning, SessionSettings, load_driver
+from zreconnect.dsn import driver_name
+from zreconnect.events import CommitLookedUp
+from zreconnect.server import server_from_dsn
+from zreconnect.testing import EmbeddedMariaDB
+from zreconnect.tests.base import LineTestCase, needs_mysqlclient, on_mariadb, wait_until
+
+# For statements that wait in vain otherwise.
+PATIENCE = 30
+
+
+class MysqlTestCase:
+    """``self.dsn`` leads to an empty database through ``self.forward``."""
+
+    dbname = "test"
+
+    def setUp(self):
+        self.server = self.layer.server
+        self.forward = self.layer.forward
+        self.driver = load_driver(self.driver_name)
+        self.module = self.driver.module
+        for session in self.sessions():
+            with contextlib.suppress(pymysql.Error):
+                self.server.kill_session(session)
+        wait_until(lambda: not self.sessions())
+        self.query("DROP DATABASE test")
+        self.query("CREATE DATABASE test")
+        self.query("CREATE TABLE test.item (name varchar(40) PRIMARY KEY, number int)")
+        self.dsn = self.layer.dsn()
+
+    def query(self, statement, *parameters):
+        return self.server.query(statement, *parameters, dbname="mysql")
+
+    def connect(self, dsn=None, **keywords):
+        keywords.setdefault("witness", Ledger())
+        connection = zreconnect.connect(dsn or self.dsn, self.driver_name, **keywords)
+        self.addCleanup(connection.close)
+        return connection
+
+    def sessions(self):
+        return self.server.session_ids()
+
+    def names(self):
+        return [name for (name,) in self.query("SELECT name FROM test.item ORDER BY name")]
+
+    def insert(self, connection, name="one"):
+        connection.cursor().execute("INSERT INTO item VALUES (%s, 0)", (name,))
+
+    def number(self, connection):
+        return connection.driver_connection.thread_id()
+
+    def wait_for_end(self, number):
+        wait_until(lambda: number not in self.sessions())
+
+
+class Tests(MysqlTestCase):
+    # Disconnects
+
+    def ways_to_lose(self, connection):
+        number = self.number(connection)
+        yield "restart", self.server.restart
+        yield "crash", lambda: (self.server.kill_all(), self.server.start())
+        yield "KILL", lambda: (self.server.kill_session(number), self.wait_for_end(number))
+        yield "FIN", self.forward.drop
+        yield "RST", lambda: self.forward.drop(reset=True)
+
+    def test_between_transactions_a_loss_costs_nothing(self):
+        connection = self.connect()
+        for name, _ in self.ways_to_lose(connection):
+            with self.subTest(name):
+                connection.begin()
+                connection.rollback()
+                dict(self.ways_to_lose(connection))[name]()
+                with connection.transaction():
+                    self.insert(connection, name)
+        self.assertEqual(len(self.names()), 5)
+
+    def test_inside_a_transaction_a_loss_dooms_it(self):
+        connection = self.connect()
+        for name, _ in self.ways_to_lose(connection):
+            with self.subTest(name):
+                self.insert(connection, name)
+                dict(self.ways_to_lose(connection))[name]()
+                with self.assertRaises(DisconnectionError) as lost:
+                    self.insert(connection, "second")
+                self.assertIsInstance(lost.exception, self.module.OperationalError)
+                with self.assertRaisesRegex(DisconnectionError, "Already disconnected"):
+                    self.insert(connection, "second")
+                connection.rollback()
+        self.assertEqual(self.names(), [])
+
+    def test_autocommit(self):
+        connection = self.connect()
+        connection.autocommit = True
+        self.insert(connection, "first")
+        self.assertEqual(self.names(), ["first"])
+        self.forward.drop()
+        with self.assertRaises(CommitOutcomeUnknown):
+            self.insert(connection, "second")
+        self.insert(connection, "third")
+        connection.autocommit = False
+        self.insert(connection, "fourth")
+        connection.rollback()
+        self.assertEqual(self.names(), ["first", "third"])
+
+    def test_a_silent_server_is_given_up(self):
+        connection = self.connect(response_timeout=0.5)
+        self.insert(connection)
+        self.server.suspend()
+        with self.assertRaises(DisconnectionError):
+            self.insert(connection, "two")
+        self.server.resume()
+        connection.rollback()
+        connection.run(self.insert, connection)
+        self.assertEqual(self.names(), ["one"])
+
+    def test_a_server_that_stays_away(self):
+        self.forward.refuse()
+        with self.assertRaises(ReconnectTimeout):
+            self.connect(policy=RetryPolicy(timeout=0.2)).begin()
+        with self.assertRaises(DisconnectionError):
+            self.connect(policy=FAIL_FAST).begin()
+
+    def test_a_full_server_is_waited_for(self):
+        self.query("SET GLOBAL max_connections = 10")
+        self.addCleanup(self.query, "SET GLOBAL max_connections = 100")
+        plain = [self.server._connect("mysql", PATIENCE)]
+        # One more is there for the superuser.
+        with contextlib.suppress(pymysql.OperationalError):
+            while True:
+                plain.append(self.server._connect("mysql", PATIENCE))
+        connection = self.connect(policy=RetryPolicy(timeout=PATIENCE))
+        begun = threading.Thread(target=connection.begin)
+        with self.events() as events:
+            begun.start()
+            wait_until(lambda: events)
+            for each in plain:
+                each.close()
+            begun.join()
+        self.assertEqual(mysql.errno(events[0].error), mysql.ER_CON_COUNT_ERROR)
+        self.assertEqual(connection.state, "active")
+
+    # COMMIT
+
+    def lose_commit(self, connection, direction):
+        """Cut the line when COMMIT, or its answer, is about to pass."""
+        self.insert(connection)
+        self.forward.cut(direction, 0)
+        with self.events() as events:
+            try:
+                connection.commit()
+            finally:
+                self.outcomes = [e.outcome for e in events if isinstance(e, CommitLookedUp)]
+
+    def test_a_lost_answer_to_commit_is_looked_up(self):
+        connection = self.connect()
+        self.insert(connection)
+        connection.rollback()
+        wait = threading.Event()
+        self.insert(connection)
+        self.forward.silence("to_client")
+
+        def cut():
+            wait_until(self.names)
+            self.forward.drop()
+            self.forward.resume()
+            wait.set()
+
+        threading.Thread(target=cut).start()
+        connection.commit()
+        self.assertTrue(wait.wait(PATIENCE))
+        self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
+
+    def test_a_lost_commit_may_run_again(self):
+        connection = self.connect()
+        with self.assertRaises(DisconnectionError):
+            self.lose_commit(connection, "to_server")
+        self.assertEqual((self.outcomes, self.names()), (["aborted"], []))
+        connection.rollback()
+        connection.run(self.insert, connection)
+        self.assertEqual(self.names(), ["one"])
+
+    def test_without_a_ledger_a_lost_commit_is_unknown(self):
+        for witness in (None, "xid"):
+            with self.subTest(witness), self.assertRaises(CommitOutcomeUnknown):
+                self.lose_commit(self.connect(witness=witness), "to_server")
+
+    def test_an_interrupted_commit_is_looked_up(self):
+        connection = self.connect()
+        self.insert(connection)
+        interrupted = self.module.OperationalError(mysql.ER_QUERY_INTERRUPTED, "interrupted")
+        with (
+            mock.patch.object(self.driver, "_execute_all", side_effect=interrupted),
+            self.events() as events,
+            self.assertRaises(DisconnectionError),
+        ):
+            connection.commit()
+        (outcome,) = (each.outcome for each in events if isinstance(each, CommitLookedUp))
+        self.assertEqual((outcome, self.names()), ("aborted", []))
+
+    def test_a_conflict_at_commit_has_rolled_back(self):
+        connection = self.connect()
+        self.insert(connection)
+        conflict = self.module.OperationalError(mysql.ER_LOCK_DEADLOCK, "conflict")
+        execute_all = self.driver._execute_all
+
+        def refuse_commit(raw, statements):
+            if "COMMIT" in statements:
+                raise conflict
+            return execute_all(raw, statements)
+
+        with (
+            mock.patch.object(self.driver, "_execute_all", refuse_commit),
+            self.assertRaises(self.module.OperationalError),
+        ):
+            connection.commit()
+        self.assertEqual((connection.state, self.names()), ("idle", []))
+
+    # Orphans
+
+    def test_the_orphan_is_ended_before_the_work_runs_again(self):
+        for witness in (Ledger(), "xid"):
+            with self.subTest(witness):
+                connection = self.connect(witness=witness, response_timeout=0.5)
+                connection.begin()
+                orphan = self.number(connection)
+                self.insert(connection)
+                with self.assertRaises(DisconnectionError):
+                    connection.cursor().execute(f"SELECT SLEEP({PATIENCE})")
+                self.assertIn(orphan, self.sessions())
+                connection.rollback()
+                # It would wait for the orphan's lock.
+                self.insert(connection)
+                self.assertNotIn(orphan, self.sessions())
+                connection.rollback()
+
+    def test_an_orphan_that_has_just_ended(self):
+        raw = self.connect().driver_connection
+        session = self.driver.identify(raw)
+        gone = self.module.OperationalError(mysql.ER_NO_SUCH_THREAD, "Unknown thread id")
+        for error, expected in ((gone, contextlib.nullcontext()), (self.wrong(), self.refused())):
+            query = mock.patch.object(self.driver, "query", side_effect=[[(1,)], error])
+            with query, expected:
+                self.assertTrue(self.driver.end_session(raw, session, None))
+
+    def wrong(self):
+        return self.module.OperationalError(1064, "You have an error in your SQL syntax")
+
+    def refused(self):
+        return self.assertRaises(self.module.OperationalError)
+
+    def test_a_server_without_locks_of_that_kind(self):
+        raw = self.connect().driver_connection
+        with mock.patch.object(self.driver, "query", return_value=[(7, None)]):
+            session = self.driver.identify(raw)
+        self.assertEqual((session.pid, session.start), (7, None))
+        self.assertFalse(self.driver.end_session(raw, session, None))
+
+    # What ends a transaction on the server
+
+    def deadlock(self, connection):
+        """Make the connection, in a transaction of its own, the victim of a deadlock."""
+        other = self.server._connect("test", PATIENCE)
+        self.addCleanup(other.close)
+        other.begin()
+        # InnoDB chooses the transaction that has changed less.
+        rows = ", ".join(f"('heavy {n}', 0)" for n in range(50))
+        cursor = other.cursor()
+        cursor.execute(f"INSERT INTO item VALUES {rows}")
+        connection.cursor().execute("UPDATE item SET number = 1 WHERE name = 'a'")
+        cursor.execute("UPDATE item SET number = 2 WHERE name = 'b'")
+        waiting = threading.Thread(
+            target=lambda: cursor.execute("UPDATE item SET number = 2 WHERE name = 'a'")
+        )
+        waiting.start()
+        wait_until(
+            lambda: self.query(
+                "SELECT 1 FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
+            )
+        )
+        try:
+            connection.cursor().execute("UPDATE item SET number = 1 WHERE name = 'b'")
+        finally:
+            waiting.join()
+            other.rollback()
+
+    def test_nothing_follows_a_deadlock(self):
+        self.query("INSERT INTO test.item VALUES ('a', 0), ('b', 0)")
+        connection = self.connect()
+        self.insert(connection, "before")
+        with self.assertRaises(self.module.OperationalError) as raised:
+            self.deadlock(connection)
+        self.assertEqual(mysql.errno(raised.exception), mysql.ER_LOCK_DEADLOCK)
+        self.assertTrue(self.driver.is_transient(raised.exception))
+        with self.assertRaises(self.module.InternalError):
+            self.insert(connection, "after")
+        with self.assertRaises(self.module.InternalError):
+            connection.commit()
+        connection.rollback()
+        self.assertEqual(self.names(), ["a", "b"])
+        connection.run(self.insert, connection)
+        self.assertEqual(self.names(), ["a", "b", "one"])
+
+    def test_a_deadlock_that_only_the_server_knows_of_is_noticed_by_commit(self):
+        connection = self.connect()
+        self.insert(connection, "before")
+        connection.driver_connection.rollback()
+        self.insert(connection, "after")
+        with self.assertRaisesRegex(self.module.InternalError, "Nothing was committed"):
+            connection.commit()
+        self.assertEqual((connection.state, self.names()), ("idle", []))
+        self.assertFalse(self.driver.in_transaction(connection.driver_connection))
+
+    def lock_timeout(self, connection):
+        other = self.server._connect("test", PATIENCE)
+        self.addCleanup(other.close)
+        other.begin()
+        other.cursor().execute("INSERT INTO item VALUES ('locked', 0)")
+        connection.cursor().execute("SET innodb_lock_wait_timeout = 1")
+        self.insert(connection, "before")
+        with self.assertRaises(self.module.OperationalError) as raised:
+            self.insert(connection, "locked")
+        other.rollback()
+        self.assertTrue(self.driver.is_transient(raised.exception))
+
+    def test_a_lock_timeout_undoes_the_statement_alone(self):
+        connection = self.connect()
+        self.lock_timeout(connection)
+        self.insert(connection, "after")
+        connection.commit()
+        self.assertEqual(self.names(), ["after", "before"])
+
+    def test_a_lock_timeout_that_rolls_back_is_like_a_deadlock(self):
+        connection = self.connect()
+        with mock.patch.object(self.driver, "_timeout_ended_transaction", return_value=True):
+            self.lock_timeout(connection)
+        with self.assertRaises(self.module.InternalError):
+            self.insert(connection, "after")
+        connection.rollback()
+        self.assertEqual(self.names(), [])
+
+    # Statements that commit
+
+    def test_ddl_commits_and_the_rest_is_committed_too(self):
+        connection = self.connect()
+        self.insert(connection, "before")
+        connection.cursor().execute("CREATE TABLE other (number int)")
+        self.assertEqual(self.names(), ["before"])
+        self.insert(connection, "after")
+        connection.commit()
+        self.assertEqual(self.names(), ["after", "before"])
+
+    def test_after_ddl_a_rollback_on_the_server_is_noticed(self):
+        connection = self.connect()
+        connection.cursor().execute("CREATE TABLE other (number int)")
+        self.insert(connection)
+        connection.driver_connection.rollback()
+        with self.assertRaises(self.module.InternalError):
+            connection.commit()
+
+    def test_after_ddl_nobody_knows_of_a_lost_session(self):
+        for way in ("commit", "statement", "fetch"):
+            with self.subTest(way):
+                connection = self.connect()
+                cursor = connection.cursor("rows")
+                cursor.execute(f"CREATE TABLE by_{way} (number int)")
+                if way == "fetch":
+                    cursor.execute("SELECT seq FROM seq_1_to_1000000")
+                self.forward.drop()
+                with self.assertRaises(CommitOutcomeUnknown):
+                    {
+                        "commit": connection.commit,
+                        "statement": lambda: self.insert(connection),  # noqa: B023
+                        "fetch": cursor.fetchall,
+                    }[way]()
+                connection.rollback()
+
+    def test_a_temporary_table_commits_nothing(self):
+        connection = self.connect()
+        self.insert(connection)
+        connection.cursor().execute("CREATE TEMPORARY TABLE scratch (number int)")
+        self.assertFalse(self.driver.has_committed(connection.driver_connection))
+        connection.rollback()
+        self.assertEqual(self.names(), [])
+
+    def test_what_may_commit(self):
+        cursor = mock.Mock()
+        for statement, expected in {
+            "COMMIT": True,
+            "/* why */ -- when\n commit": True,
+            "CALL work()": True,
+            "create index i on t (c)": True,
+            "TRUNCATE item": True,
+            "LOCK TABLES item WRITE": True,
+            "DROP TEMPORARY TABLE scratch": False,
+            "ROLLBACK": False,
+            "INSERT INTO item SELECT 'COMMIT'": False,
+            "COMMITTEE": False,
+        }.items():
+            with self.subTest(statement):
+                cursor.zreconnect_sent = statement
+                self.assertIs(self.driver.may_have_committed(cursor), expected)
+
+    def test_a_procedure_that_ends_the_transaction(self):
+        self.query("CREATE PROCEDURE test.work() BEGIN COMMIT; INSERT INTO item VALUES (1, 1); END")
+        connection = self.connect()
+        self.insert(connection)
+        connection.cursor().callproc("work")
+        with self.assertRaisesRegex(self.module.InternalError, "in a procedure"):
+            connection.commit()
+
+    def test_several_statements_in_one_are_refused(self):
+        with self.assertRaises(self.module.ProgrammingError):
+            self.connect().cursor().execute("INSERT INTO item VALUES (1, 1); COMMIT")
+
+    # Sessions
+
+    def test_modes_are_there_again(self):
+        connection = self.connect()
+        connection.set_session(isolation_level="read committed", readonly=True)
+        self.assertEqual(connection.isolation_level, "READ COMMITTED")
+        for _ in range(2):
+            with self.assertRaises(self.module.OperationalError):
+                self.insert(connection)
+            connection.rollback()
+            self.forward.drop()
+        connection.set_session(readonly=False)
+        connection.run(self.insert, connection)
+        self.assertEqual(self.names(), ["one"])
+
+    def test_modes_in_autocommit_mode(self):
+        connection = self.connect()
+        connection.set_session(isolation_level="SERIALIZABLE", readonly=True, autocommit=True)
+        for _ in range(2):
+            cursor = connection.cursor()
+            cursor.execute("SELECT @@tx_isolation, @@tx_read_only")
+            self.assertEqual(cursor.fetchone(), ("SERIALIZABLE", 1))
+            connection._drop_session()
+
+    def test_a_cursor_on_the_server(self):
+        connection = self.connect()
+        with connection.transaction():
+            cursor = connection.cursor("numbers")
+            cursor.execute("SELECT seq FROM seq_1_to_1000")
+            self.assertIsInstance(cursor._raw, self.driver.server_side_cursor)
+            self.assertEqual(list(cursor.fetchmany(2)), [(1,), (2,)])
+            self.assertEqual(len(list(cursor)), 998)
+            cursor.close()
+
+    def test_a_cursor_on_the_server_that_nobody_has_read_to_the_end(self):
+        connection = self.connect()
+        connection.begin()
+        cursor = connection.cursor("numbers")
+        cursor.execute("SELECT seq FROM seq_1_to_100000")
+        cursor.fetchone()
+        connection.rollback()
+        connection.run(self.insert, connection)
+        self.assertEqual(self.names(), ["one"])
+
+    def test_a_forked_child_leaves_the_session_to_its_parent(self):
+        connection = self.connect()
+        self.insert(connection)
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            with contextlib.suppress(BaseException):
+                connection.rollback()
+                connection.run(self.insert, connection, "child's")
+                status = 0
+            os._exit(status)
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0)
+        connection.commit()
+        self.assertEqual(self.names(), ["child's", "one"])
+
+    def test_a_server_that_takes_no_writes_any_more(self):
+        self.query("CREATE USER writer@'%%' IDENTIFIED BY %s", self.server.password)
+        self.addCleanup(self.query, "DROP USER writer@'%'")
+        self.query("GRANT ALL ON test.* TO writer@'%'")
+        connection = self.connect(self.layer.dsn(user="writer"))
+        connection.run(lambda: None)
+        self.query("SET GLOBAL read_only = 1")
+        self.addCleanup(self.query, "SET GLOBAL read_only = 0")
+        with self.assertRaises(self.module.OperationalError) as refused:
+            connection.begin()
+        self.assertEqual(mysql.errno(refused.exception), mysql.ER_OPTION_PREVENTS_STATEMENT)
+
+    # Round trips
+
+    def test_round_trips(self):
+        for witness in (None, "xid", Ledger()):
+            for end in ("commit", "rollback"):
+                with self.subTest(witness, end=end):
+                    connection = self.connect(witness=witness)
+
+                    def use(connection=connection, end=end):
+                        cursor = connection.cursor()
+                        cursor.execute("SELECT 1")
+                        cursor.fetchall()
+                        getattr(connection, end)()
+
+                    use()
+                    self.assertEqual(self.round_trips(use), 3)
+
+    def test_a_server_without_compound_statements(self):
+        with mock.patch.object(self.driver, "_is_mariadb", return_value=False):
+            connection = self.connect()
+            connection.set_session(isolation_level="READ COMMITTED")
+            self.insert(connection)
+            connection.commit()
+            self.insert(connection, "two")
+            connection.driver_connection.rollback()
+            with self.assertRaises(self.module.InternalError):
+                connection.commit()
+            self.insert(connection, "three")
+            connection.rollback()
+            self.insert(connection, "four")
+            self.forward.drop()
+            with self.assertRaises(DisconnectionError):
+                connection.commit()
+        self.assertEqual(self.names(), ["one"])
+
+    # Connecting
+
+    def test_refusals_are_for_good_and_show_no_password(self):
+        secret = self.server.password
+        for dsn in (
+            self.layer.dsn(user="nobody"),
+            self.layer.dsn(dbname="nothing"),
+            self.dsn.replace(secret, "wrong-password"),
+        ):
+            connection = self.connect(dsn)
+            with self.assertRaises(self.module.OperationalError) as refused:
+                connection.begin()
+            self.assertNotIsInstance(refused.exception, DisconnectionError)
+            for shown in (repr(connection), connection.server, str(refused.exception)):
+                self.assertNotIn(secret, shown)
+                self.assertNotIn("wrong-password", shown)
+
+    def test_options(self):
+        dsn = (
+            f"{self.dsn}?charset=latin1&connect_timeout=5&ssl_mode=PREFERRED&read_timeout=7"
+            "&sql_mode=ANSI_QUOTES"
+        )
+        cursor = self.connect(dsn).cursor()
+        cursor.execute('SELECT @@character_set_client, @@sql_mode AS "mode"')
+        self.assertEqual(cursor.fetchone(), ("latin1", "ANSI_QUOTES"))
+
+    def test_a_server_without_tls_is_refused_if_tls_is_asked_for(self):
+        for mode in ("REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY"):
+            with self.subTest(mode), self.assertRaises((DisconnectionError, self.module.Error)):
+                self.connect(f"{self.dsn}?ssl_mode={mode}", policy=FAIL_FAST).begin()
+
+    def test_a_socket_of_the_file_system(self):
+        path = self.server._temporary / "socket"
+        self.query("CREATE OR REPLACE USER local@localhost IDENTIFIED BY 'p'")
+        self.addCleanup(self.query, "DROP USER local@localhost")
+        connection = self.connect(f"mysql://local:p@localhost?unix_socket={path}", witness=None)
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        self.assertEqual(cursor.fetchall()[0][0], 1)
+
+    def test_what_a_certificate_says_is_for_good(self):
+        error = self.module.OperationalError
+        meaning = {
+            error(2026, "SSL connection error: certificate verify failed"): Meaning.PERMANENT,
+            error(2026, "SSL connection error: unexpected eof"): Meaning.DISCONNECT,
+            error(2005, "Unknown host"): Meaning.DISCONNECT,
+            error(1193, "Unknown system variable"): Meaning.PERMANENT,
+            error("strange"): Meaning.PERMANENT,
+            self.module.ProgrammingError(2019, "strange"): Meaning.PERMANENT,
+            TimeoutError(): Meaning.DISCONNECT,
+        }
+        for each, expected in meaning.items():
+            with self.subTest(each):
+                self.assertIs(self.driver.connect_meaning(each, {}), expected)
+
+    def test_a_factorys_connection(self):
+        parameters = self.driver.parse(self.dsn)
+        connection = ReconnectingConnection(
+            lambda: self.driver.connect(parameters, PATIENCE), self.driver_name
+        )
+        self.addCleanup(connection.close)
+        connection.run(self.insert, connection)
+        self.assertEqual(connection.server, self.driver.address(parameters))
+
+    def test_reading(self):
+        cursor = mock.Mock()
+        for statement, expected in {"select 1": True, "INSERT": False, "SHOW TABLES": True}.items():
+            cursor.zreconnect_sent = statement
+            self.assertIs(self.driver.looks_like_reading(cursor), expected)
+
+    def test_bytes_as_statement(self):
+        connection = self.connect()
+        connection.cursor().execute(b"CREATE TABLE other (number int)")
+        self.assertTrue(self.driver.has_committed(connection.driver_connection))
+
+    def test_two_phase_is_refused(self):
+        raw = self.connect().driver_connection
+        with self.assertRaises(self.module.NotSupportedError):
+            self.driver.prepare_transaction(raw, "gid")
+
+    def test_tls_files(self):
+        files = {"ssl_ca": "ca", "ssl_cert": "cert", "ssl_key": "key"}
+        keywords = self.driver.tls_keywords(files)
+        self.assertIn("ca", {**keywords, **keywords.get("ssl", {})}.values())
+
+
+@on_mariadb()
+class PymysqlTests(Tests, LineTestCase):
+    driver_name = "pymysql"
+
+    def test_a_closed_connection_has_no_socket(self):
+        raw = self.connect().driver_connection
+        self.driver.close(raw)
+        with self.assertRaises(pymysql.InterfaceError):
+            self.driver.fileno(raw)
+        self.driver.close(raw)
+        self.driver.abandon(raw)
+
+
+@on_mariadb()
+@needs_mysqlclient
+class MysqlclientTests(Tests, LineTestCase):
+    driver_name = "mysqlclient"
+
+
+@on_mariadb()
+class RollbackOnTimeoutTests(unittest.TestCase):
+    def test_the_server_is_asked(self):
+        with EmbeddedMariaDB(settings={"innodb_rollback_on_timeout": "ON"}) as server:
+            server.query("CREATE TABLE item (number int PRIMARY KEY)")
+            other = server._connect("test", PATIENCE)
+            other.begin()
+            other.cursor().execute("INSERT INTO item VALUES (1)")
+            connection = zreconnect.connect(server.dsn(), "pymysql", witness=Ledger())
+            cursor = connection.cursor()
+            cursor.execute("SET innodb_lock_wait_timeout = 1")
+            cursor.execute("INSERT INTO item VALUES (2)")
+            with self.assertRaisesRegex(pymysql.OperationalError, "Lock wait timeout"):
+                cursor.execute("INSERT INTO item VALUES (1)")
+            with self.assertRaises(pymysql.InternalError):
+                connection.commit()
+            other.close()
+            self.assertEqual(server.query("SELECT number FROM item"), [])
+            connection.close()
+
+
+class DsnTests(unittest.TestCase):
+    driver = load_driver("pymysql")
+
+    def test_parts(self):
+        self.assertEqual(
+            self.driver.parse("mysql://me%40here:s%2Fecret@host:3307/my%20db?charset=latin1"),
+            {
+                "user": "me@here",
+                "password": "s/ecret",
+                "host": "host",
+                "port": "3307",
+                "dbname": "my db",
+                "charset": "latin1",
+            },
+        )
+
+    def test_what_is_wrong_is_named(self):
+        for dsn, message in {
+            "mysql://h:port/db": "no URL of the form",
+            "mysql:///": "has not the form",
+            "mysql://host/db#part": "has not the form",
+            "mariadb://host/db": "has not the form",
+            "mysql://host/db?colour=red": "unknown option 'colour'",
+            "mysql://host/db?connect_timeout=soon": "connect_timeout must be a whole number",
+            "mysql://host/db?ssl_mode=maybe": "ssl_mode must be one of",
+        }.items():
+            with self.subTest(dsn), self.assertRaisesRegex(ValueError, message):
+                self.driver.parse(dsn)
+
+    def test_the_driver_for_the_scheme(self):
+        for found, name in ((None, "pymysql"), (object(), "mysqlclient")):
+            with mock.patch("zreconnect.dsn.importlib.util.find_spec", return_value=found):
+                self.assertEqual(driver_name("mysql://host/db"), name)
+        self.assertEqual(server_from_dsn("mysql://host/db", "pymysql").driver.name, "pymysql")
+
+    def test_levels(self):
+        self.assertEqual(self.driver.isolation_level("repeatable-read"), "REPEATABLE READ")
+        self.assertIsNone(self.driver.isolation_level("default"))
+
+    def test_a_statement_of_its_own_module(self):
+        self.assertEqual(import_module("zreconnect.drivers.pymysql").driver, self.driver)
+        self.assertTrue(self.driver.begins_read_only(None, SessionSettings(readonly=True)))
