@@ -24,6 +24,7 @@ import zope.event
 
 from zreconnect.cli.comparison import Comparison, compare
 from zreconnect.cli.errors import CommandError
+from zreconnect.cli.file import FileTarget
 from zreconnect.cli.interruptions import Interrupter, Interruption, make_plan
 from zreconnect.cli.job import import_files
 from zreconnect.cli.target import Target, target_for
@@ -92,7 +93,8 @@ def add_command(commands: Any) -> None:
         "--dsn",
         help="use this database, through TCP, and not a server that is started for the purpose; "
         "it is not restarted or killed, only its line is interrupted and the job's sessions are "
-        "terminated; the tables are in a schema of their own",
+        "terminated; the tables are in a schema of their own. sqlite:///PATH makes a file beside "
+        "that one, which others lock meanwhile",
     )
     parser.add_argument(
         "--driver",
@@ -142,7 +144,7 @@ def _demonstrate(options: argparse.Namespace, directory: Path, names: Sequence[s
         interrupter = Interrupter(
             plan,
             ways,
-            lambda: target.forward.count().messages_to_server,
+            target.count_requests,
             lambda each: display.line(f"  item {each.item + 1} of {len(names)}: {each.kind}"),
             stopping,
         )
@@ -169,7 +171,7 @@ def python_files(directory: Path, skipped: Collection[str] = ()) -> list[str]:
 
 
 def _import(
-    target: Target,
+    target: Target | FileTarget,
     directory: Path,
     names: Sequence[str],
     interrupter: Interrupter,
@@ -224,7 +226,7 @@ def _report(
 @contextmanager
 def _database(
     options: argparse.Namespace, display: Display
-) -> Iterator[tuple[Target, EmbeddedPostgres | None]]:
+) -> Iterator[tuple[Target | FileTarget, EmbeddedPostgres | None]]:
     """The database to import into, and its server if it is one of our own."""
     if options.dsn is not None:
         with target_for(options.dsn, options.keep, options.driver) as target:
@@ -234,7 +236,7 @@ def _database(
                 raise CommandError(str(error)) from error
             finally:
                 if options.keep:
-                    display.line(f"Kept: the schema {target.schema} in {target.address}")
+                    display.line(f"Kept: {target.place}")
         return
     directory = None
     if options.keep:
@@ -243,6 +245,7 @@ def _database(
         EmbeddedPostgres(directory) as server,
         target_for(server.dsn(), keep=True, driver_named=options.driver) as target,
     ):
+        assert isinstance(target, Target)
         try:
             yield target, server
             if directory is not None and sys.stdin.isatty() and sys.stdout.isatty():

@@ -16,8 +16,8 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS definition (path text, name text, kind text, line integer)",
 )
 # Leaves a file alone that had been recorded already.
-INSERT = "INSERT INTO file VALUES (%s, %s) ON CONFLICT DO NOTHING"
-MYSQL_INSERT = "INSERT INTO file VALUES (%s, %s) ON DUPLICATE KEY UPDATE path = path"
+INSERT = "INSERT INTO file VALUES ({0}, {0}) ON CONFLICT DO NOTHING"
+MYSQL_INSERT = "INSERT INTO file VALUES ({0}, {0}) ON DUPLICATE KEY UPDATE path = path"
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # Rows of one statement. Databases limit the number of parameters.
 PAGE = 1000
@@ -29,13 +29,14 @@ def import_files(dsn: str, directory: Path, names: Iterable[str], driver: str | 
     ztm = initZopeless(dsn, implicitBegin=False, timeout=60, driver=driver, witness=Ledger())
     run = partial(ztm.run, attempts=10)
     insert = MYSQL_INSERT if dsn.startswith("mysql:") else INSERT
+    mark = "?" if dsn.startswith("sqlite:") else "%s"
     known = 0
     try:
         for table in TABLES:
             run(partial(ztm.cursor().execute, table))
         for name in names:
             parsed = parse(directory / name)
-            known += not run(partial(record, ztm.cursor(), name, parsed, insert))
+            known += not run(partial(record, ztm.cursor(), name, parsed, insert, mark))
     finally:
         ztm.uninstall()
     return known
@@ -53,11 +54,14 @@ def parse(path: Path) -> Parsed:
     return None, [(node.name, type(node).__name__, node.lineno) for node in found]
 
 
-def record(cursor: ReconnectingCursor, name: str, parsed: Parsed, insert: str = INSERT) -> bool:
-    """Record a file in the current transaction; return False if it had been recorded already."""
+def record(cursor: ReconnectingCursor, name: str, parsed: Parsed, insert: str, mark: str) -> bool:
+    """Record a file in the current transaction; return False if it had been recorded already.
+
+    mark: how the driver wants parameters marked.
+    """
     path = os.fsencode(name).decode(errors="backslashreplace")
     error, definitions = parsed
-    cursor.execute(insert, (path, error))
+    cursor.execute(insert.format(mark), (path, error))
     if cursor.rowcount == 0:
         return False
     rows = [(path, *definition) for definition in definitions]
@@ -69,5 +73,5 @@ def insert_definitions(cursor: ReconnectingCursor, rows: list[tuple[str, str, st
     """Insert the rows, with as few statements as any driver can."""
     for start in range(0, len(rows), PAGE):
         page = rows[start : start + PAGE]
-        places = ", ".join(["(%s, %s, %s, %s)"] * len(page))
+        places = ", ".join([f"({mark}, {mark}, {mark}, {mark})"] * len(page))
         cursor.execute(f"INSERT INTO definition VALUES {places}", list(chain.from_iterable(page)))

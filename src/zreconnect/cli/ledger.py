@@ -49,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
         server = server_from_dsn(options.dsn)
     except ValueError as error:
         raise CommandError(f"argument DSN: {error}") from None
+    if not server.driver.has_sessions:
+        raise CommandError(f"{server.address} needs no ledger: it has no answers that can be lost")
     try:
         _make(server, table)
     except (server.driver.module.Error, TimeoutError) as error:

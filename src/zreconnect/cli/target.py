@@ -11,6 +11,7 @@ import psycopg2
 from psycopg2.extensions import make_dsn
 
 from zreconnect.cli.errors import CommandError
+from zreconnect.cli.file import FileTarget
 from zreconnect.drivers.base import load_driver
 from zreconnect.drivers.mysql import ER_NO_SUCH_THREAD, MysqlDriver, errno
 from zreconnect.dsn import driver_name
@@ -20,8 +21,8 @@ from zreconnect.testing import PortForward
 CONNECT_TIMEOUT = "10"
 
 
-def target_for(dsn: str, keep: bool, driver_named: str | None = None) -> Target:
-    """The `Target` for a DSN.
+def target_for(dsn: str, keep: bool, driver_named: str | None = None) -> Target | FileTarget:
+    """The target for a DSN.
 
     driver_named: the name of the driver that the job uses; None takes the one for the DSN.
 
@@ -29,13 +30,15 @@ def target_for(dsn: str, keep: bool, driver_named: str | None = None) -> Target:
     """
     try:
         driver = load_driver(driver_named or driver_name(dsn))
-        parameters = {"connect_timeout": CONNECT_TIMEOUT, **driver.parse(dsn)}
+        parameters = driver.parse(dsn)
     except ValueError as error:
         raise CommandError(f"argument --dsn: {error}") from None
     except ImportError as error:
         raise CommandError(str(error)) from error
+    if not driver.has_sessions:
+        return FileTarget(driver, parameters, keep)
     target_class = MysqlTarget if isinstance(driver, MysqlDriver) else Target
-    return target_class(driver, parameters, keep)
+    return target_class(driver, {"connect_timeout": CONNECT_TIMEOUT, **parameters}, keep)
 
 
 class Target:
@@ -70,6 +73,15 @@ class Target:
         self.forward = PortForward(host, int(port))
         self._parameters = parameters
         self._keep = keep
+
+    @property
+    def place(self) -> str:
+        """What is kept."""
+        return f"the schema {self.schema} in {self.address}"
+
+    def count_requests(self) -> int:
+        """How many messages the job has sent to the server so far."""
+        return self.forward.count().messages_to_server
 
     def __enter__(self) -> Target:
         try:

@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import suppress
 
+from zreconnect.cli.file import FileTarget
 from zreconnect.cli.interruptions import POLL_INTERVAL, Way
 from zreconnect.cli.target import Target
 from zreconnect.testing import EmbeddedPostgres, PortForward
@@ -17,7 +18,7 @@ SESSION_TIMEOUT = 1.0
 
 
 def ways_to_interrupt(
-    target: Target, server: EmbeddedPostgres | None, stopping: threading.Event
+    target: Target | FileTarget, server: EmbeddedPostgres | None, stopping: threading.Event
 ) -> dict[str, Way]:
     """Return all ways that there are, by the name of their kind.
 
@@ -26,6 +27,8 @@ def ways_to_interrupt(
 
     Raises the target's ``errors`` if it cannot be reached.
     """
+    if isinstance(target, FileTarget):
+        return target.ways(stopping)
     ways = _ways_on_line(target.forward, stopping)
     if target.may_terminate():
         ways[target.terminates_by] = lambda seconds: target.terminate(_session(target, stopping))

@@ -1,6 +1,7 @@
 """SQLite: the same API, no disconnects, and locks that are waited for when a transaction begins."""
 
 import contextlib
+import io
 import os
 import sqlite3
 import stat
@@ -18,7 +19,7 @@ import transaction
 import zope.event
 
 import zreconnect
-from zreconnect import events
+from zreconnect import cli, events
 from zreconnect.drivers import sqlite as sqlite_driver
 from zreconnect.drivers.base import Meaning, ServerSession, SessionSettings
 from zreconnect.drivers.sqlite import driver
@@ -481,11 +482,14 @@ class ErrorTests(SqliteTestCase):
         connection = self.connect()
         connection.autocommit = True
         connection.cursor().execute("BEGIN")
+        connection.cursor().execute("INSERT INTO item VALUES ('a')")
         with self.assertRaises(sqlite3.ProgrammingError):
             connection.begin()
-        connection.cursor().execute("INSERT INTO item VALUES ('a')")
-        connection.cursor().execute("COMMIT")
-        self.assertEqual(self.names(), ["a"])
+        self.assertEqual(self.names(), [])
+        connection.begin()
+        connection.cursor().execute("INSERT INTO item VALUES ('b')")
+        connection.commit()
+        self.assertEqual(self.names(), ["b"])
 
     def test_a_session_that_was_closed_by_hand(self):
         connection = self.connect()
@@ -646,6 +650,57 @@ class ProgramTests(SqliteTestCase):
             ids = {each.result(PATIENCE) for each in [threads.submit(work, n) for n in "ab"]}
         self.assertEqual(len(ids), 2)
         self.assertEqual(self.names(), ["a", "b"])
+
+
+class CommandTests(SqliteTestCase):
+    def run_command(self, *arguments):
+        """The exit status, and what was written."""
+        written = io.StringIO()
+        with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
+            status = cli.main([str(each) for each in arguments])
+        return status, written.getvalue()
+
+    def demo(self, dsn, *arguments):
+        tree = self.directory / "tree"
+        tree.mkdir(exist_ok=True)
+        for number in range(4):
+            (tree / f"module{number}.py").write_text("def first(): pass\nclass Second: pass\n")
+        (tree / "empty.py").write_text("")
+        return self.run_command("demo", tree, "--dsn", dsn, "--interruptions", 3, *arguments)
+
+    def files(self):
+        return sorted(each.name for each in self.directory.glob("job.db*"))
+
+    def test_the_demo(self):
+        status, written = self.demo(self.dsn)
+        self.assertEqual(status, 0, written)
+        for line in ("locked by a writer", "locked by a reader", "locked for all"):
+            self.assertIn(line, written)
+        self.assertRegex(written, r"  recorded +5 ")
+        self.assertEqual(self.files(), ["job.db"])
+
+    def test_the_demo_keeps_its_file_if_it_is_asked_to(self):
+        status, written = self.demo(self.dsn, "--keep")
+        self.assertEqual(status, 0, written)
+        _, kept = self.files()
+        self.assertIn(f"Kept: the database sqlite:///{self.directory / kept}", written)
+        with contextlib.closing(sqlite3.connect(self.directory / kept)) as plain:
+            self.assertEqual(plain.execute("SELECT count(*) FROM definition").fetchall(), [(8,)])
+
+    def test_what_the_demo_cannot_use(self):
+        for dsn, problem in {
+            "sqlite://": "argument --dsn: it must name a file",
+            "sqlite://server/job.db": "argument --dsn: dsn is no name of an SQLite database",
+            f"sqlite:///{self.directory}/nothing/job.db": "unable to open database file",
+        }.items():
+            status, written = self.demo(dsn)
+            self.assertEqual(status, 2)
+            self.assertIn(problem, written)
+
+    def test_there_is_no_ledger(self):
+        status, written = self.run_command("ledger", self.dsn)
+        self.assertEqual(status, 2)
+        self.assertIn("needs no ledger", written)
 
 
 FORK = """
