@@ -383,11 +383,15 @@ class LedgerObserver(_SessionObserver):
             self._insert_row(raw)
         # A connection may be waiting for its server, to look up its outcome here.
         # The rows are looked for first: MySQL's DELETE waits for the locks of those it passes by.
-        unused = self._driver.query(
-            raw, f"SELECT id FROM {self._table} WHERE used < now() - INTERVAL '{KEPT_DAYS}' DAY"
-        )
-        for (identifier,) in unused:
-            self._driver.query(raw, f"DELETE FROM {self._table} WHERE id = %s", (str(identifier),))
+        unused = f"used < now() - INTERVAL '{KEPT_DAYS}' DAY"
+        for (identifier,) in self._driver.query(
+            raw, f"SELECT id FROM {self._table} WHERE {unused}"
+        ):
+            self._driver.query(
+                raw,
+                f"DELETE FROM {self._table} WHERE id = %s AND {unused}",
+                (str(identifier),),
+            )
 
     def _insert_row(self, raw: Any) -> None:
         """Insert the connection's row, unless it is there from an earlier session."""

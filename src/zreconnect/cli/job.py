@@ -65,11 +65,13 @@ def record(cursor: ReconnectingCursor, name: str, parsed: Parsed, insert: str, m
     if cursor.rowcount == 0:
         return False
     rows = [(path, *definition) for definition in definitions]
-    insert_definitions(cursor, rows)
+    insert_definitions(cursor, rows, mark)
     return True
 
 
-def insert_definitions(cursor: ReconnectingCursor, rows: list[tuple[str, str, str, int]]) -> None:
+def insert_definitions(
+    cursor: ReconnectingCursor, rows: list[tuple[str, str, str, int]], mark: str
+) -> None:
     """Insert the rows, with as few statements as any driver can."""
     for start in range(0, len(rows), PAGE):
         page = rows[start : start + PAGE]

@@ -19,7 +19,9 @@ from unittest import mock
 import transaction
 
 from zreconnect import zopeless
+from zreconnect.testing import EmbeddedMariaDB
 from zreconnect.testing.layers import PORT_FORWARD_LAYER as LAYER
+from zreconnect.tests.base import REQUIRED
 
 DIRECTORY = Path(__file__).resolve().parents[3] / "doctests"
 CHAPTERS = sorted(DIRECTORY.glob("*.rst"))
@@ -30,6 +32,8 @@ OPTION_FLAGS = (
 
 
 def set_up(test):
+    if Path(test.filename).name == "mysql.rst" and not (EmbeddedMariaDB.installed() or REQUIRED):
+        raise unittest.SkipTest("MariaDB's server is not installed: make services")
     database = f"manual_{secrets.token_hex(8)}"
     LAYER.server.create_database(database)
     test.globs.update(server=LAYER.server, forward=LAYER.forward, dsn=LAYER.dsn(dbname=database))
