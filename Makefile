@@ -19,7 +19,7 @@ made_of := $(shell cat .venv/made-of 2>/dev/null | tr '\n' '|')
 ifneq ($(made_of),$(python_id)|$(CURDIR)|)
 stale := yes
 endif
-debian_packages := mariadb-server-core default-libmysqlclient-dev gcc pkg-config python3-dev
+debian_packages := mariadb-server-core default-libmysqlclient-dev gcc openssl pkg-config python3-dev
 has_server := PATH="$$PATH:/usr/sbin" command -v mariadbd mariadb-install-db >/dev/null
 # mysqlclient has no wheels for Linux.
 builds_mysqlclient := command -v cc >/dev/null && pkg-config --exists mysqlclient 2>/dev/null && \

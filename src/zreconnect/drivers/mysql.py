@@ -104,13 +104,13 @@ CONDITIONS = {
 
 ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 MARK = "zreconnect_transaction"
-# Comments may stand before a statement.
-BLANK = r"(?:\s|--\s[^\n]*\n|#[^\n]*\n|/\*.*?\*/)*"
+# Comments may stand before a statement. The server executes one with an exclamation mark.
+BLANK = r"(?:\s|--\s[^\n]*\n|#[^\n]*\n|/\*M?!\d*|/\*.*?\*/)*"
 # https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
 COMMITTING = re.compile(
     BLANK + r"(?!(?:CREATE|DROP)\s+TEMPORARY\b)"
     r"(?:ALTER|ANALYZE|BEGIN|CACHE|CHANGE|CHECK|COMMIT|CREATE|DROP|FLUSH|GRANT|INSTALL|LOCK|OPTIMIZE"
-    r"|RENAME|REPAIR|RESET|REVOKE|SET\s+PASSWORD|START|STOP|TRUNCATE|UNINSTALL|UNLOCK)\b",
+    r"|RENAME|REPAIR|RESET|REVOKE|SET\s+(?:PASSWORD|(?:SESSION\s+)?(?:@@)?AUTOCOMMIT)|START|STOP|TRUNCATE|UNINSTALL|UNLOCK)\b",
     re.IGNORECASE | re.DOTALL,
 )
 # A procedure may commit, and nobody can see it from outside.
@@ -253,7 +253,13 @@ class MysqlDriver(BaseDriver):
         statements += [f"START TRANSACTION{access}", f"SAVEPOINT {MARK}"]
         if rider:
             statements.append(rider)
-        return self._execute_all(raw, statements)
+        try:
+            return self._execute_all(raw, statements)
+        except self.module.Error as error:
+            if self.meaning(error, raw) is not Meaning.DISCONNECT:
+                # The transaction had begun before the rider failed.
+                self.rollback(raw)
+            raise
 
     def commit(self, raw: Any, rider: str = "") -> None:
         statements = [rider] if rider else []
@@ -312,10 +318,13 @@ class MysqlDriver(BaseDriver):
             return list(cursor.fetchall()) if cursor.description else []
 
     def cursor(self, raw: Any, name: str | None, options: Mapping[str, Any]) -> Any:
-        usual = raw.cursorclass if name is None else self.server_side_cursor
-        options = dict(options)
-        cursor_class = options.pop("cursor_factory", None) or usual
-        cursor = _watched(cursor_class)(raw, **options)
+        cursor_class = options.get("cursor_factory") or raw.cursorclass
+        if isinstance(name, type):
+            # The modules' own first argument is a class.
+            cursor_class = name
+        elif name is not None:
+            cursor_class = self.server_side_cursor
+        cursor = _watched(cursor_class)(raw)
         cursor.zreconnect_driver = self
         return cursor
 

@@ -428,6 +428,9 @@ class Tests(MysqlTestCase):
             "create index i on t (c)": True,
             "TRUNCATE item": True,
             "LOCK TABLES item WRITE": True,
+            "/*!50001 CREATE TABLE t (c int) */": True,
+            "SET autocommit = 1": True,
+            "SET @@session.sql_mode = ''": False,
             "DROP TEMPORARY TABLE scratch": False,
             "ROLLBACK": False,
             "INSERT INTO item SELECT 'COMMIT'": False,
@@ -472,6 +475,25 @@ class Tests(MysqlTestCase):
             cursor.execute("SELECT @@tx_isolation, @@tx_read_only")
             self.assertEqual(cursor.fetchone(), ("SERIALIZABLE", 1))
             connection._drop_session()
+
+    def test_a_cursor_class_as_the_modules_take_it(self):
+        connection = self.connect()
+        dictionaries = import_module(f"{self.module.__name__}.cursors").DictCursor
+        for cursor in (
+            connection.cursor(dictionaries),
+            connection.cursor(cursor_factory=dictionaries),
+        ):
+            cursor.execute("SELECT 1 AS one")
+            self.assertEqual(cursor.fetchall()[0], {"one": 1})
+            self.assertTrue(self.driver.in_transaction(connection.driver_connection))
+            connection.rollback()
+
+    def test_begin_that_fails_leaves_no_transaction(self):
+        raw = self.connect().driver_connection
+        for rider in ("UPDATE nothing SET number = 1", "SELEKT"):
+            with self.assertRaises(self.module.Error):
+                self.driver.begin(raw, SessionSettings(), rider)
+            self.assertFalse(self.driver.in_transaction(raw))
 
     def test_a_cursor_on_the_server(self):
         connection = self.connect()
