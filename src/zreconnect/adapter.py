@@ -16,6 +16,7 @@ from zreconnect.connection import ReconnectingConnection
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.datamanager import join_transactions
 from zreconnect.descriptor import HeldByThread
+from zreconnect.exceptions import ReconnectTimeout
 from zreconnect.interfaces import (
     ACTIVE,
     CLOSED,
@@ -54,20 +55,40 @@ class ZopeCursor(ReconnectingCursor):
         return _as_list(super().__next__())
 
 
+class OneAttempt(RetryPolicy):
+    """One attempt, with as much time as there is, and `ReconnectTimeout` if it fails."""
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(timeout=timeout, attempts=1)
+
+    @property
+    def fails_fast(self) -> bool:
+        return False
+
+    def after(self, elapsed: float) -> RetryPolicy:
+        return self
+
+
 @implementer(IZopeConnection)
 class ZopeConnection(ReconnectingConnection):
     """See `IZopeConnection`.
 
-    A publisher runs a request again at once after a disconnect, in the same thread. So the time
-    that it has waited is the thread's: it counts from transaction to transaction until one ends
-    that was not lost, or until nothing has happened for as long as the policy's timeout.
+    With a policy that does not fail fast, a publisher runs a request again only after a transaction
+    that was lost, at once and in the same thread. So the time that the request has waited is the
+    thread's: it counts from transaction to transaction, until one ends that was not lost, or the
+    policy's timeout is used up, or nothing has happened for as long.
+
+    When it is used up, nobody runs the request again, and what comes next is another one. It need
+    not wait as long as that: until some thread has reached the server, it makes one attempt.
     """
 
-    __slots__ = ("_adapter", "_waited", "_waited_until")
+    __slots__ = ("_adapter", "_gave_up", "_waited", "_waited_until")
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self._adapter: Any = None
+        # How often the server had been reached when this thread gave up.
+        self._gave_up: int | None = None
         self._waited = 0.0
         self._waited_until = 0.0
 
@@ -86,17 +107,28 @@ class ZopeConnection(ReconnectingConnection):
         return self._adapter
 
     def _patience(self) -> RetryPolicy:
-        if time.monotonic() - self._waited_until > (self._policy.timeout or 0):
+        timeout = self._policy.timeout
+        if self._policy.fails_fast or timeout is None:
+            return self._policy
+        if time.monotonic() - self._waited_until > timeout:
             self._waited = 0.0
+            self._gave_up = None
+        if self._gave_up == self._server.times_reached:
+            return OneAttempt(timeout)
         return self._policy.after(self._waited)
 
     def _begin(self) -> None:
         started = time.monotonic()
         try:
             super()._begin()
+        except ReconnectTimeout:
+            self._gave_up = self._server.times_reached
+            self._waited = 0.0
+            raise
+        else:
+            self._waited += time.monotonic() - started
         finally:
             self._waited_until = time.monotonic()
-            self._waited += self._waited_until - started
 
     def _be_idle(self) -> None:
         if self._state == ACTIVE:

@@ -114,4 +114,4 @@ def check_attempts(attempts: int) -> None:
 #: For scripts: keep trying until the server is back.
 PERSIST = RetryPolicy()
 #: For web requests: try once, then let the publisher decide.
-FAIL_FAST = RetryPolicy(timeout=5.0, attempts=1)
+FAIL_FAST = RetryPolicy(timeout=2.0, attempts=1)

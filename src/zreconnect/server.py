@@ -36,6 +36,8 @@ class Server:
         self.driver = driver
         self._open_session = open_session
         self._parameters = parameters
+        #: How often some thread has got a connection.
+        self.times_reached = 0
         self.reopen_door()
 
     @property
@@ -114,6 +116,7 @@ class Server:
     def _end_attempt(self, attempt: Attempt, is_up: bool) -> None:
         with self._lock:
             self._is_up = is_up
+            self.times_reached += is_up
             if self._shared_attempt is attempt:
                 self._shared_attempt = None
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import psycopg2
-
 from zreconnect.cli.errors import CommandError
+from zreconnect.drivers.base import Condition
 from zreconnect.exceptions import one_line
 from zreconnect.server import Server, server_from_dsn
 from zreconnect.witness import Ledger, make_ledger
@@ -54,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(f"{server.address} needs no ledger: it has no answers that can be lost")
     try:
         _make(server, table)
-    except (psycopg2.Error, TimeoutError) as error:
+    except (server.driver.module.Error, TimeoutError) as error:
         # The cause, because the error itself advises to run this command.
         problem = one_line(error.__cause__ or error)
         raise CommandError(f"cannot make {table} in {server.address}: {problem}") from error
@@ -65,10 +64,20 @@ def _make(server: Server, table: str) -> None:
     driver = server.driver
     raw = server.connect(CONNECT_TIMEOUT)
     try:
-        ((exists,),) = driver.query(raw, "SELECT to_regclass(%s) IS NOT NULL", (table,))
+        exists = _exists(driver, raw, table)
         make_ledger(driver, raw, table)
         print(f"{table} {'exists' if exists else 'was made'} in {server.address}")
         driver.query(raw, f"GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO PUBLIC")
         print(f"SELECT, INSERT, UPDATE and DELETE on {table} were granted to PUBLIC")
     finally:
         driver.close(raw)
+
+
+def _exists(driver: Any, raw: Any, table: str) -> bool:
+    try:
+        driver.query(raw, f"SELECT 1 FROM {table} WHERE 1 = 0")
+    except driver.module.Error as error:
+        if driver.condition(error) is not Condition.UNDEFINED_TABLE:
+            raise
+        return False
+    return True

@@ -386,10 +386,18 @@ class MysqlDriver(BaseDriver):
         # A number may be given again after a restart of the server; the lock is the session's own,
         # and free when its transaction has ended.
         lock = f"zreconnect:{uuid.uuid4()}"
-        ((number, locked),) = self.query(raw, "SELECT CONNECTION_ID(), GET_LOCK(%s, 0)", (lock,))
-        return ServerSession(number, lock if locked else None)
+        try:
+            ((locked,),) = self.query(raw, "SELECT GET_LOCK(%s, 0)", (lock,))
+        except self.module.Error as error:
+            # A cluster may refuse such locks.
+            if self.meaning(error, raw) is Meaning.DISCONNECT:
+                raise
+            locked = False
+        return ServerSession(raw.thread_id(), lock if locked else None)
 
     def end_session(self, raw: Any, session: ServerSession, xid: int | None) -> bool:
+        if session.start is None:
+            return False
         ((number,),) = self.query(raw, "SELECT IS_USED_LOCK(%s)", (session.start,))
         if number is None:
             return False

@@ -33,14 +33,16 @@ class MysqlclientDriver(MysqlDriver):
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
         raw = super().connect(parameters, timeout)
         # MariaDB's client library takes this for a wish.
-        if parameters.get("ssl_mode") == "REQUIRED":
-            ((_, cipher),) = self.query(raw, "SHOW STATUS LIKE 'Ssl_cipher'")
-            if not cipher:
-                self.close(raw)
-                raise MySQLdb.OperationalError(
-                    CR_SSL_CONNECTION_ERROR, "TLS is required, but the server does not use it"
-                )
+        if parameters.get("ssl_mode") == "REQUIRED" and not self._uses_tls(raw):
+            self.close(raw)
+            raise MySQLdb.OperationalError(
+                CR_SSL_CONNECTION_ERROR, "TLS is required, but the server does not use it"
+            )
         return raw
+
+    def _uses_tls(self, raw: Any) -> bool:
+        ((_, cipher),) = self.query(raw, "SHOW STATUS LIKE 'Ssl_cipher'")
+        return bool(cipher)
 
     def tls_keywords(self, parameters: Mapping[str, str]) -> dict[str, Any]:
         files = {key: parameters[name] for name, key in TLS_FILES.items() if name in parameters}

@@ -47,9 +47,10 @@ class PymysqlDriver(MysqlDriver):
 
     def close(self, raw: Any) -> None:
         super().close(raw)
-        if isinstance(raw, self.connection_class):
-            # Its cursors would want to read the rest of a result when they are deleted.
-            raw._result = None
+        result = getattr(raw, "_result", None)
+        if result is not None:
+            # Else it would want to read its rest when it is deleted.
+            result.unbuffered_active = False
 
     def tls_keywords(self, parameters: Mapping[str, str]) -> dict[str, Any]:
         files = {name: parameters[name] for name in _FILES if name in parameters}

@@ -287,18 +287,45 @@ class TimeoutTests(AdapterTestCase):
         transaction.abort()
         self.assertEqual(self.waits(adapter), 60)
 
-    def test_when_the_time_is_used_up_there_is_one_attempt(self):
-        adapter = self.adapter(timeout=0.5)
-        self.forward.refuse()
-        with self.assertRaises(ReconnectTimeout):
-            self.read(adapter)
-        transaction.abort()
+    def give_up(self, adapter):
+        """How many attempts it took."""
         with self.assertRaises(ReconnectTimeout) as timeout:
             self.read(adapter)
         transaction.abort()
-        self.assertEqual(timeout.exception.attempts, 1)
-        # It is forgotten after as long a time.
-        wait_until(lambda: self.waits(adapter) == 0.5)
+        return timeout.exception.attempts
+
+    def test_after_giving_up_a_request_makes_one_attempt(self):
+        adapter = self.adapter(timeout=0.5)
+        self.forward.refuse()
+        self.assertGreater(self.give_up(adapter), 1)
+        self.assertEqual(self.give_up(adapter), 1)
+        self.assertEqual(self.give_up(adapter), 1)
+        # That is forgotten when nobody has asked for as long as the timeout.
+        wait_until(lambda: adapter()._patience().attempts is None)
+        self.assertGreater(self.give_up(adapter), 1)
+
+    def test_after_another_thread_has_reached_the_server_requests_wait_again(self):
+        adapter = self.adapter(timeout=60)
+        adapter()._waited = 60.0
+        adapter()._waited_until = time.monotonic()
+        self.forward.refuse()
+        self.give_up(adapter)
+        self.assertEqual(adapter()._patience().attempts, 1)
+        self.forward.accept()
+        self.in_thread(lambda: (self.read(adapter), transaction.commit()))
+        self.assertEqual(self.waits(adapter), 60)
+        self.assertIsNone(adapter()._patience().attempts)
+
+    def test_after_giving_up_connecting_may_take_its_time(self):
+        adapter = self.adapter(timeout=20)
+        adapter()._waited = 20.0
+        adapter()._waited_until = time.monotonic()
+        self.forward.refuse()
+        self.give_up(adapter)
+        self.forward.accept()
+        self.forward.delay(0.2)
+        self.read(adapter)
+        transaction.commit()
 
     def test_a_session_gone_silent_leaves_time_to_connect(self):
         adapter = self.adapter(timeout=4)

@@ -350,7 +350,7 @@ class BadInputTests(CommandTestCase):
         for dsn, complaint in {
             "": "dsn is empty",
             "postgresql://[": "dsn is no connection string",
-            "mysql://localhost/work": "unknown scheme 'mysql'",
+            "oracle://localhost/work": "unknown scheme 'oracle'",
             "dbname=work": "it must name one host",
             "host=/tmp dbname=work": "it must name one host",
             "host=one,two dbname=work": "it must name one host",

@@ -1,10 +1,15 @@
 """MySQL and MariaDB through each of their modules: what the core promises, and what is theirs."""
 
 import contextlib
+import importlib.util
 import os
+import shutil
+import subprocess
+import tempfile
 import threading
 import unittest
 from importlib import import_module
+from pathlib import Path
 from unittest import mock
 
 import pymysql
@@ -21,11 +26,12 @@ from zreconnect import (
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.drivers import mysql
 from zreconnect.drivers.base import Meaning, SessionSettings, load_driver
+from zreconnect.drivers.mysql import MysqlDriver
 from zreconnect.dsn import driver_name
 from zreconnect.events import CommitLookedUp
 from zreconnect.server import server_from_dsn
 from zreconnect.testing import EmbeddedMariaDB
-from zreconnect.tests.base import LineTestCase, needs_mysqlclient, on_mariadb, wait_until
+from zreconnect.tests.base import REQUIRED, LineTestCase, needs_mysqlclient, on_mariadb, wait_until
 
 # For statements that wait in vain otherwise.
 PATIENCE = 30
@@ -273,10 +279,18 @@ class Tests(MysqlTestCase):
 
     def test_a_server_without_locks_of_that_kind(self):
         raw = self.connect().driver_connection
-        with mock.patch.object(self.driver, "query", return_value=[(7, None)]):
-            session = self.driver.identify(raw)
-        self.assertEqual((session.pid, session.start), (7, None))
-        self.assertFalse(self.driver.end_session(raw, session, None))
+        unsupported = self.module.NotSupportedError(1235, "not in a cluster")
+        for answer in ({"return_value": [(None,)]}, {"side_effect": unsupported}):
+            with mock.patch.object(self.driver, "query", **answer):
+                session = self.driver.identify(raw)
+            self.assertEqual((session.pid, session.start), (raw.thread_id(), None))
+            self.assertFalse(self.driver.end_session(raw, session, None))
+        lost = self.module.OperationalError(mysql.CR_SERVER_LOST, "Lost connection")
+        with (
+            mock.patch.object(self.driver, "query", side_effect=lost),
+            self.assertRaises(self.module.OperationalError),
+        ):
+            self.driver.identify(raw)
 
     # What ends a transaction on the server
 
@@ -527,8 +541,9 @@ class Tests(MysqlTestCase):
         with mock.patch.object(self.driver, "_is_mariadb", return_value=False):
             connection = self.connect()
             connection.set_session(isolation_level="READ COMMITTED")
-            self.insert(connection)
-            connection.commit()
+            connection.run(lambda: None)
+            # Five to begin, one statement, and three to commit.
+            self.assertEqual(self.round_trips(lambda: connection.run(self.insert, connection)), 9)
             self.insert(connection, "two")
             connection.driver_connection.rollback()
             with self.assertRaises(self.module.InternalError):
@@ -667,6 +682,51 @@ class RollbackOnTimeoutTests(unittest.TestCase):
             connection.close()
 
 
+@on_mariadb()
+@unittest.skipUnless(shutil.which("openssl") or REQUIRED, "openssl is not installed")
+class TlsTests(unittest.TestCase):
+    def setUp(self):
+        holder = tempfile.TemporaryDirectory()
+        self.addCleanup(holder.cleanup)
+        # The server of root's runs as another user.
+        Path(holder.name).chmod(0o755)
+        self.certificate, key = Path(holder.name, "certificate"), Path(holder.name, "key")
+        subprocess.run(
+            [
+                *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+                *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+                *("-keyout", key, "-out", self.certificate),
+            ],
+            check=True,
+            capture_output=True,
+        )
+        key.chmod(0o644)
+        self.server = EmbeddedMariaDB(settings={"ssl_cert": self.certificate, "ssl_key": key})
+        self.server.start()
+        self.addCleanup(self.server.stop)
+
+    def cipher(self, driver, options):
+        dsn = f"{self.server.dsn()}?{options}"
+        connection = zreconnect.connect(dsn, driver, policy=FAIL_FAST, witness=None)
+        self.addCleanup(connection.close)
+        cursor = connection.cursor()
+        cursor.execute("SHOW STATUS LIKE 'Ssl_cipher'")
+        ((_, cipher),) = cursor.fetchall()
+        return cipher
+
+    def test_modes(self):
+        drivers = ["pymysql"] + ["mysqlclient"] * (importlib.util.find_spec("MySQLdb") is not None)
+        for driver in drivers:
+            with self.subTest(driver):
+                self.assertTrue(self.cipher(driver, "ssl_mode=REQUIRED"))
+                for mode in ("VERIFY_CA", "VERIFY_IDENTITY"):
+                    verified = f"ssl_mode={mode}&ssl_ca="
+                    self.assertTrue(self.cipher(driver, f"{verified}{self.certificate}"))
+                    # Who has signed it is not among those of the system.
+                    with self.assertRaises(load_driver(driver).module.OperationalError):
+                        self.cipher(driver, f"ssl_mode={mode}")
+
+
 class DsnTests(unittest.TestCase):
     driver = load_driver("pymysql")
 
@@ -705,6 +765,10 @@ class DsnTests(unittest.TestCase):
     def test_levels(self):
         self.assertEqual(self.driver.isolation_level("repeatable-read"), "REPEATABLE READ")
         self.assertIsNone(self.driver.isolation_level("default"))
+
+    def test_what_each_module_has_of_its_own(self):
+        for incomplete in (lambda: MysqlDriver().tls_keywords({}), lambda: MysqlDriver().fileno(0)):
+            self.assertRaises(NotImplementedError, incomplete)
 
     def test_a_statement_of_its_own_module(self):
         self.assertEqual(import_module("zreconnect.drivers.pymysql").driver, self.driver)
