@@ -7,6 +7,7 @@ import unittest
 from importlib import import_module
 from pathlib import Path
 
+import psycopg
 import pymysql.cursors
 
 from zreconnect.testing import DriverConformance, conformance
@@ -23,6 +24,14 @@ class ExampleTests(unittest.TestCase):
         example = globals()["Psycopg2Conformance"]
         self.assertTrue(issubclass(example, DriverConformance))
         self.assertGreater(len(unittest.defaultTestLoader.getTestCaseNames(example)), 50)
+
+
+class PsycopgConformance(globals()["Psycopg2Conformance"]):
+    driver_name = "psycopg"
+    cursor_class = psycopg.ClientCursor
+
+    def connect_plainly(self, autocommit=False):
+        return psycopg.connect(self.dsn(), autocommit=autocommit)
 
 
 class MysqlConformance(DriverConformance):
