@@ -5,7 +5,7 @@ from collections import Counter
 from guestbook import database
 from pyramid.response import Response
 
-from zreconnect import CommitOutcomeUnknown
+from zreconnect import CommitOutcomeUnknown, DisconnectionError, ReconnectTimeout
 from zreconnect.tests.losses import LOSSES, attempts, lose_connection, run_loss
 
 shown = Counter()
@@ -55,6 +55,12 @@ def show_any_error(error, request):
     return Response("Sorry", status=500)
 
 
+def show_own_page(error, request):
+    """The application's own page for a database that cannot be reached."""
+    shown[type(error).__name__] += 1
+    return Response("Closed at the moment", status=503)
+
+
 def includeme(config):
     config.set_security_policy(SecurityPolicy())
     for name, view in (
@@ -69,3 +75,6 @@ def includeme(config):
     config.add_view(lose, route_name="loss")
     config.add_exception_view(show_unknown_outcome, context=CommitOutcomeUnknown)
     config.add_exception_view(show_any_error, context=Exception)
+    if "own_page" in config.get_settings():
+        for error in (DisconnectionError, ReconnectTimeout):
+            config.add_exception_view(show_own_page, context=error, retryable_error=False)

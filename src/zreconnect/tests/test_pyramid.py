@@ -6,6 +6,7 @@ from zreconnect.tests.stack_tests import StackTests
 from zreconnect.tests.web import STACKS, Stack, WebTestCase
 
 EXPLICIT_MANAGER = "tm.manager_hook = pyramid_tm.explicit_manager\n"
+ATTEMPTS = "retry.attempts = 3\n"
 COMMAND, DIRECTORY = STACKS["pyramid"]
 EXAMPLE = (DIRECTORY / "guestbook.ini").read_text()
 
@@ -18,14 +19,17 @@ class PyramidTests(StackTests, WebTestCase):
 
     settings = EXPLICIT_MANAGER
 
-    def with_views(self):
-        return self.configured(self.settings + "pyramid.includes = zreconnect.tests.pyramid_views")
+    def with_views(self, settings=""):
+        includes = "pyramid.includes = pyramid_retry zreconnect.tests.pyramid_views\n"
+        return self.configured(self.settings + includes + settings)
 
     def configured(self, settings):
         """The example with these settings in place of its transaction manager's."""
-        self.assertIn(EXPLICIT_MANAGER, EXAMPLE)
+        for setting in (EXPLICIT_MANAGER, ATTEMPTS):
+            self.assertIn(setting, EXAMPLE)
         ini = Path(self.temporary_directory(), "changed.ini")
-        ini.write_text(EXAMPLE.replace(EXPLICIT_MANAGER, settings + "\n"))
+        example = EXAMPLE.replace(ATTEMPTS, "") if "retry.attempts" in settings else EXAMPLE
+        ini.write_text(example.replace(EXPLICIT_MANAGER, settings + "\n"))
         return Stack(COMMAND.replace("guestbook.ini", str(ini)), DIRECTORY)
 
     def test_head_while_the_server_is_down(self):
@@ -45,6 +49,20 @@ class PyramidTests(StackTests, WebTestCase):
         self.query("DELETE FROM guest")
         self.assert_unavailable(example.get("/LosesAlways"))
         self.assertEqual(example.get("/Shown").body, "Counter()")
+
+    def test_own_page(self):
+        example = self.start_views(timeout=0.2, settings="own_page = yes")
+        self.assertEqual(example.get("/LosesAlways")[::2], (503, "Closed at the moment"))
+        self.assertEqual(example.get("/Attempts").body, str(self.attempts))
+        # Once, not after each attempt.
+        self.assertRegex(example.get("/Shown").body, "^Counter.{'.*DisconnectionError': 1}.$")
+        self.forward.refuse()
+        self.assertEqual(example.get()[::2], (503, "Closed at the moment"))
+
+    def test_number_of_attempts(self):
+        example = self.start_views(settings="retry.attempts = 5")
+        self.assert_unavailable(example.get("/LosesAlways"))
+        self.assertEqual(example.get("/Attempts").body, "5")
 
     def test_lost_before_there_is_a_view(self):
         example = self.start_views()
