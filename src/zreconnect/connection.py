@@ -964,8 +964,8 @@ def connect(
 
     The server is first contacted when the first transaction begins.
 
-    dsn: ``postgresql://user:password@host:port/dbname``, the same with ``dbi://``, or libpq's
-    ``host=... dbname=...``.
+    dsn: ``postgresql://user:password@host:port/dbname``, the same with ``dbi://`` or ``mysql://``,
+    ``sqlite:///path``, or libpq's ``host=... dbname=...``.
     driver: the driver's name, such as "psycopg"; None takes the one for the DSN's scheme.
     policy: how long connecting is tried when a transaction begins.
     witness: how the outcome of a lost COMMIT is looked up: "xid", a `Ledger`, or None for not.
@@ -976,7 +976,8 @@ def connect(
     phases, so that the transaction can have a part in several databases. The servers must allow
     prepared transactions.
 
-    Raises TypeError or ValueError, naming the argument, for one that makes no sense.
+    Raises TypeError or ValueError, naming the argument, for one that makes no sense; ImportError,
+    which says what to install, if the driver's database module is missing.
     """
     server = server_from_dsn(dsn, driver)
     return ReconnectingConnection(

@@ -192,6 +192,10 @@ class WholeResponseTests(unittest.TestCase):
         self.assertEqual(answer.headers["Content-Type"], "text/plain")
         self.assertEqual(chunks.closed, 1)
 
+    def test_response_that_cannot_be_closed(self):
+        answer = Answer(WholeResponse(responding([b"one", b"two"])))
+        self.assertEqual((answer.status, answer.body), (OK, b"onetwo"))
+
     def test_what_is_written_comes_first(self):
         def application(environ, start_response):
             start_response(OK, TEXT)(b"one ")
