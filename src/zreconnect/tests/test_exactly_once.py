@@ -6,7 +6,7 @@ of a direction, until there is no such byte, for each witness:
 - of the transaction, from BEGIN to the answer to COMMIT: at every byte, by FIN and by RST;
 - of COMMIT and its answer, with the server process killed at that moment, so that the server
   crashes: at every byte, by FIN and by RST;
-- of the whole transaction with such a crash: at every byte, by FIN and by RST in turn;
+- of the whole transaction with such a crash: at every third byte, by FIN and by RST in turn;
 - of connecting again and looking the outcome up, when the answer to COMMIT was lost, and when
   COMMIT itself was: at every sixth byte, by FIN and by RST in turn.
 
@@ -47,7 +47,7 @@ from zreconnect.witness import XidAtCommitObserver
 
 FULL = os.environ.get("ZRECONNECT_SWEEP") == "full"
 # From one cut to the next of the same kind; those by RST lie in the middle between those by FIN.
-CRASH_STEP = 1 if FULL else 2
+CRASH_STEP = 1 if FULL else 6
 RECONNECT_STEP = 1 if FULL else 12
 # The parts of the conversation that are cut.
 TRANSACTION = "transaction"

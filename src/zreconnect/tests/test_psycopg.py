@@ -1252,6 +1252,9 @@ class BeginWithStatementTests(Psycopg, DatabaseTestCase):
     def test_an_interrupt_while_it_waits(self):
         connection = self.ready()
         pid = connection.info.backend_pid
+        # A shell's background jobs ignore the signal, and so would this one.
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.addCleanup(signal.signal, signal.SIGINT, handler)
 
         def interrupt():
             wait_until(

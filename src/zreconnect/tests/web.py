@@ -18,6 +18,7 @@ from typing import NamedTuple
 from urllib.parse import urlencode
 
 from zreconnect.testing._ports import LOCALHOST, bind
+from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests.base import PATIENCE, DatabaseTestCase
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -200,6 +201,9 @@ class ExampleProcess:
 
 class WebTestCase(DatabaseTestCase):
     """Has the table of the guest book, and starts an application whose database it is."""
+
+    # Not that of the other tests, so that both can run at once.
+    layer = PortForwardLayer(PostgresLayer("WebPostgresLayer"), "WebPortForwardLayer")
 
     def setUp(self):
         super().setUp()
