@@ -10,6 +10,9 @@ MYSQL = ["mysqlclient >= 2.2"]
 PYMYSQL = ["PyMySQL >= 1.1"]
 PYRAMID = ["pyramid >= 2.0"]
 PSYCOPG = ["psycopg[binary] >= 3.2", "psycopg[binary] >= 3.2.2; python_version >= '3.13'"]
+SQLALCHEMY = ["SQLAlchemy >= 2.0.30", "zope.sqlalchemy >= 3.1"]
+SQLOBJECT = ["SQLObject >= 3.11"]
+STORM = ["storm >= 1.0"]
 # What zope.publisher, which Zope's integration serves, does not need itself.
 ZOPE = ["zope.component[zcml] >= 5.1", "zope.configuration >= 5.0", "zope.schema >= 7.0"]
 # The servers and middleware of the example applications, which the tests run.
@@ -79,13 +82,20 @@ setup(
         "psycopg": PSYCOPG,
         "pymysql": PYMYSQL,
         "pyramid": PYRAMID,
+        "sqlalchemy": SQLALCHEMY,
+        "sqlobject": SQLOBJECT,
+        "storm": STORM,
         "test": [
             "coverage >= 7.13",
+            "Django >= 4.2",
             "zope.testrunner >= 8.1",
             *CLI,
             *EXAMPLES,
             *PSYCOPG,
             *PYMYSQL,
+            *SQLALCHEMY,
+            *SQLOBJECT,
+            *STORM,
         ],
         "zope": ZOPE,
     },
