@@ -988,14 +988,19 @@ class ReconnectingConnection:
 
     def _end_session(self, error: BaseException) -> None:
         """The session is lost: let go of it and tell."""
+        state = self._state
         self._drop_session()
         self._server.lost()
-        events.announce(events.ConnectionLost(self.server, error, self._state))
+        events.announce(events.ConnectionLost(self.server, error, state))
 
     def _drop_session(self) -> None:
         raw, self._raw = self._raw, None
         if raw is None:
             return
+        if self._state == ACTIVE:
+            # Already here, because an interrupt in what follows must not leave a transaction
+            # without a session.
+            self._state = DOOMED
         self._kept = self._driver.keep(raw)
         self._watch.close()
         self._watch = NO_WATCH
@@ -1008,10 +1013,11 @@ class ReconnectingConnection:
         """In a forked child: the session, and a transaction in it, are the parent's."""
         self._turn = self._turn.in_child()
         if self._raw is not None:
+            was_active = self._state == ACTIVE
             self._drop_session()
             # What the parent's observer knows is of a session that must not be ended.
             self._observer = self._new_observer()
-            if self._state == ACTIVE:
+            if was_active:
                 self._doom()
 
     def _new_observer(self) -> Any:

@@ -8,15 +8,17 @@ import os
 import random
 import secrets
 import shlex
+import signal
 import sys
 import sysconfig
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import psycopg2
@@ -148,8 +150,8 @@ def _demonstrate(options: argparse.Namespace, directory: Path, names: Sequence[s
             lambda each: display.line(f"  item {each.item + 1} of {len(names)}: {each.kind}"),
             stopping,
         )
-        with _losses() as losses:
-            known = _import(target, directory, names, interrupter, display)
+        with _losses() as losses, _keyboard() as is_interrupted:
+            known = _import(target, directory, names, interrupter, display, is_interrupted)
         display.line("Comparing the tree with the tables")
         comparison = compare(directory, names, target.direct_dsn)
         _report(display, comparison, known, losses, plan, interrupter)
@@ -176,6 +178,7 @@ def _import(
     names: Sequence[str],
     interrupter: Interrupter,
     display: Display,
+    is_interrupted: Callable[[], bool],
 ) -> int:
     """Run the job among the interruptions; return how many items the unique key recognised.
 
@@ -185,6 +188,8 @@ def _import(
 
         def items() -> Iterator[str]:
             for name in interrupter.items(names):
+                if is_interrupted():
+                    raise KeyboardInterrupt
                 yield name
                 advance()
 
@@ -286,6 +291,34 @@ def _losses() -> Iterator[Counter[str]]:
         yield losses
     finally:
         zope.event.subscribers.remove(count)
+
+
+@contextmanager
+def _keyboard() -> Iterator[Callable[[], bool]]:
+    """Give a function that tells whether there was an interrupt from the keyboard in the block.
+
+    Its KeyboardInterrupt may be lost: psycopg2 ignores what is raised while it decodes a notice of
+    the server's, and Python what is raised while it finalises an object.
+    """
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.default_int_handler(number, frame)
+
+    # It is ignored in what a shell starts in the background, and only the main thread gets it.
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: interrupted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _directory(text: str) -> Path:

@@ -110,6 +110,8 @@ class PostgresqlDriver:
         ") WITH (fillfactor = 50)"
     )
     ledger_answer = " RETURNING pg_current_xact_id()"
+    # The names in SQL of the module's own constants.
+    isolation_levels: Mapping[Any, str]
 
     def parse(self, dsn: str) -> dict[str, str]:
         if dsn[:6].lower() == "dbi://":
@@ -123,6 +125,15 @@ class PostgresqlDriver:
                 f"dsn is no connection string that libpq understands; it has the form "
                 f"{dsn_module.FORMS}, with special characters in URLs written as %XX"
             ) from None
+
+    def isolation_level(self, level: Any) -> Any:
+        for constant, name in self.isolation_levels.items():
+            if level == constant or (isinstance(level, str) and level.upper() == name):
+                return constant
+        if level is None or (isinstance(level, str) and level.upper() == "DEFAULT"):
+            return None
+        names = ", ".join([*self.isolation_levels.values(), "DEFAULT"])
+        raise ValueError(f"isolation level {level!r} is unknown; known are {names}")
 
     def address(self, parameters: Mapping[str, str]) -> str:
         return dsn_module.redacted(parameters)

@@ -38,6 +38,7 @@ from zreconnect.drivers.postgresql import (
 from zreconnect.exceptions import DisconnectionError, ExceptionInfo
 from zreconnect.interfaces import IPipeliningDriver
 
+ISOLATION_LEVELS: dict[int, str] = {level: level.name.replace("_", " ") for level in IsolationLevel}
 #: What can be set on a connection, besides what `SessionSettings` has.
 ATTRIBUTES = ("row_factory", "server_cursor_factory", "prepare_threshold", "prepared_max")
 # Statements that mean the same in a pipeline; COPY and those that end a transaction do not.
@@ -66,18 +67,10 @@ class PsycopgDriver(PostgresqlDriver):
     disconnection_error = PsycopgDisconnectionError
     # psycopg's own words (waiting.py): the socket has hung up, and libpq does not know it yet.
     disconnect_messages = (*DISCONNECT_MESSAGES, "connection socket closed")
+    isolation_levels = ISOLATION_LEVELS
 
     def parse_conninfo(self, dsn: str) -> dict[str, str]:
         return {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
-
-    def isolation_level(self, level: IsolationLevel | int | str | None) -> IsolationLevel | None:
-        for known in IsolationLevel:
-            if level == known or (isinstance(level, str) and level.upper() == _sql_name(known)):
-                return known
-        if level is None or (isinstance(level, str) and level.upper() == "DEFAULT"):
-            return None
-        names = ", ".join([*map(_sql_name, IsolationLevel), "DEFAULT"])
-        raise ValueError(f"isolation level {level!r} is unknown; known are {names}")
 
     # Sessions
 
@@ -116,7 +109,10 @@ class PsycopgDriver(PostgresqlDriver):
         # BEGIN states these; without a BEGIN they must be the session's defaults.
         if settings.autocommit:
             for name, value in [
-                ("isolation", settings.isolation_level and _sql_name(settings.isolation_level)),
+                (
+                    "isolation",
+                    settings.isolation_level and ISOLATION_LEVELS[settings.isolation_level],
+                ),
                 ("read_only", settings.readonly),
                 ("deferrable", settings.deferrable),
             ]:
@@ -397,15 +393,11 @@ class _SharedTrip(psycopg.Pipeline):
         yield
 
 
-def _sql_name(level: int) -> str:
-    return IsolationLevel(level).name.replace("_", " ")
-
-
 def _begin(raw: Any, settings: SessionSettings) -> str:
     """BEGIN with the modes that the user has set, or else those of the connection factory."""
     level = raw.isolation_level if settings.isolation_level is None else settings.isolation_level
     return begin_statement(
-        None if level is None else _sql_name(level),
+        None if level is None else ISOLATION_LEVELS[level],
         raw.read_only if settings.readonly is None else settings.readonly,
         raw.deferrable if settings.deferrable is None else settings.deferrable,
     )

@@ -44,18 +44,10 @@ class Psycopg2Driver(PostgresqlDriver):
     name = "psycopg2"
     module = psycopg2
     disconnection_error = Psycopg2DisconnectionError
+    isolation_levels = ISOLATION_LEVELS
 
     def parse_conninfo(self, dsn: str) -> dict[str, str]:
         return dict(extensions.parse_dsn(dsn))
-
-    def isolation_level(self, level: int | str | None) -> int | None:
-        for number, name in ISOLATION_LEVELS.items():
-            if level == number or (isinstance(level, str) and level.upper() == name):
-                return number
-        if level is None or (isinstance(level, str) and level.upper() == "DEFAULT"):
-            return None
-        names = ", ".join([*ISOLATION_LEVELS.values(), "DEFAULT"])
-        raise ValueError(f"isolation level {level!r} is unknown; known are {names}")
 
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
         return psycopg2.connect(**connect_keywords(parameters, timeout))

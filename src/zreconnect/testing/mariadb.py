@@ -117,9 +117,14 @@ class EmbeddedMariaDB(EmbeddedServer):
         self._run(
             *(_program("mariadb-install-db"), "--no-defaults", f"--datadir={self._data}"),
             *("--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"),
-            *(f"--extra-file={accounts}", _SMALL_LOG),
+            *(f"--extra-file={accounts}", _SMALL_LOG, self._tmpdir),
         )
         accounts.unlink()
+
+    @property
+    def _tmpdir(self) -> str:
+        # A server that starts removes the temporary tables that it finds, those of others too.
+        return f"--tmpdir={self._temporary}"
 
     def _command(self) -> list[str]:
         settings = {
@@ -131,7 +136,7 @@ class EmbeddedMariaDB(EmbeddedServer):
             "pid_file": self._temporary / "pid",
         }
         command = [_program("mariadbd"), "--no-defaults", f"--datadir={self._data}"]
-        command += ["--skip-name-resolve", _SMALL_LOG]
+        command += ["--skip-name-resolve", _SMALL_LOG, self._tmpdir]
         return command + [f"--{name}={value}" for name, value in settings.items()]
 
 

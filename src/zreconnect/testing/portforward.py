@@ -18,7 +18,6 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import astuple, dataclass
-from types import TracebackType
 from typing import Any, Literal, TypeVar, get_args
 
 from zreconnect.testing._ports import LOCALHOST, bind
@@ -151,12 +150,7 @@ class PortForward:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def start(self) -> None:

@@ -1,8 +1,9 @@
 """Requests that lose their database connection in all the places where a request can.
 
 `LOSSES` is shared by the modules that add it to the example applications of stacks without
-publisher. Each function is the work of a request after it has written into the guest book, so
-`loses_once` that of ``GET /LosesOnce``. It is called with
+publisher; for those with one `zope_views` has views of the same names. Each function is the work
+of a request after it has written into the guest book, so `loses_once` that of ``GET /LosesOnce``.
+It is called with
 
 cursor: the request's own.
 attempt: how often the request has been run, with this time.

@@ -10,6 +10,7 @@ import weakref
 import psycopg2
 import psycopg2.errors
 import psycopg2.extensions
+import zope.event
 from psycopg2 import sql
 
 import zreconnect
@@ -23,6 +24,7 @@ from zreconnect import (
     ReconnectTimeout,
     RetryPolicy,
 )
+from zreconnect.events import ConnectionLost
 from zreconnect.tests.base import DatabaseTestCase, wait_until
 
 
@@ -256,6 +258,39 @@ class DoomedTests(DatabaseTestCase):
         self.cursor.close()
         self.connection.close()
         self.assertEqual(self.connection.state, "closed")
+
+
+class InterruptedTests(DatabaseTestCase):
+    """An interrupt may come while a lost session is let go of."""
+
+    def assert_rolls_back(self, connection, lose_it):
+        def interrupt(event):
+            if isinstance(event, ConnectionLost):
+                raise KeyboardInterrupt
+
+        zope.event.subscribers.append(interrupt)
+        try:
+            self.forward.drop()
+            with self.assertRaises(KeyboardInterrupt):
+                lose_it()
+        finally:
+            zope.event.subscribers.remove(interrupt)
+        self.assertEqual(connection.state, "doomed")
+        with self.assertRaisesRegex(DisconnectionError, "Already disconnected"):
+            connection.cursor().execute("SELECT 1")
+        connection.rollback()
+        self.assertEqual(connection.run(lambda: connection.state), "active")
+
+    def test_in_a_statement(self):
+        connection = self.connect()
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        self.assert_rolls_back(connection, lambda: cursor.execute("SELECT 1"))
+
+    def test_at_commit(self):
+        connection = self.connect()
+        connection.cursor().execute("SELECT 1")
+        self.assert_rolls_back(connection, connection.commit)
 
 
 class ReadingTests(DatabaseTestCase):

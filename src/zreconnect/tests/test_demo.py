@@ -153,6 +153,25 @@ class CommandTestCase(unittest.TestCase):
         rows = self.query("SELECT nspname FROM pg_namespace WHERE nspname LIKE 'zreconnect%'")
         return [name for (name,) in rows]
 
+    def waiting_for(self, kind):
+        """The process ids of the sessions that wait for a lock of this kind."""
+        rows = self.server.query(
+            "SELECT pid FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"
+            " AND wait_event = %s",
+            self.dbname,
+            kind,
+        )
+        return [pid for (pid,) in rows]
+
+
+def has_pending_signal(process_id):
+    """Whether a signal was sent to the process that has not arrived."""
+    status = Path(f"/proc/{process_id}/status").read_text()
+    return any(
+        int(pending, 16)
+        for pending in re.findall(r"^(?:Sig|Shd)Pnd:\s+(\w+)$", status, re.MULTILINE)
+    )
+
 
 def without_notices(errors):
     """The lines but those that libpq prints: what a server says that ends while it connects."""
@@ -283,6 +302,22 @@ class GivenServerTests(CommandTestCase):
             """
         )
 
+    def test_ctrl_c_along_with_a_notice(self):
+        """psycopg2 ignores the KeyboardInterrupt then."""
+        make_tree(self.tree)
+        self.tamper("PERFORM pg_advisory_xact_lock_shared(1); RAISE NOTICE 'a notice';")
+        with contextlib.closing(psycopg2.connect(self.direct_dsn)) as holder:
+            with holder.cursor() as cursor:
+                cursor.execute("SELECT pg_advisory_lock(1)")
+            process = self.start("demo", self.tree, "--dsn", self.direct_dsn, "--interruptions", 0)
+            wait_until(lambda: self.waiting_for("advisory"))
+            process.send_signal(signal.SIGINT)
+            wait_until(lambda: not has_pending_signal(process.pid))
+        _output, errors = process.communicate(timeout=TIMEOUT)
+        self.assertEqual(without_notices(errors), ["Interrupted."])
+        self.assertEqual(process.returncode, 130)
+        self.assertEqual(self.schemas(), [])
+
     def test_what_the_database_loses_and_doubles_is_found(self):
         files, _definitions = make_tree(self.tree, plain_files=0)
         (self.tree / "forgotten.py").write_text("def forgotten(): pass\ndef kept(): pass\n")
@@ -400,16 +435,6 @@ class JobTests(CommandTestCase):
 
     def compare(self):
         return compare(self.tree, python_files(self.tree), self.direct_dsn)
-
-    def waiting_for(self, kind):
-        """The process ids of the sessions that wait for a lock of this kind."""
-        rows = self.server.query(
-            "SELECT pid FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"
-            " AND wait_event = %s",
-            self.dbname,
-            kind,
-        )
-        return [pid for (pid,) in rows]
 
     def lose_commit(self):
         """Record the item, and lose the connection while its COMMIT is held up on the server.

@@ -111,6 +111,17 @@ class EmbeddedMariaDBTests(unittest.TestCase):
                 self.assertEqual(server.password, password)
                 self.assertEqual(server.query("SELECT number FROM kept"), [])
 
+    def test_temporary_tables_of_other_servers_are_left_alone(self):
+        with (
+            tempfile.TemporaryDirectory() as parent,
+            mock.patch.dict(os.environ, TMPDIR=parent),
+        ):
+            Path(parent).chmod(0o777)
+            table = Path(parent, "#sql-temptable-1-1-1.MAD")
+            table.touch(0o666)
+            with EmbeddedMariaDB():
+                self.assertTrue(table.exists())
+
     def test_nothing_is_left_when_the_process_is_killed(self):
         holder = subprocess.Popen(
             [sys.executable, "-c", HOLDER],

@@ -46,14 +46,18 @@ from zreconnect.tests.base import wait_until
 from zreconnect.witness import XidAtCommitObserver
 
 FULL = os.environ.get("ZRECONNECT_SWEEP") == "full"
-# From one cut to the next of the same kind; those by RST lie in the middle between those by FIN.
-CRASH_STEP = 1 if FULL else 6
-RECONNECT_STEP = 1 if FULL else 12
 # The parts of the conversation that are cut.
 TRANSACTION = "transaction"
 COMMIT = "COMMIT"
 AFTER_LOST_ANSWER = "look-up, answer to COMMIT lost"
 AFTER_LOST_COMMIT = "look-up, COMMIT lost"
+# Bytes from one cut to the next of the same kind, by the part and whether the server crashes; 1 if
+# not there. The cuts by RST lie in the middle between those by FIN.
+STEPS = {
+    (TRANSACTION, True): 6,
+    (AFTER_LOST_ANSWER, False): 12,
+    (AFTER_LOST_COMMIT, False): 12,
+}
 # Seconds that a call may take: generously more than the policy allows.
 DEADLINE = 60.0
 POLICY = RetryPolicy(timeout=30.0, initial=0.01, maximum=0.05)
@@ -348,9 +352,11 @@ class SweepTestCase:
     statement = "INSERT INTO item VALUES (%s)"
     driver = "psycopg2"
     begins_with_statement = False
+    steps = STEPS
 
-    def sweep(self, part, crash=False, step=1):
+    def sweep(self, part, crash=False):
         """Sweep over both directions, by FIN on one server and meanwhile by RST on the other."""
+        step = 1 if FULL else self.steps.get((part, crash), 1)
         title = f"{self.name}: {part}" + (", server crashes" if crash else "")
         tally = self.layer.tally.setdefault(title, Counter())
         stopped = threading.Event()
@@ -374,24 +380,24 @@ class SweepTestCase:
             finally:
                 stopped.set()
 
-    def test_every_byte_of_a_transaction(self):
+    def test_bytes_of_a_transaction(self):
         self.sweep(TRANSACTION)
 
 
 class CrashSweepTestCase(SweepTestCase):
-    def test_every_byte_of_a_commit_and_a_crash(self):
+    def test_bytes_of_a_commit_and_a_crash(self):
         self.sweep(COMMIT, crash=True)
 
 
 class FullSweepTestCase(CrashSweepTestCase):
-    def test_every_byte_of_a_transaction_and_a_crash(self):
-        self.sweep(TRANSACTION, crash=True, step=CRASH_STEP)
+    def test_bytes_of_a_transaction_and_a_crash(self):
+        self.sweep(TRANSACTION, crash=True)
 
     def test_bytes_of_the_look_up_after_the_answer_to_commit_was_lost(self):
-        self.sweep(AFTER_LOST_ANSWER, step=RECONNECT_STEP)
+        self.sweep(AFTER_LOST_ANSWER)
 
     def test_bytes_of_the_look_up_after_commit_was_lost(self):
-        self.sweep(AFTER_LOST_COMMIT, step=RECONNECT_STEP)
+        self.sweep(AFTER_LOST_COMMIT)
 
 
 class XidSweepTests(FullSweepTestCase, unittest.TestCase):

@@ -5,7 +5,6 @@ guest book, where N counts how often the publisher called the view.
 """
 
 import contextlib
-import os
 from collections import Counter
 
 import transaction
@@ -15,8 +14,8 @@ from zope.publisher.browser import BrowserView
 from zope.publisher.http import DirectResult
 from ZPublisher.Iterators import IUnboundStreamIterator
 
-from zreconnect import DisconnectionError
 from zreconnect.interfaces import IZopeDatabaseAdapter
+from zreconnect.tests import losses
 
 attempts = Counter()
 
@@ -27,10 +26,6 @@ def new_cursor():
 
 def write(cursor, name):
     cursor.execute("INSERT INTO guest VALUES (%s)", [name])
-
-
-def lose_connection(cursor):
-    cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
 
 
 class Attempts(BrowserView):
@@ -50,25 +45,20 @@ class AttemptView(BrowserView):
         write(cursor, f"attempt {attempt}")
         return self.work(cursor, attempt) or f"attempt {attempt}"
 
+    def work(self, cursor, attempt):
+        self.loss(cursor, attempt, transaction.manager)
+
 
 class LosesOnce(AttemptView):
-    def work(self, cursor, attempt):
-        if attempt == 1:
-            lose_connection(cursor)
+    loss = staticmethod(losses.loses_once)
 
 
 class LosesAlways(AttemptView):
-    def work(self, cursor, attempt):
-        lose_connection(cursor)
+    loss = staticmethod(losses.loses_always)
 
 
 class Swallows(AttemptView):
-    """Returns normally after the loss."""
-
-    def work(self, cursor, attempt):
-        if attempt == 1:
-            with contextlib.suppress(DisconnectionError):
-                lose_connection(cursor)
+    loss = staticmethod(losses.swallows)
 
 
 class SwallowsEverything(AttemptView):
@@ -84,31 +74,11 @@ class SwallowsEverything(AttemptView):
 
 
 class RollsBackToSavepoint(AttemptView):
-    """Takes the loss for an error that a savepoint helps against."""
-
-    def work(self, cursor, attempt):
-        savepoint = transaction.savepoint()
-        if attempt == 1:
-            try:
-                lose_connection(cursor)
-            except DisconnectionError:
-                savepoint.rollback()
+    loss = staticmethod(losses.rolls_back_to_savepoint)
 
 
 class LosesInDel(AttemptView):
-    """The loss meets code whose errors Python ignores."""
-
-    def work(self, cursor, attempt):
-        if attempt == 1:
-            Finalized(cursor)
-
-
-class Finalized:
-    def __init__(self, cursor):
-        self.cursor = cursor
-
-    def __del__(self):
-        lose_connection(self.cursor)
+    loss = staticmethod(losses.loses_in_del)
 
 
 class Streams(AttemptView):
@@ -123,7 +93,7 @@ class Streams(AttemptView):
         yield b"streamed "
         cursor = new_cursor()
         write(cursor, "streamed")
-        lose_connection(cursor)
+        losses.lose_connection(cursor)
 
 
 class StreamsWithoutLoss(Streams):
@@ -148,11 +118,7 @@ class Stream:
 
 
 class WaitsAtGate(AttemptView):
-    """Goes on, to the commit, when the test has opened and closed the pipe."""
-
-    def work(self, cursor, attempt):
-        with open(os.environ["GATE"]) as gate:
-            gate.read()
+    loss = staticmethod(losses.waits_at_gate)
 
 
 class Unavailable(BrowserView):
