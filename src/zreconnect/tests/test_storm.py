@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import uuid
+import warnings
 from collections import Counter
+from types import SimpleNamespace
 
 import psycopg2
 import storm.exceptions
@@ -26,7 +28,10 @@ from storm.zope.zstorm import ZStorm, global_zstorm
 from transaction.interfaces import TransientError
 from zope.component import getUtility, testing
 from zope.configuration import xmlconfig
+from zope.publisher.base import DefaultPublication
+from zope.publisher.browser import TestRequest
 from zope.publisher.interfaces import Retry
+from zope.publisher.publish import publish
 
 from zreconnect import (
     FAIL_FAST,
@@ -37,7 +42,7 @@ from zreconnect import (
     RetryPolicy,
     recover,
 )
-from zreconnect.events import CommitLookedUp
+from zreconnect.events import CommitLookedUp, ConnectionLost
 from zreconnect.integrations.storm import SCHEME, StormDisconnectionError, register
 from zreconnect.interfaces import IDatabaseUnavailable
 from zreconnect.testing import PortForward
@@ -534,6 +539,62 @@ class LostCommitTests(StormTestCase):
             transaction.manager.run(work)
         self.assertEqual(len(calls), 2)
         self.assertEqual(sorted(Counter(self.names()).values()), [1, 2])
+
+
+class WebTests(StormTestCase):
+    """The request is run again by who runs requests again."""
+
+    def setUp(self):
+        super().setUp()
+        self.configure()
+        self.calls = 0
+
+    def work(self):
+        """Loses a statement, then COMMIT, and then nothing."""
+        self.calls += 1
+        self.add(f"call {self.calls}")
+        if self.calls == 1:
+            self.server.restart()
+            self.store.execute("SELECT 1")
+        if self.calls == 2:
+            Hook("a", tpc_finish=lambda: self.forward.cut("to_server", 0))
+        return str(self.calls)
+
+    def check(self, body):
+        self.assertEqual((body, self.calls), ("3", 3))
+        self.assertEqual(self.names(), ["call 3"])
+
+    def test_pyramid(self):
+        # Its imports warn of what is deprecated elsewhere.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from pyramid.config import Configurator
+            from pyramid.request import Request
+            from pyramid.response import Response
+        with Configurator(settings={"retry.attempts": 3}) as config:
+            config.include("pyramid_retry")
+            config.include("pyramid_tm")
+            config.add_view(lambda request: Response(self.work()))
+        with self.assertLogs("txn", "CRITICAL"):
+            self.check(Request.blank("/").get_response(config.make_wsgi_app()).text)
+
+    def test_zope_publisher(self):
+        class Publication(DefaultPublication):
+            def afterCall(self, request, object):
+                transaction.commit()
+
+            def handleException(self, object, request, exc_info, retry_allowed=True):
+                transaction.abort()
+                raise exc_info[1]
+
+        def sign():
+            """The page."""
+            return self.work()
+
+        request = TestRequest(PATH_INFO="/sign")
+        request.setPublication(Publication(SimpleNamespace(__doc__="The site.", sign=sign)))
+        with self.assertLogs("txn", "CRITICAL"):
+            self.check(publish(request).response.consumeBody().decode())
 
 
 class PartsOfStormTests(StormTestCase):
@@ -1112,21 +1173,24 @@ class FiftyRestartsTests(StormTestCase):
                 faults.terminated_backend,
             )
         )
-        try:
+        with self.events() as events, contextlib.ExitStack() as stack:
+            stack.callback(self.stop, workers)
             for fault in itertools.islice(kinds, 50):
                 self.wait_for_progress(workers)
                 fault(self.server, self.forward, choice)
             self.wait_for_progress(workers)
-        finally:
-            for worker in workers:
-                worker.stopped = True
-            for worker in workers:
-                worker.thread.join()
+        self.assertGreaterEqual(sum(isinstance(event, ConnectionLost) for event in events), 50)
         self.assertEqual([worker.errors for worker in workers], [[]] * len(workers))
         self.assertEqual([worker.unknown for worker in workers], [[]] * len(workers))
         expected = [name for worker in workers for name in worker.done]
         counters = [f"counter {worker.number} {len(worker.done)}" for worker in workers]
         self.assertEqual(sorted(self.names()), sorted(expected + counters))
+
+    def stop(self, workers):
+        for worker in workers:
+            worker.stopped = True
+        for worker in workers:
+            worker.thread.join()
 
     def wait_for_progress(self, workers):
         before = [len(worker.done) for worker in workers]
