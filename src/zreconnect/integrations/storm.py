@@ -37,6 +37,7 @@ from zreconnect.twophase import TwoPhaseDataManager
 from zreconnect.witness import Outcome
 
 SCHEME = "reconnecting-postgres"
+OTHER_BACKENDS = ("mysql", "sqlite")
 # The one from which on Storm has INSERT return the new row's key. Storm asks each server for its
 # version; those with an older one are long gone.
 VERSION_WITH_RETURNING = 80200
@@ -243,6 +244,11 @@ def register(
         raise TypeError(f"scheme must be a string, not {scheme!r}")
     if not scheme or ":" in scheme:
         raise ValueError(f"scheme must be what stands before the colon of a URI, not {scheme!r}")
+    if scheme in OTHER_BACKENDS:
+        raise ValueError(
+            f"scheme must not be {scheme!r}, which is another database of Storm's: only PostgreSQL "
+            "is supported"
+        )
     # Checks the other arguments.
     create_from_uri(URI("postgres:postgres"))
     register_scheme(scheme, create_from_uri)

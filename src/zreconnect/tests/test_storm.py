@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import itertools
+import os
 import pickle
 import random
 import signal
@@ -133,6 +134,8 @@ class RegisterTests(StormTestCase):
             ({"scheme": 1}, TypeError, "scheme must be a string"),
             ({"scheme": ""}, ValueError, "scheme must be what stands before"),
             ({"scheme": "postgres://"}, ValueError, "scheme must be what stands before"),
+            ({"scheme": "mysql"}, ValueError, "only PostgreSQL"),
+            ({"scheme": "sqlite"}, ValueError, "only PostgreSQL"),
             ({"policy": 3}, TypeError, "policy"),
             ({"witness": "oath"}, ValueError, "witness"),
             ({"on_connect": 1}, TypeError, "on_connect"),
@@ -158,7 +161,7 @@ class RegisterTests(StormTestCase):
             capture_output=True,
             text=True,
             check=True,
-            env={"PYTHONPATH": ":".join(sys.path)},
+            env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
         ).stdout
         self.assertIn("pip install zreconnect[storm]", shown)
 
@@ -938,6 +941,27 @@ class TwoPhaseTests(TwoPhaseTestCase):
         self.assertEqual(self.recover(), ["commit"])
         self.check("one")
 
+    def test_one_store_in_one_phase(self):
+        """zstorm commits it first, so that it decides."""
+        self.configure()
+        alone, _ = self.sides
+        self.zstorm.set_default_tpc(alone.name, False)
+        for lose, runs in ((alone.lose_request, 2), (alone.lose_answer, 1)):
+            calls = []
+
+            def work(calls=calls, lose=lose):
+                calls.append(1)
+                self.add()
+                self.assertIs(self.deciding, alone)
+                if len(calls) == 1:
+                    self.before_commit(lose)
+
+            transaction.manager.run(work)
+            self.assertEqual(len(calls), runs)
+            self.check("one")
+            for side in self.sides:
+                side.query("DELETE FROM item")
+
     def test_an_error_after_the_decision(self):
         """`transaction` aborts the other store, which is committed all the same."""
         self.configure()
@@ -990,7 +1014,7 @@ class TwoPhaseTests(TwoPhaseTestCase):
             child = subprocess.run(
                 [sys.executable, "-c", DYING_PROGRAM, phase, *dsns],
                 check=False,
-                env={"PYTHONPATH": ":".join(sys.path)},
+                env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
             )
             self.assertEqual(child.returncode, -signal.SIGKILL)
             wait_until(lambda: not self.sessions())
