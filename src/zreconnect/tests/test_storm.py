@@ -54,7 +54,7 @@ from zreconnect.tests.test_twophase import Hook
 
 SETTINGS = {"fsync": "off", "max_prepared_transactions": 20, "scram_iterations": 1}
 LAYER = PortForwardLayer(PostgresLayer("StormPostgresLayer", SETTINGS), "StormForwardLayer")
-IMPATIENT = RetryPolicy(timeout=0.2)
+IMPATIENT = RetryPolicy(timeout=1.0)
 TERMINATE = "SELECT pg_terminate_backend(pg_backend_pid())"
 PREPARED = "SELECT gid FROM pg_prepared_xacts"
 schemes = (f"storm-test-{number}" for number in itertools.count())
@@ -452,7 +452,7 @@ class PatienceTests(StormTestCase):
             transaction.abort()
 
     def test_a_silent_server(self):
-        self.configure(response_timeout=0.3)
+        self.configure(response_timeout=2.0)
         self.add()
         self.forward.silence()
         with self.assertRaises(storm.exceptions.DisconnectionError):
@@ -461,6 +461,36 @@ class PatienceTests(StormTestCase):
         self.forward.resume()
         transaction.abort()
         self.assertEqual(self.store.find(Item).count(), 0)
+
+    def test_the_orphan_of_the_lost_session_is_ended(self):
+        """It holds a lock that the next transaction needs, which comes by another line."""
+        other_line = PortForward(self.server.host, self.server.port)
+        other_line.start()
+        self.addCleanup(other_line.stop)
+        lines = (self.forward, other_line)
+        options = {
+            "host": ",".join(line.host for line in lines),
+            "port": ",".join(str(line.port) for line in lines),
+            "user": self.server.user,
+            "password": self.server.password,
+        }
+        dsn = "postgresql:postgres?" + "&".join(f"{name}={options[name]}" for name in options)
+        self.zstorm.set_default_uri("main", self.uri(dsn, response_timeout=2.0))
+        item = self.add()
+        transaction.commit()
+        item.name = "lost"
+        self.store.flush()
+        (orphan,) = self.sessions()
+        self.forward.silence()
+        self.forward.refuse()
+        with self.assertRaises(storm.exceptions.DisconnectionError):
+            self.store.execute("SELECT 1")
+        self.assertEqual(self.sessions(), [orphan])
+        transaction.abort()
+        item.name = "two"
+        transaction.commit()
+        self.assertEqual(self.names(), ["two"])
+        self.assertNotIn(orphan, self.sessions())
 
 
 class LostCommitTests(StormTestCase):
@@ -1007,7 +1037,7 @@ class TwoPhaseTests(TwoPhaseTestCase):
         """recover() settles what it has left, by what the deciding store has done."""
         for phase, decisions in (
             ("commit", ["rollback"]),
-            ("decide", ["rollback", "rollback"]),
+            ("tpc_vote", ["rollback", "rollback"]),
             ("tpc_finish", ["commit"]),
         ):
             dsns = [side.dsn for side in self.sides]
@@ -1119,25 +1149,25 @@ import os, signal, sys
 import transaction
 from storm.zope.zstorm import ZStorm
 from zreconnect.integrations.storm import register
-from zreconnect.tests.test_storm import Item
-from zreconnect.tests.test_twophase import Hook
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+class Death:
+    def sortKey(self):
+        return key
 
-phase, *dsns = sys.argv[1:]
+    def tpc_begin(self, transaction):
+        pass
+
+    commit = tpc_vote = tpc_finish = tpc_begin
+
+setattr(Death, sys.argv[1], lambda self, transaction: os.kill(os.getpid(), signal.SIGKILL))
 register()
 zstorm = ZStorm()
-for dsn in dsns:
+for dsn in sys.argv[2:]:
     zstorm.set_default_uri(dsn, dsn.replace("postgresql:", "reconnecting-postgres:"))
     zstorm.set_default_tpc(dsn, True)
-    zstorm.get(dsn).add(Item("one"))
-    zstorm.get(dsn).flush()
-first, _ = sorted(each.sortKey() for each in transaction.get()._resources)
-if phase == "decide":
-    Hook("a", tpc_finish=die)
-else:
-    Hook(first + "!", **{phase: die})
+    zstorm.get(dsn).execute("INSERT INTO item (name) VALUES ('one')")
+key = min(each.sortKey() for each in transaction.get()._resources) + "!"
+transaction.get().join(Death())
 transaction.commit()
 """
 
