@@ -105,17 +105,19 @@ class StoreConnection(ReconnectingConnection):
 
         Raises the driver's ProgrammingError inside a transaction and in autocommit mode.
         """
-        self._check_outside_transaction("tpc_begin()")
-        if self._data_manager is not None:
-            raise self._driver.module.ProgrammingError("tpc_begin() was called already")
-        if self._settings.autocommit:
-            raise self._driver.module.ProgrammingError("tpc_begin() in autocommit mode")
-        self._data_manager = StoreBranch(self, xid[1])
+        with self._in_turn():
+            self._check_outside_transaction("tpc_begin()")
+            if self._data_manager is not None:
+                raise self._driver.module.ProgrammingError("tpc_begin() was called already")
+            if self._settings.autocommit:
+                raise self._driver.module.ProgrammingError("tpc_begin() in autocommit mode")
+            self._data_manager = StoreBranch(self, xid[1])
 
     def tpc_prepare(self) -> None:
         """Prepare the transaction; see `TwoPhaseDataManager.tpc_vote`."""
-        branch = self._need_branch()
-        branch.tpc_vote(branch.transaction)
+        with self._in_turn():
+            branch = self._need_branch()
+            branch.tpc_vote(branch.transaction)
 
     def tpc_commit(self, xid: Xid | None = None) -> None:
         """Commit the transaction, in one phase if it is not prepared.
@@ -126,10 +128,11 @@ class StoreConnection(ReconnectingConnection):
         if xid is not None:
             self._end_recovered("tpc_commit", xid)
             return
-        branch = self._need_branch()
-        if self._state != PREPARED:
-            self._commit()
-        branch.tpc_finish(branch.transaction)
+        with self._in_turn():
+            branch = self._need_branch()
+            if self._state != PREPARED:
+                self._commit()
+            branch.tpc_finish(branch.transaction)
 
     def tpc_rollback(self, xid: Xid | None = None) -> None:
         """Roll back the transaction, prepared or not. Never fails because of a lost connection.
@@ -139,8 +142,9 @@ class StoreConnection(ReconnectingConnection):
         if xid is not None:
             self._end_recovered("tpc_rollback", xid)
             return
-        branch = self._need_branch()
-        branch.abort(branch.transaction)
+        with self._in_turn():
+            branch = self._need_branch()
+            branch.abort(branch.transaction)
 
     def _need_branch(self) -> StoreBranch:
         branch: StoreBranch | None = self._data_manager
@@ -149,13 +153,14 @@ class StoreConnection(ReconnectingConnection):
         return branch
 
     def _end_recovered(self, method: str, xid: Xid) -> None:
-        self._check_outside_transaction(f"{method}() of another transaction")
-        self._need_session()
-        format_id, gtrid, _ = xid
-        # psycopg2 takes a string for what the server knows the transaction by.
-        name = gtrid if format_id is None else self._raw.xid(*xid)
-        with self._guarded():
-            getattr(self._raw, method)(name)
+        with self._in_turn():
+            self._check_outside_transaction(f"{method}() of another transaction")
+            self._need_session()
+            format_id, gtrid, _ = xid
+            # psycopg2 takes a string for what the server knows the transaction by.
+            name = gtrid if format_id is None else self._raw.xid(*xid)
+            with self._guarded():
+                getattr(self._raw, method)(name)
 
 
 class ReconnectingPostgresConnection(PostgresConnection):
