@@ -183,8 +183,8 @@ class _Call(Generic[Result]):
         reason = self._why_not_again(state) or ""
         gave_up = events.GaveUpRunning(self._name, runs, seconds, error, reason)
         events.announce(gave_up)
-        # The log tells it too; Python 3.10 has no notes.
-        if hasattr(error, "add_note"):
+        # Python 3.10 has no notes, but the log tells it too.
+        if hasattr(error, "add_note"):  # pragma: no branch
             error.add_note(str(gave_up))
         raise error
 
