@@ -105,8 +105,8 @@ class RunAgain(Event):
 
     def __str__(self) -> str:
         return (
-            f"Run {self.runs} of {self.function} lost its connection after {self.seconds:.1f} "
-            f"seconds, next one in {self.pause:.2f}: {one_line(self.error)}"
+            f"Run {self.runs} of {self.function} failed after {self.seconds:.1f} seconds, "
+            f"next one in {self.pause:.2f}: {one_line(self.error)}"
         )
 
 

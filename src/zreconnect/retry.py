@@ -81,8 +81,9 @@ def retry_on_disconnect(
             with connection.transaction() as cursor:
                 cursor.execute("UPDATE tree SET name = %s WHERE name = %s", (new, old))
 
-    timeout: seconds after which the function is not run again; None runs it for ever. What it waits
-    for itself, such as a connection, is limited by the connection's policy.
+    timeout: seconds for which the function is run again, and at whose end for the last time; None
+    runs it for ever. What the function itself waits for, such as a connection, the connection's
+    policy limits.
     min_interval: seconds between the first run and the second.
     max_interval: upper limit of every interval, in seconds.
     increment: seconds by which each interval is longer than the one before.

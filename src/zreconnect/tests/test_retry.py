@@ -421,7 +421,7 @@ class TimeTests(RetryTestCase):
         self.assertEqual([event.runs for event in again], [1, 2, 3, 4])
         self.assertEqual([event.pause for event in again], [0.001, 0.004, 0.005, 0.005])
         for event in again:
-            self.assertIn("grow_to_the_maximum.<locals>.lose lost its connection", str(event))
+            self.assertIn("grow_to_the_maximum.<locals>.lose failed after", str(event))
             self.assertIn(f"WARNING:zreconnect:{event}", log.output)
 
     def test_the_last_run_begins_when_the_time_is_up(self):
