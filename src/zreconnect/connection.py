@@ -832,6 +832,9 @@ class ReconnectingConnection:
                 "The connection belongs to another thread: use a connection for each thread; "
                 "fork() makes one"
             )
+        if self._turn.take(0):
+            return
+        events.logger.debug("A thread waits for another one's transaction on %s", self.server)
         patience = PATIENCE_WITH_THREADS if self._policy.timeout is None else self._policy.timeout
         if not self._turn.take(patience):
             raise self._driver.module.OperationalError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 
 class Turn:
-    """Which thread has a connection, and until when the others wait.
+    """Which thread has a connection.
 
     thread: the identifier of the thread that has it; None while none does.
     is_for_good: whether that thread never gives it to another one.
@@ -15,7 +16,8 @@ class Turn:
     def __init__(self) -> None:
         self.thread: int | None = None
         self.is_for_good = False
-        self._given = threading.Condition()
+        # Held by the thread that has the connection. Another one may release it, too.
+        self._lock = threading.Lock()
 
     def is_mine(self) -> bool:
         return self.thread == threading.get_ident()
@@ -26,15 +28,16 @@ class Turn:
 
     def keep(self) -> None:
         """The calling thread has it for good."""
-        self.thread = threading.get_ident()
         self.is_for_good = True
+        self.take(0)
 
     def take(self, patience: float) -> bool:
         """Whether the calling thread has it now, after ``patience`` seconds at most."""
-        with self._given:
-            if self._given.wait_for(lambda: not self.is_anothers(), patience):
-                self.thread = threading.get_ident()
-                return True
+        if self.is_mine():
+            return True
+        if self._lock.acquire(timeout=min(patience, threading.TIMEOUT_MAX)):
+            self.thread = threading.get_ident()
+            return True
         return False
 
     def give(self) -> None:
@@ -45,13 +48,16 @@ class Turn:
     def end(self) -> None:
         """Let the next one have it, whichever thread has it now."""
         if not self.is_for_good:
-            with self._given:
-                self.thread = None
-                self._given.notify_all()
+            self.thread = None
+            # Its thread may end it at the same time.
+            with contextlib.suppress(RuntimeError):
+                self._lock.release()
 
     def in_child(self) -> Turn:
         """The same in a forked child, which has none of the process's other threads."""
         turn = Turn()
+        turn.is_for_good = self.is_for_good
         if self.is_for_good or self.is_mine():
-            turn.thread, turn.is_for_good = self.thread, self.is_for_good
+            turn.take(0)
+            turn.thread = self.thread
         return turn

@@ -1,6 +1,7 @@
 """A connection that is shared by threads, and functions that are transactions."""
 
 import contextlib
+import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,21 @@ class SharedTests:
     def setUp(self):
         super().setUp()
         self.make_items()
+        self.messages = self.logged()
         self.executor = self.enterContext(ThreadPoolExecutor(THREADS))
+
+    def logged(self):
+        """The messages that are logged during the test."""
+        messages = []
+        handler = logging.Handler()
+        handler.emit = lambda record: messages.append(record.getMessage())
+        logger = logging.getLogger("zreconnect")
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        self.addCleanup(logger.setLevel, level)
+        self.addCleanup(logger.removeHandler, handler)
+        return messages
 
     def enterContext(self, context):
         # unittest has it since Python 3.11.
@@ -43,9 +58,9 @@ class SharedTests:
     def insert(self, cursor, name):
         cursor.execute("INSERT INTO item (name) VALUES (%s)", (name,))
 
-    def is_awaited(self, connection):
-        """Whether a thread waits for its turn."""
-        return bool(connection._turn._given._waiters)
+    def is_awaited(self):
+        """Whether a thread has begun to wait for its turn."""
+        return any("waits for another one" in message for message in self.messages)
 
     def held_by_thread(self, connection):
         """Have another thread begin a transaction; a function that lets it commit."""
@@ -115,7 +130,7 @@ class SharedTests:
             connection.rollback()
 
         future = self.in_thread(work)
-        wait_until(lambda: self.is_awaited(connection))
+        wait_until(self.is_awaited)
         finish()
         future.result()
         self.assertEqual(self.names(), ["held"])
@@ -127,7 +142,7 @@ class SharedTests:
         connection.commit()
         finish = self.held_by_thread(connection)
         future = self.in_thread(cursor.fetchone)
-        wait_until(lambda: self.is_awaited(connection))
+        wait_until(self.is_awaited)
         finish()
         self.assertEqual(tuple(future.result()), (1,))
 
@@ -210,7 +225,7 @@ class SharedTests:
         doomed.wait(60)
         self.assertEqual(connection.state, "doomed")
         beginning = self.in_thread(connection.run, lambda: self.insert(connection.cursor(), "one"))
-        wait_until(lambda: self.is_awaited(connection))
+        wait_until(self.is_awaited)
         let_go.set()
         losing.result()
         beginning.result()
@@ -229,7 +244,7 @@ class SharedTests:
         connection = self.connect()
         finish = self.held_by_thread(connection)
         future = self.in_thread(connection.begin)
-        wait_until(lambda: self.is_awaited(connection))
+        wait_until(self.is_awaited)
         connection.close()
         with self.assertRaisesRegex(self.error("InterfaceError"), "closed"):
             future.result()
