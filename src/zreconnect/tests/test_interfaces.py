@@ -86,6 +86,8 @@ class InterfaceTests(DatabaseTestCase):
             (interfaces.ICommitLookedUp, events.CommitLookedUp("s", "committed")),
             (interfaces.IReconnected, events.Reconnected("s", 1, 0.0)),
             (interfaces.IGaveUp, events.GaveUp("s", 1, 0.0, error)),
+            (interfaces.IRunAgain, events.RunAgain("f", 1, 0.0, 0.0, error)),
+            (interfaces.IGaveUpRunning, events.GaveUpRunning("f", 1, 0.0, error, "time")),
         ]:
             verifyObject(interface, event)
 
