@@ -12,6 +12,7 @@ from zreconnect.exceptions import (
     ReconnectTimeout,
 )
 from zreconnect.policy import FAIL_FAST, PERSIST, RetryPolicy
+from zreconnect.retry import retry_on_disconnect
 from zreconnect.twophase import PreparedTransaction, recover
 from zreconnect.witness import Ledger, XidWitness
 from zreconnect.zopeless import ZopelessTransactionManager, initZopeless, isZopeless
@@ -37,4 +38,5 @@ __all__ = [
     "initZopeless",
     "isZopeless",
     "recover",
+    "retry_on_disconnect",
 ]

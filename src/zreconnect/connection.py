@@ -18,7 +18,7 @@ import transaction
 from transaction.interfaces import TransientError
 from zope.interface import implementer
 
-from zreconnect import events
+from zreconnect import commits, events
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.datamanager import ConnectionDataManager, join_transactions
 from zreconnect.drivers.base import Meaning, SessionSettings
@@ -480,6 +480,7 @@ class ReconnectingConnection:
             self._check_not_ended()
         elif self._is_autocommit():
             self._need_session()
+            commits.note()
         elif not self._implicit_begin:
             raise self._driver.module.ProgrammingError(
                 "There is no transaction: call begin() first (implicitBegin is False)"
@@ -697,13 +698,14 @@ class ReconnectingConnection:
             with self._watch.awaiting(self._response_timeout):
                 self._observer.commit(self._raw)
         except self._driver.module.Error as error:
-            if self._means_disconnect(error):
-                self._settle_lost_commit(error)
-                return
-            if not self._driver.in_transaction(self._raw):
-                self._be_idle()
-            raise
-        self._be_idle()
+            if not self._means_disconnect(error):
+                if not self._driver.in_transaction(self._raw):
+                    self._be_idle()
+                raise
+            self._settle_lost_commit(error)
+        else:
+            self._be_idle()
+        commits.note()
 
     def _settle_lost_commit(self, error: BaseException) -> None:
         """Return if the transaction was committed; else raise what became of it."""

@@ -16,10 +16,16 @@ logger = logging.getLogger("zreconnect")
 
 
 @dataclass(frozen=True)
-class ConnectionEvent:
-    """Common to all: ``server`` is the server's address without password."""
+class Event:
+    """Common to all: ``level`` is that of the line in the log."""
 
     level: ClassVar[int] = logging.WARNING
+
+
+@dataclass(frozen=True)
+class ConnectionEvent(Event):
+    """Something happened to a connection: ``server`` is the server's address without password."""
+
     server: str
 
 
@@ -88,7 +94,41 @@ class GaveUp(ConnectionEvent):
         )
 
 
-def announce(event: ConnectionEvent) -> None:
+@implementer(interfaces.IRunAgain)
+@dataclass(frozen=True)
+class RunAgain(Event):
+    function: str
+    runs: int
+    seconds: float
+    pause: float
+    error: BaseException
+
+    def __str__(self) -> str:
+        return (
+            f"Run {self.runs} of {self.function} lost its connection after {self.seconds:.1f} "
+            f"seconds, next one in {self.pause:.2f}: {one_line(self.error)}"
+        )
+
+
+@implementer(interfaces.IGaveUpRunning)
+@dataclass(frozen=True)
+class GaveUpRunning(Event):
+    level: ClassVar[int] = logging.ERROR
+    function: str
+    runs: int
+    seconds: float
+    error: BaseException
+    reason: str
+
+    def __str__(self) -> str:
+        times = "once" if self.runs == 1 else f"{self.runs} times"
+        return (
+            f"{self.function} was run {times} in {self.seconds:.1f} seconds, and is not run again: "
+            f"{self.reason}"
+        )
+
+
+def announce(event: Event) -> None:
     """Log the event and notify its subscribers.
 
     A subscriber that raises is logged and not let through: it must not keep a connection from

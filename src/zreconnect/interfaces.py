@@ -646,6 +646,40 @@ class IManageableZopeDatabaseAdapter(IZopeDatabaseAdapter):
         threads end before their next transactions. Whoever uses the adapter then reconnects."""
 
 
+class IRetryOnDisconnect(Interface):
+    """What is promised of a function that `retry_on_disconnect` decorates.
+
+    It is run again, until it returns or the time is up, after
+
+    - `DisconnectionError`, except for a request on a connection that had been lost before: that one
+      waits for a rollback that the function leaves to somebody else;
+    - `ReconnectTimeout`;
+    - SQLAlchemy's ``DBAPIError`` of a lost connection or of a failure to connect, also of engines
+      that zreconnect does not serve;
+    - `CommitOutcomeUnknown`, if it is idempotent.
+
+    If a run has committed a transaction, or may have, it is run again only if it is idempotent.
+    What is known of that: the commits of zreconnect's connections and of SQLAlchemy's engines, and
+    statements in autocommit mode, in the thread that runs the function; not a COMMIT that it sends
+    as a statement of its own, nor, on MySQL, a statement that commits by itself.
+
+    Every other error is raised at once. So are serialization failures and deadlocks, which want
+    short pauses of random length: ``run()`` of a connection handles them, and can be used inside.
+    So are the errors of a database module that is used directly, since they do not tell a lost
+    COMMIT from a lost statement.
+
+    When the time is up, or a run may have committed, its error is raised, with a note of how often
+    and how long the function was run, where Python has notes, and `IGaveUpRunning` is announced.
+    Each further run is announced by `IRunAgain`.
+
+    A decorated function that is called inside another one is run once: running it again is left to
+    the outermost one.
+    """
+
+    def __call__(*args, **keywords):
+        """What the function returns."""
+
+
 class IDatabaseUnavailable(Interface):
     """An error that means: the database could not be reached, or was lost, and may come back.
 
@@ -706,3 +740,25 @@ class IGaveUp(IConnectionEvent):
     attempts = Attribute("The number of attempts.")
     seconds = Attribute("The seconds from the first attempt to the end of the last.")
     error = Attribute("The error of the last attempt.")
+
+
+class IRunAgain(Interface):
+    """A function that `retry_on_disconnect` decorates has lost its connection and will be run
+    again."""
+
+    function = Attribute("The function's module and name.")
+    runs = Attribute("How often the function was run.")
+    seconds = Attribute("The seconds since the first run began.")
+    pause = Attribute("The seconds until the next run.")
+    error = Attribute("What the last run raised.")
+
+
+class IGaveUpRunning(Interface):
+    """A function that `retry_on_disconnect` decorates has lost its connection and is not run again;
+    the error is raised."""
+
+    function = Attribute("The function's module and name.")
+    runs = Attribute("How often the function was run.")
+    seconds = Attribute("The seconds from the beginning of the first run to the end of the last.")
+    error = Attribute("What the last run raised.")
+    reason = Attribute("Why: the time is up, or it may have committed something.")

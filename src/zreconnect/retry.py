@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
 import tenacity
+from zope.interface import alsoProvides
 
-from zreconnect.policy import check_attempts
+from zreconnect import commits, engines, events
+from zreconnect.exceptions import (
+    CommitOutcomeUnknown,
+    DisconnectedConnectionError,
+    DisconnectionError,
+    ReconnectTimeout,
+)
+from zreconnect.interfaces import IRetryOnDisconnect
+from zreconnect.policy import check_attempts, check_number
 
+Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 # Two units of work that met in a deadlock would meet again if they did not wait for times of
@@ -49,3 +61,159 @@ def run_unit_of_work(
         reraise=True,
     )
     return retrying(unit_of_work)
+
+
+def retry_on_disconnect(
+    *,
+    timeout: float | None = 60.0,
+    min_interval: float = 0.1,
+    max_interval: float = 1.0,
+    increment: float = 0.1,
+    idempotent: bool = False,
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """A decorator that runs a function again after a disconnect; see `IRetryOnDisconnect`.
+
+    It is for whole functions of a database API, which begin and commit transactions of their own,
+    and leave none open when they raise. ::
+
+        @retry_on_disconnect(timeout=30)
+        def rename(old, new):
+            with connection.transaction() as cursor:
+                cursor.execute("UPDATE tree SET name = %s WHERE name = %s", (new, old))
+
+    timeout: seconds after which the function is not run again; None runs it for ever. What it waits
+    for itself, such as a connection, is limited by the connection's policy.
+    min_interval: seconds between the first run and the second.
+    max_interval: upper limit of every interval, in seconds.
+    increment: seconds by which each interval is longer than the one before.
+    idempotent: whether running the function twice does no harm. Only then is it run again when a
+    transaction of the same call may have been committed.
+
+    Raises TypeError or ValueError, naming the argument, for one that makes no sense, and TypeError
+    for what is no function, or a generator or coroutine function, which has not run yet when it
+    returns.
+    """
+    if timeout is not None:
+        check_number("timeout", timeout, at_least=0)
+    check_number("min_interval", min_interval, at_least=0)
+    check_number("max_interval", max_interval, at_least=min_interval)
+    check_number("increment", increment, at_least=0)
+    if not isinstance(idempotent, bool):
+        raise TypeError(f"idempotent must be True or False, not {idempotent!r}")
+    interval = tenacity.wait_incrementing(min_interval, increment, max_interval)
+
+    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        _check_function(function)
+        name = f"{function.__module__}.{getattr(function, '__qualname__', repr(function))}"
+
+        @functools.wraps(function)
+        def run(*args: Parameters.args, **keywords: Parameters.kwargs) -> Result:
+            if commits.are_watched():
+                # A call of another decorated function, which runs this again when it is run again.
+                return function(*args, **keywords)
+            call = _Call(lambda: function(*args, **keywords), name, timeout, idempotent)
+            return call.run(interval)
+
+        alsoProvides(run, IRetryOnDisconnect)
+        return run
+
+    return decorate
+
+
+class _Call(Generic[Result]):
+    """One call of a decorated function, which runs it as often as need be."""
+
+    def __init__(
+        self,
+        function: Callable[[], Result],
+        name: str,
+        timeout: float | None,
+        idempotent: bool,
+    ) -> None:
+        self._function = function
+        self._name = name
+        self._timeout = timeout
+        self._idempotent = idempotent
+        # Of the present run.
+        self._commits = commits.Commits()
+        self._watches_engines = False
+
+    def run(self, interval: tenacity.wait.wait_base) -> Result:
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_is_lost),
+            stop=lambda state: self._why_not_again(state) is not None,
+            wait=lambda state: self._pause(interval(state), state),
+            before_sleep=self._announce,
+            retry_error_callback=self._give_up,
+        )
+        return retrying(self._run_once)
+
+    def _run_once(self) -> Result:
+        self._watches_engines = engines.watch_commits()
+        with commits.watched() as self._commits:
+            return self._function()
+
+    def _why_not_again(self, state: tenacity.RetryCallState) -> str | None:
+        _, seconds, error = _so_far(state)
+        if not self._idempotent and self._may_have_committed(error):
+            return "it may have committed something, and is not idempotent"
+        if self._timeout is not None and seconds >= self._timeout:
+            return "the time is up"
+        return None
+
+    def _may_have_committed(self, error: BaseException) -> bool:
+        if isinstance(error, CommitOutcomeUnknown) or self._commits.noted:
+            return True
+        # SQLAlchemy was imported in this very run.
+        return not self._watches_engines and engines.is_lost(error)
+
+    def _pause(self, interval: float, state: tenacity.RetryCallState) -> float:
+        if self._timeout is None:
+            return interval
+        # The last run begins when the time is up and not somewhere before it.
+        return min(interval, max(0.0, self._timeout - (state.seconds_since_start or 0.0)))
+
+    def _announce(self, state: tenacity.RetryCallState) -> None:
+        runs, seconds, error = _so_far(state)
+        pause = state.next_action.sleep if state.next_action is not None else 0.0
+        events.announce(events.RunAgain(self._name, runs, seconds, pause, error))
+
+    def _give_up(self, state: tenacity.RetryCallState) -> NoReturn:
+        runs, seconds, error = _so_far(state)
+        reason = self._why_not_again(state) or ""
+        gave_up = events.GaveUpRunning(self._name, runs, seconds, error, reason)
+        events.announce(gave_up)
+        # The log tells it too; Python 3.10 has no notes.
+        if hasattr(error, "add_note"):
+            error.add_note(str(gave_up))
+        raise error
+
+
+def _is_lost(error: BaseException) -> bool:
+    error = engines.unwrapped(error)
+    if isinstance(error, DisconnectionError):
+        # A connection that was doomed before waits for a rollback that the function leaves to
+        # somebody else.
+        original = error.getOriginalException()
+        return original is None or original[0] is not DisconnectedConnectionError
+    return isinstance(error, (CommitOutcomeUnknown, ReconnectTimeout)) or engines.is_lost(error)
+
+
+def _so_far(state: tenacity.RetryCallState) -> tuple[int, float, BaseException]:
+    """How often the function was run, for how many seconds, and what it raised at last."""
+    error = state.outcome.exception() if state.outcome is not None else None
+    assert error is not None
+    return state.attempt_number, state.seconds_since_start or 0.0, error
+
+
+def _check_function(function: Any) -> None:
+    if not callable(function):
+        raise TypeError(f"retry_on_disconnect() decorates functions, not {function!r}")
+    if (
+        inspect.isgeneratorfunction(function)
+        or inspect.iscoroutinefunction(function)
+        or inspect.isasyncgenfunction(function)
+    ):
+        raise TypeError(
+            f"retry_on_disconnect() cannot decorate {function!r}: it returns before it has run"
+        )

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from transaction.interfaces import ITransaction
 
-from zreconnect import events
+from zreconnect import commits, events
 from zreconnect.datamanager import ConnectionDataManager
 from zreconnect.exceptions import CommitOutcomeUnknown, one_line
 from zreconnect.interfaces import ACTIVE, CLOSED, PREPARED
@@ -155,6 +155,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
         within the policy's time, and the driver's OperationalError if somebody has rolled it back.
         """
         if self._branch is not None:
+            commits.note()
             self._finish(self._branch)
         super().tpc_finish(transaction)
 

@@ -1,0 +1,45 @@
+"""Whether a call has committed something, so that running it again would do that twice.
+
+Connections tell it with `note`; what runs a call again watches it with `watched`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass
+class Commits:
+    """What is known of one run of a call."""
+
+    noted: bool = False
+
+
+# None outside such a call. A thread that the call starts is outside of it.
+_watched: ContextVar[Commits | None] = ContextVar("zreconnect_commits", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[Commits]:
+    """Watch the commits of the code in the block."""
+    commits = Commits()
+    token = _watched.set(commits)
+    try:
+        yield commits
+    finally:
+        _watched.reset(token)
+
+
+def are_watched() -> bool:
+    """Whether the code that asks is part of a call that is watched."""
+    return _watched.get() is not None
+
+
+def note() -> None:
+    """A transaction was committed, or may have been."""
+    commits = _watched.get()
+    if commits is not None:
+        commits.noted = True
