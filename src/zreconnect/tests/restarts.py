@@ -32,10 +32,12 @@ class Work:
     """Units of work in threads, until they are told to stop.
 
     unit: called with a number, does the unit of work of that number.
+    leave: called at the end of each thread.
     """
 
-    def __init__(self, unit, threads):
+    def __init__(self, unit, threads, leave):
         self._unit = unit
+        self._leave = leave
         self._numbers = itertools.count(1)
         self._stopped = threading.Event()
         self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
@@ -72,6 +74,8 @@ class Work:
                     self.done.append(number)
         except Exception as error:
             self.errors.append(error)
+        finally:
+            self._leave()
 
 
 class SurvivesRestarts:
@@ -79,13 +83,14 @@ class SurvivesRestarts:
 
     layer = RESTARTS_LAYER
 
-    def survive(self, unit, threads, applied):
+    def survive(self, unit, threads, applied, leave=lambda: None):
         """Every unit of work is done once through all faults, and no outcome is unknown.
 
         applied: returns the numbers of the units of work that are found in the database.
+        leave: called at the end of each thread.
         """
         choice = random.Random(SEED)
-        with Work(unit, threads) as work:
+        with Work(unit, threads, leave) as work:
             for kind in itertools.islice(itertools.cycle(KINDS), NUMBER_OF_FAULTS):
                 work.goes_on()
                 kind(self.server, self.forward, choice)
