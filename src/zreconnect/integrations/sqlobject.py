@@ -70,6 +70,9 @@ class ZopelessConnection(PostgresConnection):
     def releaseConnection(self, conn: ReconnectingConnection, explicit: bool = False) -> None:
         """It stays the thread's, in its transaction."""
 
+    def expireAll(self) -> None:
+        self.objects.expire_all()
+
     def transaction(self) -> NoReturn:
         raise dberrors.NotSupportedError(
             "SQLObject's own transactions are switched off under initZopeless(): use begin(), "
@@ -113,7 +116,7 @@ class ThreadObjects(threading.local):
         manager._transaction_manager.registerSynch(self)
 
     def newTransaction(self, transaction: Any) -> None:
-        self._expire()
+        self.expire_all()
 
     def beforeCompletion(self, transaction: Any) -> None:
         """Also called before an abort; what is to be written is written by a hook."""
@@ -124,7 +127,13 @@ class ThreadObjects(threading.local):
             self._take_back_destroyed()
         self._destroyed.clear()
         if not committed or self._manager.implicitBegin is not False:
-            self._expire()
+            self.expire_all()
+
+    def expire_all(self) -> None:
+        self._lazily_updated.clear()
+        self.cache.weakrefAll()
+        for instance in filter(None, self.cache.getAll()):
+            expire(instance)
 
     def update_lazily(self, instance: Any) -> None:
         """Have the update of ``instance`` that is about to be made written before COMMIT."""
@@ -150,12 +159,6 @@ class ThreadObjects(threading.local):
             # SQLObject has nothing that takes it back.
             instance.sqlmeta._obsolete = False
             self.cache.created(instance.id, type(instance), instance)
-
-    def _expire(self) -> None:
-        self._lazily_updated.clear()
-        self.cache.weakrefAll()
-        for instance in filter(None, self.cache.getAll()):
-            expire(instance)
 
 
 def expire(instance: Any) -> None:

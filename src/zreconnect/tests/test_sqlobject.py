@@ -445,6 +445,15 @@ class CacheTests(SQLObjectTestCase):
         gc.collect()
         self.assertIsNone(gzip())
 
+    def test_a_rollback_to_a_savepoint(self):
+        self.begin()
+        savepoint = transaction.savepoint()
+        self.tar.state = "undone"
+        savepoint.rollback()
+        SQLBase._connection.expireAll()
+        self.assertEqual(self.tar.state, "new")
+        self.assertIs(Tree.byName("tar"), self.tar)
+
     def test_a_creation_that_is_rolled_back(self):
         self.begin()
         gzip = Tree(name="gzip")
