@@ -130,6 +130,7 @@ class ZopelessTransactionManager:
     def _install(self) -> None:
         global _installed
         if self.sqlClass is not None:
+            # What the class had itself comes back with uninstall().
             self._replaced = {k: v for k, v in vars(self.sqlClass).items() if k == "_connection"}
             self.sqlClass._connection = self._class_connection(self.sqlClass)  # type: ignore[attr-defined]
         _installed = self
@@ -173,7 +174,8 @@ def initZopeless(
     The server is first contacted when the first transaction begins.
 
     dsn, driver, witness, on_connect, response_timeout: as for `connect`.
-    sqlClass: a class that gets the `ConnectionDescriptor` as ``_connection``.
+    sqlClass: a class that gets the `ConnectionDescriptor` as ``_connection``; if it is one of
+    SQLObject's, it gets a connection of SQLObject's that uses that.
     implicitBegin: False leaves it to ``begin()`` to begin transactions. None and True begin one
     after each commit and abort; they are deprecated, which None tells with a
     PendingDeprecationWarning and True with a DeprecationWarning.

@@ -811,13 +811,15 @@ class SchemaTests(SQLObjectTestCase):
             self.ztm.abort()
             self.server.restart()
 
+
+class SessionTests(SQLObjectTestCase):
     def test_settings_of_the_session_are_there_again(self):
-        def latin1(raw):
+        def elsewhere(raw):
             raw.cursor().execute("SET search_path TO elsewhere; COMMIT")
 
         self.query("CREATE SCHEMA elsewhere")
         self.addCleanup(self.query, "DROP SCHEMA elsewhere CASCADE")
-        self.ztm = self.install(on_connect=latin1, isolation="REPEATABLE READ")
+        self.ztm = self.install(on_connect=elsewhere, isolation="REPEATABLE READ")
         self.ztm.connection().set_client_encoding("LATIN1")
         self.ztm.run(lambda: Tree.createTable())
         for _ in range(2):
@@ -833,13 +835,16 @@ class SchemaTests(SQLObjectTestCase):
 SETTINGS = ["search_path", "client_encoding", "transaction_isolation"]
 
 
-class PsycopgTests(SchemaTests):
-    """The same through psycopg 3."""
+class PsycopgImporterTests(ImporterTests):
+    """Through psycopg 3."""
 
     driver = "psycopg"
 
-    def test_settings_of_the_session_are_there_again(self):
-        self.skipTest("on_connect of psycopg 3 is told by test_psycopg")
+
+class PsycopgSchemaTests(SchemaTests):
+    """Through psycopg 3."""
+
+    driver = "psycopg"
 
 
 class InstallTests(SQLObjectTestCase):
