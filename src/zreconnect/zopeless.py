@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -123,13 +124,26 @@ class ZopelessTransactionManager:
         self._descriptor.close()
         if self.sqlClass is not None:
             del self.sqlClass._connection  # type: ignore[attr-defined]
+            for name, value in self._replaced.items():
+                setattr(self.sqlClass, name, value)
 
     def _install(self) -> None:
         global _installed
-        _installed = self
         if self.sqlClass is not None:
-            self.sqlClass._connection = self._descriptor  # type: ignore[attr-defined]
+            # What the class had itself comes back with uninstall().
+            self._replaced = {k: v for k, v in vars(self.sqlClass).items() if k == "_connection"}
+            self.sqlClass._connection = self._class_connection(self.sqlClass)  # type: ignore[attr-defined]
+        _installed = self
         self._begin_implicitly()
+
+    def _class_connection(self, sql_class: type) -> Any:
+        # Who has a class of SQLObject's has imported SQLObject; others need not have it.
+        sqlobject = sys.modules.get("sqlobject")
+        if sqlobject is None or not issubclass(sql_class, sqlobject.SQLObject):
+            return self._descriptor
+        from zreconnect.integrations.sqlobject import ZopelessConnection
+
+        return ZopelessConnection(self)
 
     def _check_installed(self) -> None:
         if _installed is not self:
@@ -160,7 +174,8 @@ def initZopeless(
     The server is first contacted when the first transaction begins.
 
     dsn, driver, witness, on_connect, response_timeout: as for `connect`.
-    sqlClass: a class that gets the `ConnectionDescriptor` as ``_connection``.
+    sqlClass: a class that gets the `ConnectionDescriptor` as ``_connection``; if it is one of
+    SQLObject's, it gets a connection of SQLObject's that uses that.
     implicitBegin: False leaves it to ``begin()`` to begin transactions. None and True begin one
     after each commit and abort; they are deprecated, which None tells with a
     PendingDeprecationWarning and True with a DeprecationWarning.

@@ -1,0 +1,103 @@
+"""Django's backend for PostgreSQL, with a `ReconnectingConnection` in the driver's place.
+
+Django looks for ``DatabaseWrapper`` in the module ``base`` of what a database's ``ENGINE`` names.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from django.core.exceptions import ImproperlyConfigured
+from django.db.backends.base.operations import BaseDatabaseOperations
+from django.db.backends.postgresql import base
+from django.db.utils import DatabaseErrorWrapper, OperationalError
+from django.utils.functional import cached_property
+
+from zreconnect.connection import ReconnectingConnection
+from zreconnect.exceptions import DisconnectionError
+
+#: Those of a database's OPTIONS that are for `ReconnectingConnection`.
+OPTIONS = ("policy", "witness", "response_timeout")
+
+
+class DjangoDisconnectionError(DisconnectionError, OperationalError):
+    """A `DisconnectionError` that Django takes for an error of its own.
+
+    So ``atomic()`` rolls back after it as after any other, and does not replace it with the next.
+    """
+
+
+class ErrorWrapper(DatabaseErrorWrapper):
+    """Turns the driver's errors into Django's, and a `DisconnectionError` into one that is both."""
+
+    def __exit__(self, error_type: Any, error: Any, traceback: Any) -> None:
+        if isinstance(error, DisconnectionError):
+            raise DjangoDisconnectionError(str(error), error.getOriginalException()).with_traceback(
+                traceback
+            ) from error
+        super().__exit__(error_type, error, traceback)
+
+
+class DatabaseOperations(base.DatabaseOperations):
+    def last_executed_query(self, cursor: Any, sql: str, params: Any) -> str:
+        # PostgreSQL's asks psycopg's cursor, for a private attribute.
+        query: str = BaseDatabaseOperations.last_executed_query(self, cursor, sql, params)
+        return query
+
+
+class DatabaseWrapper(base.DatabaseWrapper):
+    """One thread's connection to a database, as Django has it.
+
+    ``OPTIONS`` can have what `OPTIONS` names, as for `connect`, and no pool: then
+    ImproperlyConfigured is raised.
+    """
+
+    ops_class = DatabaseOperations
+
+    @property
+    def pool(self) -> None:
+        if self.settings_dict["OPTIONS"].get("pool"):
+            raise ImproperlyConfigured(
+                "zreconnect.integrations.django keeps one connection for each thread: take the "
+                "pool out of OPTIONS"
+            )
+
+    def get_new_connection(self, conn_params: dict[str, Any]) -> ReconnectingConnection:
+        ours = {name: conn_params.pop(name) for name in OPTIONS if name in conn_params}
+        return ReconnectingConnection(
+            # It sets up each new connection of the driver's, too.
+            partial(super().get_new_connection, conn_params),
+            driver=base.Database.__name__,
+            on_connect=self._set_up_session,
+            **ours,
+        )
+
+    def _set_up_session(self, raw: Any) -> None:
+        # Django does it for the first, not knowing of the others.
+        with raw.cursor() as cursor:
+            cursor.execute(self.ops.set_time_zone_sql(), [self.timezone_name])
+            if role := self.settings_dict["OPTIONS"].get("assume_role"):
+                cursor.execute("SELECT set_config('role', %s, false)", [role])
+
+    @cached_property  # type: ignore[untyped-decorator]
+    def wrap_database_errors(self) -> ErrorWrapper:
+        return ErrorWrapper(self)
+
+    # atomic() calls it by way of commit(). It rolls back after Django's errors, but not after
+    # CommitOutcomeUnknown, and would then replace that by the error of a connection that waits for
+    # a rollback. There is no public name in between.
+    def _commit(self) -> None:
+        try:
+            super()._commit()
+        except BaseException:
+            self.connection.rollback()
+            raise
+
+    def is_usable(self) -> bool:
+        """Yes: whether there is a session shows when a transaction begins."""
+        return True
+
+    def chunked_cursor(self) -> Any:
+        """An ordinary cursor: Django makes psycopg's server-side ones by itself, past us."""
+        return self.cursor()

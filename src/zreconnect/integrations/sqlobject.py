@@ -1,0 +1,192 @@
+"""SQLObject in a batch job: the ``_connection`` of a class of SQLObject's under `initZopeless`.
+
+``initZopeless(dsn, sqlClass=SQLBase)`` imports this module if ``SQLBase`` is such a class.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pydispatch import dispatcher
+from sqlobject import dberrors
+from sqlobject.cache import CacheSet
+from sqlobject.events import RowDestroySignal, RowUpdateSignal
+from sqlobject.main import instanceName
+from sqlobject.postgres.pgconnection import PostgresConnection
+from transaction.interfaces import ISynchronizer, TransientError
+from zope.interface import implementer
+
+from zreconnect.exceptions import DisconnectionError
+
+if TYPE_CHECKING:
+    from zreconnect.connection import ReconnectingConnection
+    from zreconnect.zopeless import ZopelessTransactionManager
+
+DRIVERS = ("psycopg2", "psycopg")
+# What `transaction` sets; it exports no name for it.
+COMMITTED = "Committed"
+
+
+class TransientOperationalError(dberrors.OperationalError, TransientError):
+    """A deadlock or a serialization failure: the unit of work may run again."""
+
+
+class ZopelessConnection(PostgresConnection):
+    """SQLObject's connection of a class: every thread works on its own of the manager's.
+
+    It neither connects nor pools nor commits. The transaction is the manager's, and so are its
+    errors: `DisconnectionError`, `ReconnectTimeout` and `CommitOutcomeUnknown` are not wrapped.
+
+    Raises ValueError if the manager's driver is not one for PostgreSQL.
+    """
+
+    def __init__(self, manager: ZopelessTransactionManager) -> None:
+        driver = manager._descriptor.connection()._driver.name
+        if driver not in DRIVERS:
+            raise ValueError(
+                f"sqlClass is SQLObject's, for which driver must be one of {', '.join(DRIVERS)}, "
+                f"not {driver}"
+            )
+        self._manager = manager
+        # autoCommit would have InheritableSQLObject clean up after errors by itself.
+        super().__init__(driver=driver, autoCommit=False)
+        self.objects = ThreadObjects(manager)
+
+    @property
+    def cache(self) -> CacheSet:
+        return self.objects.cache
+
+    @cache.setter
+    def cache(self, cache: CacheSet) -> None:
+        """SQLObject makes one for all threads, in which they would see each other's values."""
+
+    def getConnection(self) -> ReconnectingConnection:
+        connection = self._manager.connection()
+        # What SQLObject's debug output calls it.
+        self._connectionNumbers.setdefault(id(connection), len(self._connectionNumbers) + 1)
+        return connection
+
+    def releaseConnection(self, conn: ReconnectingConnection, explicit: bool = False) -> None:
+        """It stays the thread's, in its transaction."""
+
+    def expireAll(self) -> None:
+        self.objects.expire_all()
+
+    def transaction(self) -> NoReturn:
+        raise dberrors.NotSupportedError(
+            "SQLObject's own transactions are switched off under initZopeless(): use begin(), "
+            "commit() and abort() of the manager that it returned, or its run()"
+        )
+
+    def createEmptyDatabase(self) -> NoReturn:
+        raise dberrors.NotSupportedError("Databases cannot be created under initZopeless()")
+
+    def dropDatabase(self) -> NoReturn:
+        raise dberrors.NotSupportedError("Databases cannot be dropped under initZopeless()")
+
+    # The place where each of SQLObject's backends has its driver's errors turned into SQLObject's;
+    # there is none without an underscore.
+    def _executeRetry(self, conn: ReconnectingConnection, cursor: Any, query: str) -> Any:
+        try:
+            return super()._executeRetry(conn, cursor, query)
+        except dberrors.OperationalError as error:
+            original = error.__context__
+            assert original is not None
+            if isinstance(original, DisconnectionError):
+                raise original from original.__cause__
+            if conn._may_run_again(original):
+                raise TransientOperationalError(*error.args) from original
+            raise
+
+
+@implementer(ISynchronizer)
+class ThreadObjects(threading.local):
+    """The objects of the calling thread. Their values last until its next transaction.
+
+    After a commit they can still be read, unless a transaction begins implicitly. After an abort
+    they are not what is in the database.
+    """
+
+    def __init__(self, manager: ZopelessTransactionManager) -> None:
+        self.cache = CacheSet()
+        self._manager = manager
+        self._lazily_updated: dict[int, Any] = {}
+        self._destroyed: list[Any] = []
+        manager._transaction_manager.registerSynch(self)
+
+    def newTransaction(self, transaction: Any) -> None:
+        self.expire_all()
+
+    def beforeCompletion(self, transaction: Any) -> None:
+        """Also called before an abort; what is to be written is written by a hook."""
+
+    def afterCompletion(self, transaction: Any) -> None:
+        committed = transaction.status == COMMITTED
+        if not committed:
+            self._take_back_destroyed()
+        self._destroyed.clear()
+        if not committed or self._manager.implicitBegin is not False:
+            self.expire_all()
+
+    def expire_all(self) -> None:
+        self._lazily_updated.clear()
+        self.cache.weakrefAll()
+        for instance in filter(None, self.cache.getAll()):
+            expire(instance)
+
+    def update_lazily(self, instance: Any) -> None:
+        """Have the update of ``instance`` that is about to be made written before COMMIT."""
+        self._manager.connection()._need_transaction()
+        if instance.sqlmeta.expired:
+            # The row, when it is read later, would hide the update.
+            instance.sync()
+        if not self._lazily_updated:
+            self._manager._transaction_manager.get().addBeforeCommitHook(self._write)
+        self._lazily_updated[id(instance)] = instance
+
+    def destroy(self, instance: Any) -> None:
+        """Keep in mind that ``instance`` is about to be deleted, which may be rolled back."""
+        self._destroyed.append(instance)
+
+    def _write(self) -> None:
+        while self._lazily_updated:
+            first = next(iter(self._lazily_updated))
+            self._lazily_updated.pop(first).syncUpdate()
+
+    def _take_back_destroyed(self) -> None:
+        for instance in self._destroyed:
+            # SQLObject has nothing that takes it back.
+            instance.sqlmeta._obsolete = False
+            self.cache.created(instance.id, type(instance), instance)
+
+
+def expire(instance: Any) -> None:
+    """Forget the values of an object of SQLObject's; the next access reads them again.
+
+    Its own ``expire()`` forgets none that were set after the one before, and lets the next
+    ``get()`` make a second object for the same row.
+    """
+    for column in instance.sqlmeta.columnList:
+        vars(instance).pop(instanceName(column.name), None)
+    instance.sqlmeta.expired = True
+    instance.sqlmeta.dirty = False
+    # What waits for syncUpdate(): only SQLObject's expire() clears it, otherwise.
+    instance._SO_createValues = {}
+
+
+def _will_update(instance: Any, *arguments: Any) -> None:
+    connection = instance._connection
+    if instance.sqlmeta.lazyUpdate and isinstance(connection, ZopelessConnection):
+        connection.objects.update_lazily(instance)
+
+
+def _will_destroy(instance: Any, *arguments: Any) -> None:
+    connection = instance._connection
+    if isinstance(connection, ZopelessConnection):
+        connection.objects.destroy(instance)
+
+
+# sqlobject.events.listen() would not hear of classes that exist already.
+dispatcher.connect(_will_update, signal=RowUpdateSignal)
+dispatcher.connect(_will_destroy, signal=RowDestroySignal)

@@ -1,0 +1,388 @@
+"""Django's ORM on a reconnecting connection: a management command through restarts."""
+
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+import django.db
+from django.apps import apps
+from django.core.exceptions import ImproperlyConfigured
+from django.core.management import call_command
+from django.db import close_old_connections, connection, transaction
+from django.test.utils import CaptureQueriesContext
+
+from zreconnect import (
+    FAIL_FAST,
+    CommitOutcomeUnknown,
+    DisconnectionError,
+    Ledger,
+    ReconnectTimeout,
+    RetryPolicy,
+    retry_on_disconnect,
+)
+from zreconnect.integrations.django.base import DjangoDisconnectionError
+from zreconnect.tests import django_project
+from zreconnect.tests.base import DatabaseTestCase
+from zreconnect.tests.restarts import SurvivesRestarts
+
+POLICY = RetryPolicy(timeout=30)
+COMMAND = f"{django_project.__name__}.management.commands.import_files"
+
+
+class DjangoTestCase(DatabaseTestCase):
+    def setUp(self):
+        super().setUp()
+        self.use()
+        self.addCleanup(django_project.forget_connections)
+        call_command("migrate", run_syncdb=True, verbosity=0)
+        # Models can be imported when the project is configured.
+        self.File = apps.get_model("django_project", "File")
+        self.record = import_module(COMMAND).record
+        self.runs = []
+
+    def use(self, time_zone=None, **options):
+        database = {
+            "ENGINE": "zreconnect.integrations.django",
+            "HOST": self.forward.host,
+            "PORT": self.forward.port,
+            "NAME": self.dbname,
+            "USER": self.server.user,
+            "PASSWORD": self.server.password,
+            "TIME_ZONE": time_zone,
+            "OPTIONS": {"policy": POLICY, "witness": Ledger(), **options},
+        }
+        django_project.configure({"default": database})
+
+    def paths(self):
+        return [
+            path for (path,) in self.query("SELECT path FROM django_project_file ORDER BY path")
+        ]
+
+    def work(self, meanwhile=lambda: None, nested=False, path="pack.py"):
+        """Record a file; the first time, something happens meanwhile."""
+
+        @retry_on_disconnect(timeout=30, min_interval=0)
+        @transaction.atomic
+        def unit():
+            self.runs.append("run")
+            self.File.objects.create(path=path)
+            if len(self.runs) == 1:
+                meanwhile()
+            if nested:
+                with transaction.atomic():
+                    return self.File.objects.get(path=path)
+            return self.File.objects.get(path=path)
+
+        return unit()
+
+    def lose(self):
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+    def lose_commit(self):
+        self.forward.cut("to_server", after=0)
+
+    def lose_answer(self):
+        self.forward.cut("to_client", after=0)
+
+
+class UnitOfWorkTests(DjangoTestCase):
+    def test_idle(self):
+        self.work(path="a")
+        self.server.restart()
+        self.work(path="b")
+        self.assertEqual(self.paths(), ["a", "b"])
+        self.assertEqual(self.runs, ["run", "run"])
+
+    def test_a_unit_of_work_is_run_again(self):
+        for number, loss in enumerate((self.server.restart, self.lose, self.forward.drop), 1):
+            self.runs.clear()
+            self.work(loss, path=str(number))
+            self.assertEqual(self.runs, ["run", "run"])
+        self.assertEqual(self.paths(), ["1", "2", "3"])
+
+    def test_the_loss_shows_in_a_nested_block(self):
+        self.work(self.server.restart, nested=True)
+        self.assertEqual(self.runs, ["run", "run"])
+        self.assertEqual(self.paths(), ["pack.py"])
+
+    def test_the_loss_happens_in_a_nested_block(self):
+        def lose():
+            with transaction.atomic(), transaction.atomic():
+                self.File.objects.create(path="never")
+                self.lose()
+
+        self.work(lose)
+        self.assertEqual(self.runs, ["run", "run"])
+        self.assertEqual(self.paths(), ["pack.py"])
+
+    def test_a_loss_that_is_swallowed_commits_nothing(self):
+        with self.assertRaises(django.db.Error), transaction.atomic():
+            self.File.objects.create(path="lost")
+            try:
+                with transaction.atomic():
+                    self.lose()
+            except DisconnectionError:
+                pass
+            self.File.objects.create(path="after")
+        self.work()
+        self.assertEqual(self.paths(), ["pack.py"])
+
+    def test_the_error_is_djangos_too(self):
+        with self.assertRaises(django.db.OperationalError) as caught, transaction.atomic():
+            self.lose()
+        error = caught.exception
+        self.assertIsInstance(error, DjangoDisconnectionError)
+        self.assertIsInstance(error.getOriginalException()[1], connection.Database.Error)
+        self.assertEqual(str(pickle.loads(pickle.dumps(error))), str(error))
+        # The connection can be used again.
+        self.work()
+        self.assertEqual(self.paths(), ["pack.py"])
+
+    def test_other_errors_are_djangos(self):
+        self.work()
+        with self.assertRaises(django.db.IntegrityError):
+            self.work()
+        self.assertEqual(self.runs, ["run", "run"])
+
+    def test_hooks_are_called_once(self):
+        called = []
+        self.work(self.server.restart)
+
+        @retry_on_disconnect(min_interval=0)
+        @transaction.atomic
+        def unit():
+            self.runs.append("again")
+            transaction.on_commit(lambda: called.append(len(self.runs)))
+            self.File.objects.create(path="hook")
+            if len(self.runs) == 3:
+                self.lose()
+
+        unit()
+        self.assertEqual(called, [4])
+
+    def test_a_connection_that_django_closes(self):
+        self.work(path="a")
+        self.server.restart()
+        close_old_connections()
+        self.work(path="b")
+        with transaction.atomic():
+            self.File.objects.create(path="never")
+            connection.close()
+        self.work(path="c")
+        self.assertEqual(self.paths(), ["a", "b", "c"])
+
+    def test_a_health_check_costs_nothing(self):
+        self.work(path="a")
+        self.assertTrue(connection.is_usable())
+        connection.health_check_enabled = True
+        connection.health_check_done = False
+        self.server.restart()
+        self.work(path="b")
+        self.assertEqual(self.paths(), ["a", "b"])
+
+
+class CommitTests(DjangoTestCase):
+    def unit(self, lose, path):
+        """A unit of work whose COMMIT is lost the first time, or the answer to it."""
+
+        @retry_on_disconnect(timeout=30, min_interval=0)
+        @transaction.atomic
+        def unit():
+            self.runs.append("run")
+            self.File.objects.create(path=path)
+            if len(self.runs) == 1:
+                lose()
+
+        unit()
+
+    def test_the_answer_is_lost(self):
+        self.unit(self.lose_answer, "pack.py")
+        self.assertEqual(self.runs, ["run"])
+        self.assertEqual(self.paths(), ["pack.py"])
+
+    def test_commit_is_lost(self):
+        self.unit(self.lose_commit, "pack.py")
+        self.assertEqual(self.runs, ["run", "run"])
+        self.assertEqual(self.paths(), ["pack.py"])
+
+    def test_the_outcome_is_unknown(self):
+        self.use(witness=None)
+        for lose in (self.lose_answer, self.lose_commit):
+            self.runs.clear()
+            with self.assertRaises(CommitOutcomeUnknown):
+                self.unit(lose, lose.__name__)
+            self.assertEqual(self.runs, ["run"])
+        # The connection can be used again.
+        self.work(path="later")
+        self.assertEqual(self.paths(), ["later", "lose_answer"])
+
+
+class WaitingTests(DjangoTestCase):
+    def test_no_server_within_the_timeout(self):
+        self.use(policy=RetryPolicy(timeout=0.2))
+        for connected in (False, True):
+            with self.subTest(connected=connected):
+                self.server.shut_down()
+                outer, inner = transaction.atomic(), transaction.atomic()
+                with self.assertRaises(ReconnectTimeout), outer, inner:
+                    self.File.objects.create(path="never")
+                self.server.start()
+                self.work(path=str(connected))
+        self.assertEqual(self.paths(), ["False", "True"])
+
+    def test_fail_fast(self):
+        self.use(policy=FAIL_FAST)
+        self.server.shut_down()
+        for _ in range(2):
+            with self.assertRaises(django.db.OperationalError) as caught, transaction.atomic():
+                self.File.objects.create(path="never")
+            self.assertIsInstance(caught.exception, DisconnectionError)
+        self.server.start()
+        self.work()
+        self.assertEqual(self.paths(), ["pack.py"])
+
+    def test_wrong_password(self):
+        self.use()
+        connection.settings_dict["PASSWORD"] = "wrong"
+        with self.assertRaisesRegex(django.db.OperationalError, "authentication failed"):
+            self.File.objects.count()
+
+
+class AutocommitTests(DjangoTestCase):
+    """A statement outside of atomic() is a transaction that nothing has begun before it."""
+
+    def test_what_follows_a_restart_may_have_been_done(self):
+        self.assertEqual(self.File.objects.count(), 0)
+        self.server.restart()
+        with self.assertRaises(CommitOutcomeUnknown):
+            self.File.objects.count()
+        self.assertEqual(self.File.objects.count(), 0)
+
+    def test_each_statement_is_committed(self):
+        with self.assertRaises(ZeroDivisionError):
+            self.File.objects.create(path="stays")
+            raise ZeroDivisionError
+        self.assertEqual(self.paths(), ["stays"])
+
+
+class SessionTests(DjangoTestCase):
+    def show(self, name):
+        with connection.cursor() as cursor:
+            cursor.execute(f"SHOW {name}")
+            return cursor.fetchone()[0]
+
+    def test_settings_are_there_again(self):
+        self.query("DROP ROLE IF EXISTS clerk")
+        self.query("CREATE ROLE clerk")
+        self.addCleanup(self.query, "DROP ROLE clerk")
+        for options, role in (({}, "none"), ({"assume_role": "clerk"}, "clerk")):
+            self.use(
+                time_zone="Asia/Kathmandu",
+                isolation_level=connection.isolation_level.SERIALIZABLE,
+                witness=None,
+                **options,
+            )
+            for _ in range(2):
+                with transaction.atomic():
+                    self.assertEqual(self.show("TimeZone"), "Asia/Kathmandu")
+                    self.assertEqual(self.show("role"), role)
+                    self.assertEqual(self.show("client_encoding"), "UTF8")
+                    self.assertEqual(self.show("transaction_isolation"), "serializable")
+                self.server.restart()
+
+    def test_a_pool_is_refused(self):
+        self.use(pool=True)
+        with self.assertRaisesRegex(ImproperlyConfigured, "take the pool out of OPTIONS"):
+            self.File.objects.count()
+
+    def test_queries_are_logged(self):
+        with CaptureQueriesContext(connection) as queries, transaction.atomic():
+            self.File.objects.filter(path="a").count()
+        statements = [query["sql"] for query in queries.captured_queries]
+        self.assertRegex(statements[-2], r"SELECT COUNT.*PARAMS = \('a',\)")
+
+    def test_a_loss_while_queries_are_logged(self):
+        with CaptureQueriesContext(connection):
+            self.work(self.server.restart)
+        self.assertEqual(self.runs, ["run", "run"])
+
+    def test_iterator(self):
+        for path in "abc":
+            self.work(path=path)
+        files = self.File.objects.order_by("path").iterator(chunk_size=2)
+        self.assertEqual([file.path for file in files], ["a", "b", "c"])
+
+
+class CommandTests(DjangoTestCase):
+    def test_the_command(self):
+        with tempfile.TemporaryDirectory() as directory:
+            Path(directory, "pack.py").write_text("def pack(): ...\ndef unpack(): ...\n")
+            output = io.StringIO()
+            self.server.restart()
+            call_command("import_files", directory, stdout=output)
+        self.assertEqual(output.getvalue(), "pack.py: 2\n")
+        names = self.query("SELECT name FROM django_project_definition ORDER BY id")
+        self.assertEqual(names, [("pack",), ("unpack",)])
+
+    def test_with_psycopg2(self):
+        """Django takes it if psycopg is not installed."""
+        database = {**connection.settings_dict, "OPTIONS": {}}
+        done = subprocess.run(
+            [sys.executable, "-"],
+            input=WITHOUT_PSYCOPG.format(database),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout, "2 psycopg2\n")
+        self.assertEqual(self.paths(), ["2"])
+
+
+WITHOUT_PSYCOPG = """
+import sys
+sys.modules["psycopg"] = None
+from django.db import connection, transaction
+from zreconnect import retry_on_disconnect
+from zreconnect.tests import django_project
+django_project.configure({{"default": {!r}}})
+from zreconnect.tests.django_project.models import File
+runs = []
+
+@retry_on_disconnect(min_interval=0)
+@transaction.atomic
+def work():
+    runs.append("run")
+    file = File.objects.create(path=str(len(runs)))
+    if len(runs) == 1:
+        with transaction.atomic(), connection.cursor() as cursor:
+            cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+    return File.objects.get(pk=file.pk).path
+
+print(work(), connection.Database.__name__)
+"""
+
+
+class RestartTests(SurvivesRestarts, DjangoTestCase):
+    def test_fifty_restarts(self):
+        def applied():
+            rows = self.query(
+                "SELECT path, count(definition.name) FROM django_project_file file"
+                " JOIN django_project_definition definition ON definition.file_id = file.id"
+                " GROUP BY file.id"
+            )
+            self.assertEqual({count for _, count in rows}, {2})
+            return [int(path) for path, _ in rows]
+
+        self.survive(
+            lambda number: self.record(str(number), ["pack", "unpack"]),
+            threads=3,
+            applied=applied,
+            leave=django_project.forget_connections,
+        )
