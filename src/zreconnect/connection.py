@@ -193,6 +193,11 @@ class ReconnectingConnection:
         return int(self._state == CLOSED)
 
     @property
+    def broken(self) -> bool:
+        """As in psycopg 3. A lost session breaks nothing: the next one takes its place."""
+        return False
+
+    @property
     def server(self) -> str:
         return self._server.address
 
