@@ -100,6 +100,7 @@ class PostgresqlDriver:
     module: Any
     has_sessions = True
     supports_two_phase = True
+    disconnect_messages: tuple[str, ...] = DISCONNECT_MESSAGES
     ledger_table = (
         "CREATE TABLE IF NOT EXISTS {table} ("
         " id uuid PRIMARY KEY,"
@@ -163,7 +164,7 @@ class PostgresqlDriver:
             if state[:2] == CONNECTION_EXCEPTION_CLASS or state in DISCONNECT_STATES:
                 return Meaning.DISCONNECT
             return Meaning.TRANSIENT if state in TRANSIENT_STATES else Meaning.USER
-        if any(message in str(error) for message in DISCONNECT_MESSAGES):
+        if any(message in str(error) for message in self.disconnect_messages):
             return Meaning.DISCONNECT
         return Meaning.USER
 

@@ -29,6 +29,7 @@ from zope.interface import implementer
 from zreconnect.drivers.base import Begun, Meaning, SessionSettings
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
+    DISCONNECT_MESSAGES,
     READING_TAGS,
     PostgresqlDriver,
     begin_statement,
@@ -63,6 +64,8 @@ class PsycopgDriver(PostgresqlDriver):
     name = "psycopg"
     module = psycopg
     disconnection_error = PsycopgDisconnectionError
+    # psycopg's own words (waiting.py): the socket has hung up, and libpq does not know it yet.
+    disconnect_messages = (*DISCONNECT_MESSAGES, "connection socket closed")
 
     def parse_conninfo(self, dsn: str) -> dict[str, str]:
         return {name: str(value) for name, value in conninfo_to_dict(dsn).items()}

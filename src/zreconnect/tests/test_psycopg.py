@@ -69,7 +69,21 @@ class StateTests(Psycopg, test_connection.StateTests):
 
 
 class DisconnectTests(Psycopg, test_connection.DisconnectTests):
-    pass
+    """What the driver says of a lost session."""
+
+    def test_a_socket_that_has_hung_up(self):
+        connection = self.connect()
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        # The end of a pipe that nobody writes to is not readable and has hung up, as a socket that
+        # was reset can be for a moment.
+        reading, writing = os.pipe()
+        os.dup2(reading, connection.driver_connection.fileno())
+        os.close(reading)
+        os.close(writing)
+        with self.assertRaisesRegex(DisconnectionError, "connection socket closed"):
+            cursor.execute("SELECT 2")
+        self.assertEqual(connection.state, "doomed")
 
 
 class DoomedTests(Psycopg, test_connection.DoomedTests):
