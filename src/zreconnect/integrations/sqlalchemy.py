@@ -76,12 +76,12 @@ def register(
     """
     _check_engine(engine)
     registration = _Registration(engine, policy, witness, response_timeout)
-    # First, because SQLAlchemy goes on to the other listeners only if this one returns nothing.
-    event.listen(engine, "do_connect", registration.connect, insert=True)
+    _listen_first(engine, "do_connect", registration.connect)
     event.listen(engine, "checkout", registration.check_out, insert=True)
-    event.listen(engine, "reset", roll_back_if_doomed, insert=True)
-    event.listen(engine, "handle_error", registration.handle_error)
+    event.listen(engine, "reset", release, insert=True)
+    event.listen(engine, "begin", end_doomed, insert=True)
     event.listen(engine, "begin_twophase", refuse_two_phase)
+    event.listen(engine, "handle_error", registration.handle_error)
     _registered.add(engine.dialect)
 
 
@@ -102,6 +102,22 @@ def _check_engine(engine: Any) -> None:
             "engine has pool_pre_ping, which is to be left out: BEGIN finds out whether the "
             "session has ended"
         )
+
+
+def _listen_first(engine: Engine, name: str, listener: Any) -> None:
+    """Have ``listener`` called before those that are there; ``insert`` is ignored for "do_connect".
+
+    SQLAlchemy goes on to the next one only if it returns nothing.
+    """
+    others = [
+        other
+        for other in getattr(engine.dialect.dispatch, name)
+        if event.contains(engine, name, other)
+    ]
+    for other in others:
+        event.remove(engine, name, other)
+    for each in (listener, *others):
+        event.listen(engine, name, each)
 
 
 class _Registration:
@@ -221,10 +237,22 @@ class _SessionSetUp:
         return bool(raw.autocommit)
 
 
-def roll_back_if_doomed(dbapi_connection: Any, record: Any, state: Any) -> None:
-    """For "reset": after a COMMIT that has failed, SQLAlchemy sends no ROLLBACK."""
-    if isinstance(dbapi_connection, ReconnectingConnection) and dbapi_connection.state == DOOMED:
+def end_doomed(connection: Any) -> None:
+    """For "begin": after a COMMIT that has failed, SQLAlchemy sends no ROLLBACK."""
+    dbapi_connection = connection.connection.dbapi_connection
+    if dbapi_connection.state == DOOMED:
         dbapi_connection.rollback()
+
+
+def release(dbapi_connection: Any, record: Any, state: Any) -> None:
+    """For "reset": make a connection ready for the pool, whatever was done with it."""
+    if isinstance(dbapi_connection, ReconnectingConnection):
+        # Nobody has it any more. A session that nobody closed is found by the garbage collector, in
+        # any thread.
+        dbapi_connection._thread = None
+        if dbapi_connection.state == DOOMED:
+            # Else it does not let the pool reset its isolation level.
+            dbapi_connection.rollback()
 
 
 def refuse_two_phase(connection: Any, xid: Any) -> NoReturn:
