@@ -79,7 +79,6 @@ def register(
     _listen_first(engine, "do_connect", registration.connect)
     event.listen(engine, "checkout", registration.check_out, insert=True)
     event.listen(engine, "reset", release, insert=True)
-    event.listen(engine, "begin", end_doomed, insert=True)
     event.listen(engine, "begin_twophase", refuse_two_phase)
     event.listen(engine, "handle_error", registration.handle_error)
     _registered.add(engine.dialect)
@@ -109,15 +108,27 @@ def _listen_first(engine: Engine, name: str, listener: Any) -> None:
 
     SQLAlchemy goes on to the next one only if it returns nothing.
     """
-    others = [
-        other
-        for other in getattr(engine.dialect.dispatch, name)
-        if event.contains(engine, name, other)
-    ]
+    present = getattr(engine.dialect.dispatch, name)
+    others = [other for other in present if event.contains(engine, name, other)]
     for other in others:
         event.remove(engine, name, other)
     for each in (listener, *others):
         event.listen(engine, name, each)
+
+
+class PooledConnection(ReconnectingConnection):
+    """What the pool keeps."""
+
+    __slots__ = ()
+
+    def commit(self) -> None:
+        try:
+            super().commit()
+        finally:
+            # SQLAlchemy sends no ROLLBACK after a COMMIT that has failed. It does not use the
+            # connection any more, either, until it is told to roll back.
+            if self.state == DOOMED:
+                self.rollback()
 
 
 class _Registration:
@@ -139,7 +150,7 @@ class _Registration:
             "response_timeout": response_timeout,
         }
         # Checks them.
-        ReconnectingConnection(self._server, **self._options)
+        PooledConnection(self._server, **self._options)
 
     # Listeners
 
@@ -149,7 +160,7 @@ class _Registration:
         if "target_session_attrs" in cparams:
             self._parameters["target_session_attrs"] = cparams["target_session_attrs"]
         set_up = _SessionSetUp(self._engine, self._driver, record)
-        connection = ReconnectingConnection(self._server, on_connect=set_up, **self._options)
+        connection = PooledConnection(self._server, on_connect=set_up, **self._options)
         record.info[KEY] = connection, set_up
         raw = connection.driver_connection
         # As the driver makes it.
@@ -163,7 +174,7 @@ class _Registration:
             autocommit = set_up.finish(dbapi_connection)
             connection.set_session(autocommit=autocommit)
             record.dbapi_connection = pooled.dbapi_connection = connection
-        elif not isinstance(dbapi_connection, ReconnectingConnection):
+        elif not isinstance(dbapi_connection, PooledConnection):
             raise InvalidRequestError(
                 "The engine got a connection past zreconnect: call register() before the engine "
                 "connects, and use a listener to 'do_connect' instead of create_engine(creator=...)"
@@ -237,22 +248,13 @@ class _SessionSetUp:
         return bool(raw.autocommit)
 
 
-def end_doomed(connection: Any) -> None:
-    """For "begin": after a COMMIT that has failed, SQLAlchemy sends no ROLLBACK."""
-    dbapi_connection = connection.connection.dbapi_connection
-    if dbapi_connection.state == DOOMED:
-        dbapi_connection.rollback()
-
-
 def release(dbapi_connection: Any, record: Any, state: Any) -> None:
-    """For "reset": make a connection ready for the pool, whatever was done with it."""
-    if isinstance(dbapi_connection, ReconnectingConnection):
-        # Nobody has it any more. A session that nobody closed is found by the garbage collector, in
-        # any thread.
+    """For "reset": nobody has the connection any more.
+
+    A session that nobody closed is found by the garbage collector, in any thread.
+    """
+    if isinstance(dbapi_connection, PooledConnection):
         dbapi_connection._thread = None
-        if dbapi_connection.state == DOOMED:
-            # Else it does not let the pool reset its isolation level.
-            dbapi_connection.rollback()
 
 
 def refuse_two_phase(connection: Any, xid: Any) -> NoReturn:
