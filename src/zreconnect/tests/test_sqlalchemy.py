@@ -3,6 +3,7 @@
 import gc
 import itertools
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -1017,7 +1018,10 @@ class Refusing:
 
 class ImportTests(unittest.TestCase):
     def run_python(self, program):
-        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
 
     def test_a_missing_sqlalchemy(self):
         done = self.run_python(
