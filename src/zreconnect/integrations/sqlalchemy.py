@@ -43,6 +43,8 @@ except ModuleNotFoundError as error:
 
 #: SQLAlchemy's names of the drivers that it works with; zreconnect has the same ones.
 DRIVERS = ("psycopg2", "psycopg")
+#: What the server's address is made of, and what else is to be known of it.
+PARAMETERS = ("user", "host", "port", "dbname", "target_session_attrs")
 # In the ``info`` of a connection that the pool is setting up.
 KEY = "zreconnect"
 # The driver judges by the error alone: of what the pool could not set up it has closed the raw
@@ -87,12 +89,14 @@ def register(
 def _check_engine(engine: Any) -> None:
     if not isinstance(engine, Engine):
         raise TypeError(f"engine must be a sqlalchemy.Engine, not {engine!r}")
-    if engine.driver not in DRIVERS or engine.dialect.name != "postgresql":
+    dialect = engine.dialect
+    if dialect.name != "postgresql" or dialect.driver not in DRIVERS or dialect.is_async:
+        kind = "asynchronous " if dialect.is_async else ""
         raise ValueError(
             f"engine must use PostgreSQL with one of the drivers {', '.join(DRIVERS)}, not "
-            f"{engine.dialect.name}+{engine.driver}"
+            f"{kind}{dialect.name}+{dialect.driver}"
         )
-    if engine.dialect in _registered:
+    if dialect in _registered:
         raise ValueError("engine is registered already")
     # There is no public way to ask. A ping is a statement in autocommit mode, whose loss would be a
     # `CommitOutcomeUnknown`.
@@ -139,9 +143,7 @@ class _Registration:
     ) -> None:
         self._engine = engine
         self._driver = load_driver(engine.driver)
-        url = engine.url
-        known = {"user": url.username, "host": url.host, "port": url.port, "dbname": url.database}
-        self._parameters = {name: str(value) for name, value in known.items() if value}
+        self._parameters: dict[str, str] = {}
         # One for all connections, which knock at its door one at a time.
         self._server = Server(self._driver, self._open, self._parameters)
         self._options: dict[str, Any] = {
@@ -157,8 +159,8 @@ class _Registration:
     def connect(self, dialect: Any, record: Any, cargs: list[Any], cparams: dict[str, Any]) -> Any:
         """The raw connection of a new `ReconnectingConnection`, for the pool to set up."""
         self._arguments = list(cargs), dict(cparams)
-        if "target_session_attrs" in cparams:
-            self._parameters["target_session_attrs"] = cparams["target_session_attrs"]
+        known = {name: str(cparams[name]) for name in PARAMETERS if cparams.get(name)}
+        self._parameters.update(known)
         set_up = _SessionSetUp(self._engine, self._driver, record)
         connection = PooledConnection(self._server, on_connect=set_up, **self._options)
         record.info[KEY] = connection, set_up

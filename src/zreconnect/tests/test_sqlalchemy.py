@@ -23,6 +23,7 @@ from pyramid.request import Request
 from pyramid.response import Response
 from sqlalchemy import event, pool, select, text
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session
 from sqlalchemy.orm import sessionmaker as make_sessions
 
@@ -950,8 +951,9 @@ class Psycopg2Tests(SqlalchemyTestCase):
 
     def test_registered_when_it_has_connected(self):
         engine = self.plain_engine()
-        self.scalar(engine)
-        register(engine)
+        with engine.connect() as connection:
+            register(engine)
+            self.assertEqual(connection.scalar(ONE), 1)
         with self.assertRaisesRegex(sqlalchemy.exc.InvalidRequestError, "before the engine"):
             engine.connect()
         self.assertEqual(self.scalar(engine), 1)
@@ -964,6 +966,7 @@ class Psycopg2Tests(SqlalchemyTestCase):
             (ValueError, engine.execution_options(isolation_level="AUTOCOMMIT")),
             (ValueError, self.plain_engine(pool_pre_ping=True)),
             (ValueError, sqlalchemy.create_engine("sqlite://")),
+            (ValueError, create_async_engine("postgresql+psycopg://").sync_engine),
             (ValueError, sqlalchemy.create_engine("mysql+pymysql://localhost")),
         ):
             with self.assertRaisesRegex(error, "^engine "):
