@@ -23,7 +23,6 @@ from pyramid.request import Request
 from pyramid.response import Response
 from sqlalchemy import event, pool, select, text
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session
 from sqlalchemy.orm import sessionmaker as make_sessions
 
@@ -896,13 +895,22 @@ class Psycopg2Tests(SqlalchemyTestCase):
         self.assertEqual([self.scalar(one), self.scalar(two)], [1, 1])
         self.assertEqual(self.names(), ["one", "two"])
 
-    def test_threads_share_one_knock_at_the_door(self):
+    def test_threads(self):
+        """They wait at one door together."""
         engine = self.engine(pool_size=4)
-        self.forward.refuse()
+        both = threading.Barrier(4)
+
+        def use():
+            with engine.connect() as connection:
+                both.wait(PATIENCE)
+                return connection.connection.dbapi_connection._server, connection.scalar(ONE)
+
         with ThreadPoolExecutor(4) as executor:
-            answers = [executor.submit(self.scalar, engine) for _ in range(4)]
-            self.forward.accept()
-            self.assertEqual([answer.result(PATIENCE) for answer in answers], [1] * 4)
+            for _ in range(2):
+                futures = [executor.submit(use) for _ in range(4)]
+                answers = {future.result(PATIENCE) for future in futures}
+                self.assertEqual([one for _, one in answers], [1])
+                self.forward.drop()
 
     # The Core and the ORM at large
 
@@ -966,7 +974,7 @@ class Psycopg2Tests(SqlalchemyTestCase):
             (ValueError, engine.execution_options(isolation_level="AUTOCOMMIT")),
             (ValueError, self.plain_engine(pool_pre_ping=True)),
             (ValueError, sqlalchemy.create_engine("sqlite://")),
-            (ValueError, create_async_engine("postgresql+psycopg://").sync_engine),
+            (ValueError, sqlalchemy.create_engine("postgresql+psycopg_async://")),
             (ValueError, sqlalchemy.create_engine("mysql+pymysql://localhost")),
         ):
             with self.assertRaisesRegex(error, "^engine "):
@@ -1115,6 +1123,8 @@ class FiftyFaultsTests(SqlalchemyTestCase):
                             or any(worker.done() for worker in workers)
                         )
                     )
+                    if any(worker.done() for worker in workers):
+                        break
             finally:
                 self.over.set()
             for worker in workers:
