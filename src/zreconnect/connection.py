@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import transaction
 from transaction.interfaces import TransientError
@@ -39,14 +39,27 @@ from zreconnect.interfaces import (
     IReconnectingConnection,
     ISavepoint,
 )
-from zreconnect.policy import LONGEST_ATTEMPT, PERSIST, RetryPolicy, check_number
+from zreconnect.policy import (
+    LONGEST_ATTEMPT,
+    PERSIST,
+    RetryPolicy,
+    check_attempts,
+    check_number,
+)
 from zreconnect.retry import run_unit_of_work
 from zreconnect.server import Server, server_from_dsn, server_from_factory
 from zreconnect.session import open_session
+from zreconnect.turn import Turn
 from zreconnect.twophase import TwoPhaseDataManager
 from zreconnect.watchdog import NO_WATCH, Watch
 from zreconnect.witness import NoObserver, Outcome, choose_witness
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+# How many seconds a thread waits for the transaction of another one to end, if the policy has no
+# timeout.
+PATIENCE_WITH_THREADS = 60.0
 # PEP 249, "Exceptions": a connection has them as attributes.
 DBAPI_EXCEPTIONS = {
     "Warning",
@@ -108,10 +121,10 @@ class ReconnectingConnection:
         "_had_session",
         "_implicit_begin",
         "_inside_with",
+        "_is_explicit",
         "_kept",
         "_observer",
         "_on_connect",
-        "_owner",
         "_policy",
         "_process",
         "_raw",
@@ -120,7 +133,7 @@ class ReconnectingConnection:
         "_server",
         "_settings",
         "_state",
-        "_thread",
+        "_turn",
         "_watch",
         "_witness",
     )
@@ -171,10 +184,10 @@ class ReconnectingConnection:
         self._data_manager: Any = None
         self._data_manager_class = TwoPhaseDataManager if two_phase else ConnectionDataManager
         self._before_begin: Callable[[], None] | None = None
-        self._owner: int | None = None
-        # The only thread that may use the connection now; None for any.
-        self._thread: int | None = None
+        self._turn = Turn()
         self._implicit_begin = True
+        # Whether the transaction was begun by begin(), and not by a statement.
+        self._is_explicit = False
         if two_phase:
             join_transactions(self, transaction.manager)
         _connections.add(self)
@@ -209,33 +222,43 @@ class ReconnectingConnection:
     # Transactions
 
     def begin(self) -> None:
-        self._check_usable()
-        if self._state == ACTIVE:
-            raise self._driver.module.ProgrammingError(
-                "begin() inside a transaction: commit() or rollback() first"
-            )
-        self._begin()
+        with self._in_turn():
+            self._check_usable()
+            if self._state == ACTIVE:
+                raise self._driver.module.ProgrammingError(
+                    "begin() inside a transaction: commit() or rollback() first"
+                )
+            self._begin()
+            self._is_explicit = True
 
     def commit(self) -> None:
-        self._check_usable()
-        if self._data_manager is not None:
+        if self._turn.is_anothers():
             raise self._driver.module.ProgrammingError(
-                "This connection is part of a transaction manager's transaction: commit that "
-                "instead, for example with transaction.commit()"
+                "commit() of another thread's transaction: it belongs to the thread that began it"
             )
-        self._commit()
+        with self._in_turn():
+            self._check_usable()
+            if self._data_manager is not None:
+                raise self._driver.module.ProgrammingError(
+                    "This connection is part of a transaction manager's transaction: commit that "
+                    "instead, for example with transaction.commit()"
+                )
+            self._commit()
 
     def rollback(self) -> None:
         self._check_open()
-        self._check_thread()
-        if self._state == ACTIVE:
-            try:
-                # A session that does not answer is given up, which rolls back as well.
-                with self._watch.awaiting(self._response_timeout or LONGEST_ATTEMPT):
-                    self._driver.rollback(self._raw)
-            except self._driver.module.Error as error:
-                self._end_session(error)
-        self._be_idle()
+        if not self._turn.is_for_good and not self._turn.take(0):
+            # The transaction is another thread's, so there is none of this one.
+            return
+        with self._in_turn():
+            if self._state == ACTIVE:
+                try:
+                    # A session that does not answer is given up, which rolls back as well.
+                    with self._watch.awaiting(self._response_timeout or LONGEST_ATTEMPT):
+                        self._driver.rollback(self._raw)
+                except self._driver.module.Error as error:
+                    self._end_session(error)
+            self._be_idle()
 
     def close(self) -> None:
         if self._state == IDLE and self._raw is not None and self._process == os.getpid():
@@ -246,12 +269,14 @@ class ReconnectingConnection:
                 self._observer.close(self._raw)
         self._state = CLOSED
         self._drop_session()
+        self._turn.end()
 
     def savepoint(self) -> Savepoint:
-        self._check_usable()
-        if self._state != ACTIVE:
-            raise self._driver.module.ProgrammingError("savepoint() outside a transaction")
-        return Savepoint(self, f"zreconnect_{next(self._savepoints)}")
+        with self._in_turn():
+            self._check_usable()
+            if self._state != ACTIVE:
+                raise self._driver.module.ProgrammingError("savepoint() outside a transaction")
+            return Savepoint(self, f"zreconnect_{next(self._savepoints)}")
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[ReconnectingCursor]:
@@ -275,14 +300,33 @@ class ReconnectingConnection:
             attempts=attempts,
         )
 
+    def transactional(
+        self, attempts: int = 3
+    ) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+        check_attempts(attempts)
+
+        def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+            @functools.wraps(function)
+            def call(*args: Parameters.args, **keywords: Parameters.kwargs) -> Result:
+                if self._turn.is_mine() and self._is_explicit:
+                    return function(*args, **keywords)
+                # The function may have an argument of its own that is named attempts.
+                result: Result = self.run(lambda: function(*args, **keywords), attempts=attempts)
+                return result
+
+            return call
+
+        return decorate
+
     def __enter__(self) -> ReconnectingConnection:
         """As in psycopg2: commit at the end, or roll back on an error; do not close."""
-        self._check_usable()
-        if self._inside_with:
-            raise self._driver.module.ProgrammingError(
-                "The connection is already inside a with block"
-            )
-        self._inside_with = True
+        with self._in_turn():
+            self._check_usable()
+            if self._inside_with:
+                raise self._driver.module.ProgrammingError(
+                    "The connection is already inside a with block"
+                )
+            self._inside_with = True
         return self
 
     def __exit__(
@@ -316,7 +360,12 @@ class ReconnectingConnection:
     def cursor(
         self, name: str | None = None, cursor_factory: Any = None, **options: Any
     ) -> ReconnectingCursor:
-        self._check_usable()
+        if self._turn.is_anothers() and not self._turn.is_for_good:
+            # What that one's transaction has come to does not matter to this thread.
+            self._check_open()
+        else:
+            with self._in_turn():
+                self._check_usable()
         return ReconnectingCursor(self, name, cursor_factory, options)
 
     def execute(self, query: Any, params: Any = None, **options: Any) -> ReconnectingCursor:
@@ -331,20 +380,22 @@ class ReconnectingConnection:
 
         Raises the driver's ProgrammingError in autocommit mode outside a transaction.
         """
-        if self._is_autocommit():
-            raise self._driver.module.ProgrammingError(
-                "pipeline() in autocommit mode: begin() a transaction first"
-            )
-        self._need_transaction()
+        with self._in_turn():
+            if self._is_autocommit():
+                raise self._driver.module.ProgrammingError(
+                    "pipeline() in autocommit mode: begin() a transaction first"
+                )
+            self._need_transaction()
         with self._guarded_block(self._raw.pipeline()) as pipeline:
             yield Guarded(self, pipeline)
 
     def lobject(self, *args: Any, **keywords: Any) -> Any:
         """A large object, as the driver has it; it lives as long as the transaction."""
-        self._need_transaction()
-        with self._guarded():
-            self._driver.own_transaction(self._raw)
-            return Guarded(self, self._raw.lobject(*args, **keywords))
+        with self._in_turn():
+            self._need_transaction()
+            with self._guarded():
+                self._driver.own_transaction(self._raw)
+                return Guarded(self, self._raw.lobject(*args, **keywords))
 
     # Session settings
 
@@ -445,27 +496,30 @@ class ReconnectingConnection:
 
         Raises the driver's ProgrammingError inside a transaction, since a rollback would undo it.
         """
-        self._check_outside_transaction("set_client_encoding()")
-        self._need_session()
-        with self._guarded():
-            self._driver.set_client_encoding(self._raw, encoding)
-        self._settings.client_encoding = encoding
+        with self._in_turn():
+            self._check_outside_transaction("set_client_encoding()")
+            self._need_session()
+            with self._guarded():
+                self._driver.set_client_encoding(self._raw, encoding)
+            self._settings.client_encoding = encoding
 
     def reset(self) -> None:
         """Roll back, and forget all settings but those of ``on_connect``; the next transaction
         gets a new session."""
-        self.rollback()
-        self._settings = SessionSettings()
-        self._drop_session()
-        self._kept = None
+        with self._in_turn():
+            self.rollback()
+            self._settings = SessionSettings()
+            self._drop_session()
+            self._kept = None
 
     def _change_settings(self, **changes: Any) -> None:
-        self._check_outside_transaction("Changing the session's settings")
-        self._settings = replace(self._settings, **changes)
-        if self._raw is not None:
-            # If the session has ended meanwhile, the next one has them from its beginning.
-            with contextlib.suppress(self._driver.disconnection_error), self._guarded():
-                self._driver.restore(self._raw, self._settings)
+        with self._in_turn():
+            self._check_outside_transaction("Changing the session's settings")
+            self._settings = replace(self._settings, **changes)
+            if self._raw is not None:
+                # If the session has ended meanwhile, the next one has them from its beginning.
+                with contextlib.suppress(self._driver.disconnection_error), self._guarded():
+                    self._driver.restore(self._raw, self._settings)
 
     # Everything else that the driver's connection has
 
@@ -525,7 +579,9 @@ class ReconnectingConnection:
 
         def call(*args: Any, **keywords: Any) -> Any:
             self._check_not_doomed()
-            with self._guarded(raw_cursor):
+            # Not for the connection's own: cancel() is called while another thread's turn lasts.
+            turn = _MINE if wrapped is self._raw else self._in_turn()
+            with turn, self._guarded(raw_cursor):
                 result = value(*args, **keywords)
             if isinstance(result, Generator):
                 rows = self._guarded_rows(result, raw_cursor, waits=wrapped is not self._raw)
@@ -543,9 +599,10 @@ class ReconnectingConnection:
         limit = self._response_timeout if waits else None
         with self._guarded_block(contextlib.closing(rows), raw_cursor):
             while True:
-                self._check_usable()
-                with self._guarded(raw_cursor), self._watch.awaiting(limit):
-                    row = next(rows, _END)
+                with self._in_turn():
+                    self._check_usable()
+                    with self._guarded(raw_cursor), self._watch.awaiting(limit):
+                        row = next(rows, _END)
                 if row is _END:
                     return
                 yield row
@@ -599,7 +656,6 @@ class ReconnectingConnection:
             self._before_begin()
         # Whatever interrupts this, a rollback() is due afterwards.
         self._state = ACTIVE
-        self._thread = threading.get_ident()
         try:
             with self._watch.awaiting(self._limit_of_begin(self._patience())):
                 begun = self._driver.begin_with(
@@ -760,6 +816,45 @@ class ReconnectingConnection:
             self._driver.is_refused_by_standby(error, self._raw)
         )
 
+    # Threads
+
+    def _in_turn(self) -> contextlib.AbstractContextManager[None]:
+        """Have the connection until the transaction ends, or else for this block."""
+        return _MINE if self._turn.is_mine() else self._taking_turn()
+
+    @contextlib.contextmanager
+    def _taking_turn(self) -> Iterator[None]:
+        self._take_turn()
+        try:
+            yield
+        finally:
+            self._give_turn()
+
+    def _take_turn(self) -> None:
+        if self._turn.is_for_good:
+            raise self._driver.module.ProgrammingError(
+                "The connection belongs to another thread: use a connection for each thread; "
+                "fork() makes one"
+            )
+        if self._turn.take(0):
+            return
+        events.logger.debug("A thread waits for another one's transaction on %s", self.server)
+        patience = PATIENCE_WITH_THREADS if self._policy.timeout is None else self._policy.timeout
+        if not self._turn.take(patience):
+            raise self._driver.module.OperationalError(
+                f"This thread has waited {patience:.1f} seconds for its turn: another one has a "
+                f"transaction on {self.server}, or has ended inside it. End transactions sooner, "
+                "or use a connection for each thread; fork() makes one"
+            )
+
+    def _give_turn(self) -> None:
+        if self._state in (IDLE, CLOSED) and self._data_manager is None and not self._inside_with:
+            self._turn.give()
+
+    def _leave_transaction_manager(self) -> None:
+        self._data_manager = None
+        self._give_turn()
+
     # Checks
 
     def _check_open(self) -> None:
@@ -772,17 +867,9 @@ class ReconnectingConnection:
             )
 
     def _check_usable(self) -> None:
-        self._check_thread()
         if self._state != ACTIVE and self._state != IDLE:
             self._check_open()
             self._check_not_doomed()
-
-    def _check_thread(self) -> None:
-        if self._thread is not None and self._thread != threading.get_ident():
-            raise self._driver.module.ProgrammingError(
-                "The connection belongs to another thread, for good or until its transaction "
-                "ends: use a connection for each thread; fork() makes one"
-            )
 
     def _check_outside_transaction(self, what: str) -> None:
         self._check_usable()
@@ -808,7 +895,6 @@ class ReconnectingConnection:
             policy = policy.after(time.monotonic() - started)
             self._connect(self._begin_in_new_session, policy)
         self._state = ACTIVE
-        self._thread = threading.get_ident()
 
     def _patience(self) -> RetryPolicy:
         """The policy for beginning a transaction now."""
@@ -865,8 +951,10 @@ class ReconnectingConnection:
     def _need_session(self) -> None:
         self._check_open()
         if self._raw is None:
-            self._check_not_doomed()
-            self._connect(self._take_down_session)
+            with self._in_turn():
+                self._check_not_doomed()
+                if self._raw is None:
+                    self._connect(self._take_down_session)
 
     def _connect(self, first_use: Callable[[Any], None], policy: RetryPolicy | None = None) -> None:
         """Open a session; ``first_use`` of the raw connection is part of an attempt."""
@@ -896,11 +984,11 @@ class ReconnectingConnection:
     def _be_idle(self) -> None:
         self._state = IDLE
         self._ended_by_error = False
-        self._thread = self._owner
+        self._is_explicit = False
+        self._give_turn()
 
     def _doom(self) -> None:
         self._state = DOOMED
-        self._thread = threading.get_ident()
         if self._data_manager is not None:
             self._data_manager.disconnected = True
 
@@ -924,6 +1012,7 @@ class ReconnectingConnection:
 
     def _leave_to_parent(self) -> None:
         """In a forked child: the session, and a transaction in it, are the parent's."""
+        self._turn = self._turn.in_child()
         if self._raw is not None:
             self._drop_session()
             # What the parent's observer knows is of a session that must not be ended.
@@ -1006,6 +1095,8 @@ def _flag(name: str, value: bool | str | None) -> bool | None:
 
 # What next() returns at the end.
 _END = object()
+# For a thread that has the connection already.
+_MINE = contextlib.nullcontext()
 
 _connections: weakref.WeakSet[ReconnectingConnection] = weakref.WeakSet()
 

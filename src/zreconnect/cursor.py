@@ -95,12 +95,13 @@ class ReconnectingCursor:
 
     def execute(self, query: Any, vars: Any = None, **options: Any) -> Any:
         arguments = (query,) if vars is None else (query, vars)
-        if self.connection._may_begin_with_statement() and self.name is None:
-            self._open_in_session()
-            execute = partial(self._raw.execute, *arguments, **options)
-            if self.connection._begin_with_statement(self._raw, arguments, execute):
-                return self
-        return self._statement("execute", *arguments, **options)
+        with self.connection._in_turn():
+            if self.connection._may_begin_with_statement() and self.name is None:
+                self._open_in_session()
+                execute = partial(self._raw.execute, *arguments, **options)
+                if self.connection._begin_with_statement(self._raw, arguments, execute):
+                    return self
+            return self._statement("execute", *arguments, **options)
 
     def executemany(self, query: Any, vars_list: Any, **options: Any) -> Any:
         return self._statement("executemany", query, vars_list, **options)
@@ -135,19 +136,20 @@ class ReconnectingCursor:
 
     def _statement(self, method: str, *args: Any, **keywords: Any) -> Any:
         connection = self.connection
-        connection._need_transaction()
-        self._open_in_session()
-        try:
-            with connection._watch.awaiting(connection._response_timeout):
-                if self.name is not None and connection._state == ACTIVE:
-                    connection._driver.own_transaction(connection._raw)
-                result = getattr(self._raw, method)(*args, **keywords)
-        except self._error as error:
-            connection._check_statement_lost(error, self._raw)
-            raise
-        if connection._observer.watches_statements:
-            connection._observer.executed(self._raw)
-        return self if result is self._raw else result
+        with connection._in_turn():
+            connection._need_transaction()
+            self._open_in_session()
+            try:
+                with connection._watch.awaiting(connection._response_timeout):
+                    if self.name is not None and connection._state == ACTIVE:
+                        connection._driver.own_transaction(connection._raw)
+                    result = getattr(self._raw, method)(*args, **keywords)
+            except self._error as error:
+                connection._check_statement_lost(error, self._raw)
+                raise
+            if connection._observer.watches_statements:
+                connection._observer.executed(self._raw)
+            return self if result is self._raw else result
 
     # Results
 
@@ -162,29 +164,32 @@ class ReconnectingCursor:
 
     def _answer(self, method: str, *args: Any) -> Any:
         connection = self.connection
-        connection._check_usable()
-        raw = self._raw_cursor()
-        try:
-            with connection._watch.awaiting(connection._response_timeout):
-                return getattr(raw, method)(*args)
-        except self._error as error:
-            connection._check_lost(error)
-            raise
-
-    def __iter__(self) -> Iterator[Any]:
-        connection = self.connection
-        connection._check_usable()
-        rows = iter(self._raw_cursor())
-        while True:
+        with connection._in_turn():
             connection._check_usable()
+            raw = self._raw_cursor()
             try:
                 with connection._watch.awaiting(connection._response_timeout):
-                    row = next(rows)
-            except StopIteration:
-                return
+                    return getattr(raw, method)(*args)
             except self._error as error:
                 connection._check_lost(error)
                 raise
+
+    def __iter__(self) -> Iterator[Any]:
+        connection = self.connection
+        with connection._in_turn():
+            connection._check_usable()
+            rows = iter(self._raw_cursor())
+        while True:
+            with connection._in_turn():
+                connection._check_usable()
+                try:
+                    with connection._watch.awaiting(connection._response_timeout):
+                        row = next(rows)
+                except StopIteration:
+                    return
+                except self._error as error:
+                    connection._check_lost(error)
+                    raise
             yield row
 
     def __next__(self) -> Any:
@@ -222,7 +227,7 @@ class ReconnectingCursor:
         if raw_connection is not self.connection._raw:
             _close_lost(raw, self._error)
             return
-        with self.connection._guarded():
+        with self.connection._in_turn(), self.connection._guarded():
             raw.close()
 
     def __enter__(self) -> ReconnectingCursor:

@@ -36,7 +36,7 @@ class ConnectionDataManager:
         return self._transaction_manager()
 
     def abort(self, transaction: ITransaction | None) -> None:
-        self._connection._data_manager = None
+        self._connection._leave_transaction_manager()
         if not self._connection.closed:
             self._connection.rollback()
 
@@ -53,7 +53,7 @@ class ConnectionDataManager:
         self._connection._commit()
 
     def tpc_finish(self, transaction: ITransaction) -> None:
-        self._connection._data_manager = None
+        self._connection._leave_transaction_manager()
 
     def tpc_abort(self, transaction: ITransaction) -> None:
         self.abort(transaction)

@@ -90,7 +90,7 @@ class HeldByThread:
     def __init__(self, model: ReconnectingConnection) -> None:
         self.model = model
         self.connection: Any = model.fork()
-        self.connection._owner = self.connection._thread = threading.get_ident()
+        self.connection._turn.keep()
 
     def __del__(self) -> None:
         self.connection.close()

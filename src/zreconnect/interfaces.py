@@ -370,12 +370,17 @@ class IReconnectingConnection(Interface):
     Its state is one of
 
     - ``idle``: no transaction; there may be a server session or not;
-    - ``active``: a transaction is under way, and belongs to the thread that began it;
+    - ``active``: a transaction is under way;
     - ``prepared``: a two-phase commit is between its phases; what needs the server, and
       ``rollback()``, raises the driver's ProgrammingError;
     - ``doomed``: the transaction's session was lost; everything but ``rollback()`` and
       ``close()`` raises `DisconnectionError`;
     - ``closed``: everything but ``close()`` raises the driver's InterfaceError.
+
+    Threads can share it: a transaction belongs to the thread that began it, and statements of other
+    threads wait until it has ended. After the seconds of the policy's timeout, or 60 if it has
+    none, they raise the driver's OperationalError. A connection that is one thread's for good, as
+    those of a `IConnectionDescriptor` are, raises the driver's ProgrammingError in other threads.
 
     Whatever talks to the server can raise `DisconnectionError`: when the session is lost inside a
     transaction, and when a policy that fails fast gets no connection. Whatever begins a
@@ -418,11 +423,13 @@ class IReconnectingConnection(Interface):
         outcome up: if the transaction was committed, ``commit()`` returns; if not, it raises
         `DisconnectionError`; if that cannot be found out, `CommitOutcomeUnknown`. Raises the
         driver's InternalError if a statement had failed, so that nothing was committed; the
-        driver's ProgrammingError if the transaction belongs to a transaction manager.
+        driver's ProgrammingError if the transaction belongs to a transaction manager or to another
+        thread.
         """
 
     def rollback():
-        """Roll back and be idle, also after a disconnect. Does nothing if there is no transaction.
+        """Roll back and be idle, also after a disconnect. Does nothing if the thread has no
+        transaction.
 
         Never fails because of a lost connection.
         """
@@ -445,6 +452,14 @@ class IReconnectingConnection(Interface):
         After a disconnect or a transient error (a serialization failure or deadlock) all of this
         is done again, up to ``attempts`` times. Raises what the last attempt raised;
         `CommitOutcomeUnknown` and `ReconnectTimeout` at once.
+        """
+
+    def transactional(attempts=3):
+        """A decorator that makes each call of a function a transaction, as ``run`` does.
+
+        A call inside a transaction that the thread has begun explicitly, by another such function,
+        by ``run``, ``transaction`` or ``begin``, is a part of that one, and runs again only along
+        with it. Raises ValueError or TypeError if ``attempts`` is no whole number of at least 1.
         """
 
     def fork():

@@ -256,7 +256,7 @@ def release(dbapi_connection: Any, record: Any, state: Any) -> None:
     A session that nobody closed is found by the garbage collector, in any thread.
     """
     if isinstance(dbapi_connection, PooledConnection):
-        dbapi_connection._thread = None
+        dbapi_connection._turn.end()
 
 
 def refuse_two_phase(connection: Any, xid: Any) -> NoReturn:

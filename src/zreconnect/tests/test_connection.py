@@ -665,34 +665,6 @@ class ThreadTests(DatabaseTestCase):
         thread.join()
         return raised
 
-    def test_a_transaction_belongs_to_its_thread(self):
-        connection = self.connect()
-        cursor = connection.cursor()
-        cursor.execute("SELECT 1")
-        for use in (
-            lambda: cursor.execute("SELECT 2"),
-            cursor.fetchone,
-            connection.commit,
-            connection.rollback,
-            connection.begin,
-        ):
-            (error,) = self.in_thread(use)
-            self.assertIsInstance(error, self.module.ProgrammingError)
-            self.assertIn("belongs to another thread", str(error))
-        self.assertEqual(cursor.fetchone(), (1,))
-        connection.commit()
-
-    def test_an_idle_connection_can_be_used_by_another_thread(self):
-        connection = self.connect()
-        with connection.transaction() as cursor:
-            cursor.execute("SELECT 1")
-
-        def use():
-            with connection.transaction() as cursor:
-                cursor.execute("SELECT 2")
-
-        self.assertEqual(self.in_thread(use), [])
-
     def test_close_and_cancel_from_another_thread(self):
         # Past the forwarder: psycopg2 keeps the GIL in cancel(), so that the forwarder's thread
         # could not forward the request.

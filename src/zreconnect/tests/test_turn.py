@@ -1,0 +1,389 @@
+"""A connection that is shared by threads, and functions that are transactions."""
+
+import contextlib
+import logging
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+
+from zreconnect import DisconnectionError, Ledger, ReconnectTimeout, RetryPolicy
+from zreconnect.tests.base import (
+    DatabaseTestCase,
+    LineTestCase,
+    needs_mysqlclient,
+    on_mariadb,
+    wait_until,
+)
+from zreconnect.tests.test_mysql import MysqlTestCase
+
+THREADS = 6
+TIMES = 15
+
+
+class SharedTests:
+    def setUp(self):
+        super().setUp()
+        self.make_items()
+        self.messages = self.logged()
+        self.executor = self.enterContext(ThreadPoolExecutor(THREADS))
+
+    def logged(self):
+        """The messages that are logged during the test."""
+        messages = []
+        handler = logging.Handler()
+        handler.emit = lambda record: messages.append(record.getMessage())
+        logger = logging.getLogger("zreconnect")
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        self.addCleanup(logger.setLevel, level)
+        self.addCleanup(logger.removeHandler, handler)
+        return messages
+
+    def enterContext(self, context):
+        # unittest has it since Python 3.11.
+        value = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return value
+
+    def in_thread(self, function, *args):
+        return self.executor.submit(function, *args)
+
+    def in_all_threads(self, function):
+        """Call it with a number in each of many threads, until all have returned."""
+        list(self.executor.map(function, range(THREADS)))
+
+    def insert(self, cursor, name):
+        cursor.execute("INSERT INTO item (name) VALUES (%s)", (name,))
+
+    def is_awaited(self):
+        """Whether a thread has begun to wait for its turn."""
+        return any("waits for another one" in message for message in self.messages)
+
+    def held_by_thread(self, connection):
+        """Have another thread begin a transaction; a function that lets it commit."""
+        held, let_go = threading.Event(), threading.Event()
+
+        def hold():
+            with connection.transaction() as cursor:
+                self.insert(cursor, "held")
+                held.set()
+                let_go.wait(60)
+
+        self.addCleanup(let_go.set)
+        future = self.in_thread(hold)
+        held.wait(60)
+
+        def finish():
+            let_go.set()
+            future.result()
+
+        return finish
+
+    # Taking turns
+
+    def test_statements_of_transactions_do_not_interleave(self):
+        connection = self.connect()
+        executed = []
+
+        def work(number):
+            for time in range(TIMES):
+                with connection.transaction() as cursor:
+                    for part in "ab":
+                        self.insert(cursor, f"{number} {time} {part}")
+                        executed.append((number, time))
+
+        self.in_all_threads(work)
+        self.assertEqual(executed[::2], executed[1::2])
+        self.assertEqual(len(self.names()), 2 * THREADS * TIMES)
+
+    def test_nothing_is_lost_or_doubled_when_the_line_is_cut(self):
+        connection = self.connect()
+
+        def work(number):
+            for time in range(TIMES):
+                connection.run(self.work, connection, number, time, attempts=50)
+
+        self.in_all_threads(work)
+        self.assertEqual(len(self.names()), THREADS * TIMES)
+
+    def work(self, connection, number, time):
+        cursor = connection.cursor()
+        self.insert(cursor, f"{number} {time}")
+        if time % 5 == number and threading.get_ident() not in self.has_cut:
+            self.has_cut.add(threading.get_ident())
+            self.forward.drop()
+
+    @property
+    def has_cut(self):
+        return self.__dict__.setdefault("_has_cut", set())
+
+    def test_a_statement_waits_and_begins_a_transaction_of_its_own(self):
+        connection = self.connect()
+        finish = self.held_by_thread(connection)
+
+        def work():
+            cursor = connection.cursor()
+            self.insert(cursor, "one")
+            connection.rollback()
+
+        future = self.in_thread(work)
+        wait_until(self.is_awaited)
+        finish()
+        future.result()
+        self.assertEqual(self.names(), ["held"])
+
+    def test_results_wait(self):
+        connection = self.connect()
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        connection.commit()
+        finish = self.held_by_thread(connection)
+        future = self.in_thread(cursor.fetchone)
+        wait_until(self.is_awaited)
+        finish()
+        self.assertEqual(tuple(future.result()), (1,))
+
+    def test_with_blocks_take_turns(self):
+        connection = self.connect()
+        executed = []
+
+        def work(number):
+            for time in range(TIMES):
+                with connection, connection.cursor() as cursor:
+                    executed.append((number, time))
+                    self.insert(cursor, f"{number} {time}")
+                    executed.append((number, time))
+
+        self.in_all_threads(work)
+        self.assertEqual(executed[::2], executed[1::2])
+        self.assertEqual(len(self.names()), THREADS * TIMES)
+
+    def test_autocommit_mode(self):
+        connection = self.connect(witness=None)
+        connection.autocommit = True
+
+        def work(number):
+            for time in range(TIMES):
+                with contextlib.closing(connection.cursor()) as cursor:
+                    self.insert(cursor, f"{number} {time}")
+
+        self.in_all_threads(work)
+        self.assertEqual(len(self.names()), THREADS * TIMES)
+        self.assertEqual(len(self.sessions()), 1)
+
+    def test_the_wait_has_the_deadline_of_the_policy(self):
+        connection = self.connect(policy=RetryPolicy(timeout=0.2))
+        finish = self.held_by_thread(connection)
+        for use in (connection.begin, connection.cursor().fetchone, connection.savepoint):
+            with self.assertRaises(self.error("OperationalError")) as raised:
+                use()
+            self.assertIn("waited 0.2 seconds for its turn", str(raised.exception))
+            self.assertNotIsInstance(raised.exception, DisconnectionError)
+        self.assertEqual(connection.state, "active")
+        finish()
+        self.assertEqual(self.names(), ["held"])
+        with connection.transaction() as cursor:
+            self.insert(cursor, "one")
+
+    def error(self, name):
+        return getattr(self.module, name)
+
+    def test_commit_of_another_threads_transaction_is_refused(self):
+        connection = self.connect()
+        finish = self.held_by_thread(connection)
+        with self.assertRaisesRegex(self.error("ProgrammingError"), "another thread's transaction"):
+            connection.commit()
+        finish()
+        self.assertEqual(self.names(), ["held"])
+
+    def test_rollback_leaves_another_threads_transaction_alone(self):
+        connection = self.connect()
+        finish = self.held_by_thread(connection)
+        connection.rollback()
+        self.assertEqual(connection.state, "active")
+        finish()
+        self.assertEqual(self.names(), ["held"])
+
+    def test_a_doomed_transaction_is_its_threads(self):
+        connection = self.connect()
+        doomed, let_go = threading.Event(), threading.Event()
+        self.addCleanup(let_go.set)
+
+        def lose():
+            connection.begin()
+            self.forward.drop()
+            with contextlib.suppress(DisconnectionError):
+                connection.cursor().execute("SELECT 1")
+            doomed.set()
+            let_go.wait(60)
+            connection.rollback()
+
+        losing = self.in_thread(lose)
+        doomed.wait(60)
+        self.assertEqual(connection.state, "doomed")
+        beginning = self.in_thread(connection.run, lambda: self.insert(connection.cursor(), "one"))
+        wait_until(self.is_awaited)
+        let_go.set()
+        losing.result()
+        beginning.result()
+        self.assertEqual(self.names(), ["one"])
+
+    def test_a_failed_begin_leaves_the_turn_to_others(self):
+        connection = self.connect(policy=RetryPolicy(timeout=0))
+        self.forward.refuse()
+        with self.assertRaises(ReconnectTimeout):
+            connection.begin()
+        self.forward.accept()
+        self.in_thread(connection.run, lambda: self.insert(connection.cursor(), "one")).result()
+        self.assertEqual(self.names(), ["one"])
+
+    def test_closing_wakes_those_who_wait(self):
+        connection = self.connect()
+        finish = self.held_by_thread(connection)
+        future = self.in_thread(connection.begin)
+        wait_until(self.is_awaited)
+        connection.close()
+        with self.assertRaisesRegex(self.error("InterfaceError"), "closed"):
+            future.result()
+        with self.assertRaises(self.error("InterfaceError")):
+            finish()
+        self.assertEqual(self.names(), [])
+
+    # Functions that are transactions
+
+    def test_a_function_is_a_transaction(self):
+        connection = self.connect()
+
+        @connection.transactional()
+        def add(name, attempts):
+            """Add an item."""
+            self.insert(connection.cursor(), f"{name} {attempts}")
+            return name.upper()
+
+        self.assertEqual(add("one", attempts=7), "ONE")
+        self.assertEqual((add.__name__, add.__doc__), ("add", "Add an item."))
+        self.assertEqual((connection.state, self.names()), ("idle", ["one 7"]))
+
+    def test_a_function_runs_again(self):
+        connection = self.connect()
+        calls = []
+
+        @connection.transactional(attempts=2)
+        def add(name):
+            calls.append(name)
+            self.insert(connection.cursor(), name)
+            if len(calls) == 1:
+                self.forward.drop()
+
+        add("one")
+        self.assertEqual((calls, self.names()), (["one", "one"], ["one"]))
+
+    def test_a_function_inside_another_one_is_a_part_of_it(self):
+        connection = self.connect()
+        calls = []
+
+        @connection.transactional()
+        def add(name):
+            calls.append(name)
+            self.insert(connection.cursor(), name)
+
+        @connection.transactional()
+        def add_two():
+            add("one")
+            if len(calls) == 1:
+                self.forward.drop()
+            add("two")
+            if len(calls) < 6:
+                raise self.disconnection()
+
+        add_two()
+        self.assertEqual(calls, ["one", "two"] * 3)
+        self.assertEqual(self.names(), ["one", "two"])
+        with self.assertRaises(LookupError), connection.transaction():
+            add("three")
+            raise LookupError
+        self.assertEqual(self.names(), ["one", "two"])
+
+    def disconnection(self):
+        return DisconnectionError("the work is to run again")
+
+    def test_a_function_does_not_join_what_nobody_has_begun(self):
+        connection = self.connect()
+        add = connection.transactional()(lambda: self.insert(connection.cursor(), "one"))
+        connection.cursor().execute("SELECT 1")
+        with self.assertRaisesRegex(self.error("ProgrammingError"), "inside a transaction"):
+            add()
+        connection.rollback()
+        add()
+        self.assertEqual(self.names(), ["one"])
+
+    def test_bad_attempts(self):
+        with self.assertRaisesRegex(ValueError, "attempts"):
+            self.connect().transactional(attempts=0)
+
+
+class Psycopg2Tests(SharedTests, DatabaseTestCase):
+    def make_items(self):
+        self.make_table()
+
+    def test_two_phase_commit_keeps_the_turn_to_its_end(self):
+        connection = self.connect(two_phase=True)
+        self.assertTrue(connection._turn.thread is None)
+        connection.begin()
+        connection.rollback()
+        # The transaction manager's transaction goes on.
+        self.assertTrue(connection._turn.is_mine())
+        connection._data_manager.abort(None)
+        self.assertIsNone(connection._turn.thread)
+
+    def test_a_forked_child_does_not_wait_for_the_parents_threads(self):
+        connection = self.connect()
+        finish = self.held_by_thread(connection)
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                connection.rollback()
+                with connection.transaction() as cursor:
+                    self.insert(cursor, "child")
+                status = 0
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(pid, 0)
+        self.assertEqual(status, 0)
+        finish()
+        self.assertEqual(self.names(), ["child", "held"])
+
+
+class PsycopgTests(SharedTests, DatabaseTestCase):
+    driver = "psycopg"
+    module = psycopg
+
+    def make_items(self):
+        self.make_table()
+
+
+class MariadbTests(SharedTests, MysqlTestCase):
+    def make_items(self):
+        """The tests of MySQL have made the table."""
+
+    def insert(self, cursor, name):
+        cursor.execute("INSERT INTO item VALUES (%s, 0)", (name,))
+
+    def connect(self, **keywords):
+        keywords.setdefault("witness", Ledger())
+        return super().connect(**keywords)
+
+
+@on_mariadb()
+class PymysqlTests(MariadbTests, LineTestCase):
+    driver_name = "pymysql"
+
+
+@needs_mysqlclient
+@on_mariadb()
+class MysqlclientTests(MariadbTests, LineTestCase):
+    driver_name = "mysqlclient"
