@@ -29,6 +29,7 @@ from zreconnect.exceptions import (
 from zreconnect.interfaces import DOOMED
 from zreconnect.policy import PERSIST, RetryPolicy
 from zreconnect.server import Server
+from zreconnect.turn import Turn
 
 try:
     from sqlalchemy import event
@@ -80,7 +81,6 @@ def register(
     registration = _Registration(engine, policy, witness, response_timeout)
     _listen_first(engine, "do_connect", registration.connect)
     event.listen(engine, "checkout", registration.check_out, insert=True)
-    event.listen(engine, "reset", release, insert=True)
     event.listen(engine, "begin_twophase", refuse_two_phase)
     event.listen(engine, "handle_error", registration.handle_error)
     _registered.add(engine.dialect)
@@ -120,10 +120,36 @@ def _listen_first(engine: Engine, name: str, listener: Any) -> None:
         event.listen(engine, name, each)
 
 
+class AnyThreadsTurn(Turn):
+    """Of a connection that the pool gives to one user at a time, who may hand it to other threads.
+
+    The garbage collector, too, returns one that nobody closed in any thread.
+    """
+
+    def is_mine(self) -> bool:
+        return True
+
+    def is_anothers(self) -> bool:
+        return False
+
+    def take(self, patience: float) -> bool:
+        return True
+
+    def end(self) -> None:
+        """It goes on."""
+
+    def in_child(self) -> Turn:
+        return self
+
+
 class PooledConnection(ReconnectingConnection):
     """What the pool keeps."""
 
     __slots__ = ()
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._turn = AnyThreadsTurn()
 
     def commit(self) -> None:
         try:
@@ -248,15 +274,6 @@ class _SessionSetUp:
             # What they have set is to last.
             raw.commit()
         return bool(raw.autocommit)
-
-
-def release(dbapi_connection: Any, record: Any, state: Any) -> None:
-    """For "reset": nobody has the connection any more.
-
-    A session that nobody closed is found by the garbage collector, in any thread.
-    """
-    if isinstance(dbapi_connection, PooledConnection):
-        dbapi_connection._turn.end()
 
 
 def refuse_two_phase(connection: Any, xid: Any) -> NoReturn:

@@ -866,6 +866,21 @@ class Psycopg2Tests(SqlalchemyTestCase):
             connection.execute(sqlalchemy.insert(Item).values(name="two"))
         self.assertEqual(self.names(), ["one"])
 
+    def test_a_session_is_handed_to_another_thread(self):
+        """In the middle of a transaction, too: the pool sees to it that nobody else has it."""
+        self.make_table()
+        engine = self.engine()
+        with ThreadPoolExecutor(1) as executor:
+            for end in (Session.commit, Session.rollback, Session.close):
+                session = Session(engine)
+                session.add(Item(name=end.__name__))
+                session.flush()
+                executor.submit(session.execute, ONE).result(PATIENCE)
+                executor.submit(end, session).result(PATIENCE)
+                session.close()
+                self.assertEqual(self.pooled_connection(engine).state, "idle")
+        self.assertEqual(self.names(), ["commit"])
+
     def test_a_forgotten_session_of_another_thread(self):
         engine = self.engine()
         held = []
