@@ -900,6 +900,12 @@ class Psycopg2Tests(SqlalchemyTestCase):
         self.assertEqual(held[0].state, "idle")
         self.assertIs(self.pooled_connection(engine), held[0])
 
+    def test_in_a_forked_child(self):
+        """The session is the parent's; the turn is whose it was."""
+        engine = self.engine()
+        turn = self.pooled_connection(engine)._turn
+        self.assertIs(turn.in_child(), turn)
+
     def test_two_engines(self):
         self.make_table()
         one, two = self.engine(), self.engine(witness=Ledger())
