@@ -206,6 +206,11 @@ class ReconnectingConnection:
         return int(self._state == CLOSED)
 
     @property
+    def broken(self) -> bool:
+        """As in psycopg 3. A lost session breaks nothing: the next one takes its place."""
+        return False
+
+    @property
     def server(self) -> str:
         return self._server.address
 
@@ -512,7 +517,8 @@ class ReconnectingConnection:
             self._check_outside_transaction("Changing the session's settings")
             self._settings = replace(self._settings, **changes)
             if self._raw is not None:
-                with self._guarded():
+                # If the session has ended meanwhile, the next one has them from its beginning.
+                with contextlib.suppress(self._driver.disconnection_error), self._guarded():
                     self._driver.restore(self._raw, self._settings)
 
     # Everything else that the driver's connection has

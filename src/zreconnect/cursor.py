@@ -222,7 +222,10 @@ class ReconnectingCursor:
         self._closed = True
         raw, self._raw = self._raw, None
         raw_connection, self._raw_connection = self._raw_connection, None
-        if raw is None or raw_connection is not self.connection._raw:
+        if raw is None:
+            return
+        if raw_connection is not self.connection._raw:
+            _close_lost(raw, self._error)
             return
         with self.connection._in_turn(), self.connection._guarded():
             raw.close()
@@ -250,11 +253,15 @@ class ReconnectingCursor:
             raise self.connection._driver.module.InterfaceError("The cursor is closed")
         raw_connection = self.connection._raw
         if self._raw is not None:
-            # It is of a session that has ended; psycopg complains if nobody closes it.
-            with suppress(self._error):
-                self._raw.close()
+            _close_lost(self._raw, self._error)
         with self.connection._guarded():
             self._raw = self.connection._driver.cursor(raw_connection, self.name, self._options)
         self._raw_connection = raw_connection
         for name, value in self._settings.items():
             setattr(self._raw, name, value)
+
+
+def _close_lost(raw: Any, error: type[Exception]) -> None:
+    """Close a raw cursor of a session that has ended; psycopg complains if nobody does."""
+    with suppress(error):
+        raw.close()

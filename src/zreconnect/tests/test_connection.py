@@ -5,6 +5,7 @@ import gc
 import sys
 import threading
 import traceback
+import warnings
 import weakref
 
 import psycopg2
@@ -143,6 +144,21 @@ class DisconnectTests(DatabaseTestCase):
                 self.assertEqual(cursor.fetchone(), (2,))
                 connection.commit()
 
+    def test_between_transactions_settings_can_be_changed(self):
+        for name, end in self.end_sessions().items():
+            with self.subTest(name):
+                connection = self.connect()
+                connection.isolation_level = "SERIALIZABLE"
+                connection.begin()
+                connection.rollback()
+                self.lose(end)
+                # It has to tell the server.
+                connection.autocommit = True
+                cursor = connection.cursor()
+                cursor.execute("SHOW transaction_isolation")
+                self.assertEqual(cursor.fetchone(), ("serializable",))
+                connection.close()
+
     def test_inside_a_transaction_it_dooms(self):
         connection = self.connect()
         cursor = connection.cursor()
@@ -219,6 +235,16 @@ class DoomedTests(DatabaseTestCase):
         for part in ("lost inside a transaction", self.connection.server, "Roll back"):
             self.assertIn(part, str(self.error))
         self.assertNotIn(self.server.password, str(self.error))
+
+    def test_it_breaks_nothing(self):
+        connection = self.connect()
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        self.forward.drop()
+        with self.assertRaises(DisconnectionError):
+            cursor.execute("SELECT 1")
+        self.assertIs(connection.broken, False)
+        self.assertEqual(connection.closed, 0)
 
     def test_everything_raises_until_rollback(self):
         connection, cursor = self.connection, self.cursor
@@ -314,6 +340,22 @@ class ReadingTests(DatabaseTestCase):
             with self.assertRaises(DisconnectionError):
                 read(cursor)
             self.assertEqual(connection.state, "doomed")
+
+    def test_server_side_cursor_that_is_closed_after_it(self):
+        """psycopg complains of one that nobody closes."""
+        connection = self.connect()
+        cursor = connection.cursor("numbers")
+        cursor.execute("SELECT generate_series(1, 100000)")
+        self.forward.drop()
+        with self.assertRaises(DisconnectionError):
+            cursor.fetchone()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ResourceWarning)
+            cursor.close()
+            connection.rollback()
+            del cursor
+            gc.collect()
+        self.assertEqual([each for each in caught if "Cursor" in str(each.message)], [])
 
     def test_iteration_in_progress(self):
         connection = self.connect()

@@ -1,0 +1,285 @@
+"""SQLAlchemy 2: an engine whose connections reconnect when a transaction begins.
+
+What the engine's pool keeps, for each of its connections, is a `ReconnectingConnection`. A new one
+opens its first session at once, within the policy, and lends the raw connection to the pool, which
+sets it up as ever: with the dialect's type adapters, the engine's isolation level, and all
+listeners to "connect". Many of these accept nothing but the driver's own connection. Afterwards the
+pool gets the reconnecting one in its place, and the same listeners are called for each later raw
+connection, too.
+
+Only the second part of that is repeated within the policy. A session that is lost while the pool
+sets it up is a `DisconnectionError` under any policy.
+"""
+
+from __future__ import annotations
+
+import weakref
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+from zreconnect.connection import ReconnectingConnection
+from zreconnect.drivers.base import Meaning, load_driver
+from zreconnect.drivers.postgresql import CONNECTION_OK, connect_keywords
+from zreconnect.exceptions import (
+    CommitOutcomeUnknown,
+    DisconnectionError,
+    ReconnectTimeout,
+    one_line,
+)
+from zreconnect.interfaces import DOOMED
+from zreconnect.policy import PERSIST, RetryPolicy
+from zreconnect.server import Server
+from zreconnect.turn import Turn
+
+try:
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+    from sqlalchemy.exc import InvalidRequestError
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"zreconnect.integrations.sqlalchemy needs the module {error.name}, which is not "
+        "installed: pip install zreconnect[sqlalchemy]",
+        name=error.name,
+    ) from error
+
+#: SQLAlchemy's names of the drivers that it works with; zreconnect has the same ones.
+DRIVERS = ("psycopg2", "psycopg")
+#: What the server's address is made of, and what else is to be known of it.
+PARAMETERS = ("user", "host", "port", "dbname", "target_session_attrs")
+# In the ``info`` of a connection that the pool is setting up.
+KEY = "zreconnect"
+# The driver judges by the error alone: of what the pool could not set up it has closed the raw
+# connection.
+_RAW_OF_UNKNOWN_STATE = SimpleNamespace(closed=False, info=SimpleNamespace(status=CONNECTION_OK))
+_registered: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def register(
+    engine: Engine,
+    policy: RetryPolicy = PERSIST,
+    witness: Any = "xid",
+    response_timeout: float | None = None,
+) -> None:
+    """Make the connections of ``engine`` reconnect. To be called before it connects.
+
+    engine: from ``create_engine()``, for PostgreSQL with psycopg2 or psycopg. It connects as it
+    would without this, listeners to "do_connect" and "connect" included; the latter are called for
+    each new session.
+    policy: how long connecting is tried when the pool gets a new connection, and when a transaction
+    begins.
+    witness: how the outcome of a lost COMMIT is looked up: "xid", a `Ledger`, or None for not.
+    response_timeout: seconds after which a request without an answer counts as a disconnect; None
+    waits for ever, except for beginning and rolling back.
+
+    What uses the engine then raises `DisconnectionError`, `ReconnectTimeout` and
+    `CommitOutcomeUnknown` as they are, not wrapped in an error of SQLAlchemy's.
+
+    Raises TypeError or ValueError, naming the argument, for one that makes no sense: an engine with
+    another driver, with ``pool_pre_ping``, or one that was registered before.
+    """
+    _check_engine(engine)
+    registration = _Registration(engine, policy, witness, response_timeout)
+    _listen_first(engine, "do_connect", registration.connect)
+    event.listen(engine, "checkout", registration.check_out, insert=True)
+    event.listen(engine, "begin_twophase", refuse_two_phase)
+    event.listen(engine, "handle_error", registration.handle_error)
+    _registered.add(engine.dialect)
+
+
+def _check_engine(engine: Any) -> None:
+    if not isinstance(engine, Engine):
+        raise TypeError(f"engine must be a sqlalchemy.Engine, not {engine!r}")
+    dialect = engine.dialect
+    if dialect.name != "postgresql" or dialect.driver not in DRIVERS or dialect.is_async:
+        kind = "asynchronous " if dialect.is_async else ""
+        raise ValueError(
+            f"engine must use PostgreSQL with one of the drivers {', '.join(DRIVERS)}, not "
+            f"{kind}{dialect.name}+{dialect.driver}"
+        )
+    if dialect in _registered:
+        raise ValueError("engine is registered already")
+    # There is no public way to ask. A ping is a statement in autocommit mode, whose loss would be a
+    # `CommitOutcomeUnknown`.
+    if getattr(engine.pool, "_pre_ping", False):
+        raise ValueError(
+            "engine has pool_pre_ping, which is to be left out: BEGIN finds out whether the "
+            "session has ended"
+        )
+
+
+def _listen_first(engine: Engine, name: str, listener: Any) -> None:
+    """Have ``listener`` called before those that are there; ``insert`` is ignored for "do_connect".
+
+    SQLAlchemy goes on to the next one only if it returns nothing.
+    """
+    present = getattr(engine.dialect.dispatch, name)
+    others = [other for other in present if event.contains(engine, name, other)]
+    for other in others:
+        event.remove(engine, name, other)
+    for each in (listener, *others):
+        event.listen(engine, name, each)
+
+
+class AnyThreadsTurn(Turn):
+    """Of a connection that the pool gives to one user at a time, who may hand it to other threads.
+
+    The garbage collector, too, returns one that nobody closed in any thread.
+    """
+
+    def is_mine(self) -> bool:
+        return True
+
+    def is_anothers(self) -> bool:
+        return False
+
+    def take(self, patience: float) -> bool:
+        return True
+
+    def end(self) -> None:
+        """It goes on."""
+
+    def in_child(self) -> Turn:
+        return self
+
+
+class PooledConnection(ReconnectingConnection):
+    """What the pool keeps."""
+
+    __slots__ = ()
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._turn = AnyThreadsTurn()
+
+    def commit(self) -> None:
+        try:
+            super().commit()
+        finally:
+            # SQLAlchemy sends no ROLLBACK after a COMMIT that has failed. It does not use the
+            # connection any more, either, until it is told to roll back.
+            if self.state == DOOMED:
+                self.rollback()
+
+
+class _Registration:
+    """What listens to the events of one engine."""
+
+    def __init__(
+        self, engine: Engine, policy: RetryPolicy, witness: Any, response_timeout: float | None
+    ) -> None:
+        self._engine = engine
+        self._driver = load_driver(engine.driver)
+        self._parameters: dict[str, str] = {}
+        # One for all connections, which knock at its door one at a time.
+        self._server = Server(self._driver, self._open, self._parameters)
+        self._options: dict[str, Any] = {
+            "policy": policy,
+            "witness": witness,
+            "response_timeout": response_timeout,
+        }
+        # Checks them.
+        PooledConnection(self._server, **self._options)
+
+    # Listeners
+
+    def connect(self, dialect: Any, record: Any, cargs: list[Any], cparams: dict[str, Any]) -> Any:
+        """The raw connection of a new `ReconnectingConnection`, for the pool to set up."""
+        self._arguments = list(cargs), dict(cparams)
+        known = {name: str(cparams[name]) for name in PARAMETERS if cparams.get(name)}
+        self._parameters.update(known)
+        set_up = _SessionSetUp(self._engine, self._driver, record)
+        connection = PooledConnection(self._server, on_connect=set_up, **self._options)
+        record.info[KEY] = connection, set_up
+        raw = connection.driver_connection
+        # As the driver makes it.
+        raw.autocommit = False
+        return raw
+
+    def check_out(self, dbapi_connection: Any, record: Any, pooled: Any) -> None:
+        """Put the reconnecting connection into the place of one that the pool has set up."""
+        if KEY in record.info:
+            connection, set_up = record.info.pop(KEY)
+            autocommit = set_up.finish(dbapi_connection)
+            connection.set_session(autocommit=autocommit)
+            record.dbapi_connection = pooled.dbapi_connection = connection
+        elif not isinstance(dbapi_connection, PooledConnection):
+            raise InvalidRequestError(
+                "The engine got a connection past zreconnect: call register() before the engine "
+                "connects, and use a listener to 'do_connect' instead of create_engine(creator=...)"
+            )
+
+    def handle_error(self, context: Any) -> BaseException | None:
+        """Let our errors pass, and have SQLAlchemy keep the connection, which will reconnect."""
+        error = context.original_exception
+        if isinstance(error, (CommitOutcomeUnknown, DisconnectionError, ReconnectTimeout)):
+            context.is_disconnect = context.invalidate_pool_on_disconnect = False
+        if isinstance(error, DisconnectionError):
+            # A new one, because SQLAlchemy raises it from `error`.
+            original = error.getOriginalException()
+            lost: BaseException = type(error)(str(error), original)
+            return lost
+        if context.connection is None and self._is_lost(error):
+            return self._lost_in_set_up(error)
+        return None
+
+    def _is_lost(self, error: BaseException) -> bool:
+        return (
+            isinstance(error, self._driver.module.Error)
+            and self._driver.meaning(error, _RAW_OF_UNKNOWN_STATE) is Meaning.DISCONNECT
+        )
+
+    def _lost_in_set_up(self, error: BaseException) -> BaseException:
+        lost: BaseException = self._driver.disconnection_error(
+            f"The connection to {self._server.address} was lost before there was a transaction. "
+            f"Run the work again. The driver said: {one_line(error)}",
+            (type(error), error, error.__traceback__),
+        )
+        return lost
+
+    # Connecting
+
+    def _open(self, timeout: float) -> Any:
+        """A raw connection, as ``create_engine()`` makes it."""
+        dialect: Any = self._engine.dialect
+        cargs, cparams = self._arguments
+        cargs, cparams = list(cargs), dict(cparams)
+        for listener in dialect.dispatch.do_connect:
+            if listener != self.connect:
+                raw = listener(dialect, None, cargs, cparams)
+                if raw is not None:
+                    return raw
+        return dialect.connect(*cargs, **connect_keywords(cparams, timeout))
+
+
+class _SessionSetUp:
+    """Sets up the later sessions of a pool's connection as the pool does with the first one."""
+
+    def __init__(self, engine: Engine, driver: Any, record: Any) -> None:
+        self._engine = engine
+        self._driver = driver
+        self._record = record
+        self._is_first = True
+
+    def __call__(self, raw: Any) -> None:
+        if self._is_first:
+            return
+        raw.autocommit = False
+        self._engine.pool.dispatch.connect(raw, self._record)
+        self.finish(raw)
+
+    def finish(self, raw: Any) -> bool:
+        """End what the listeners have begun; whether they have left it in autocommit mode."""
+        self._is_first = False
+        if self._driver.in_transaction(raw):
+            # What they have set is to last.
+            raw.commit()
+        return bool(raw.autocommit)
+
+
+def refuse_two_phase(connection: Any, xid: Any) -> NoReturn:
+    """For "begin_twophase"."""
+    raise InvalidRequestError(
+        "An engine that zreconnect is registered for has no two-phase transactions: do without "
+        "twophase=True. zope.sqlalchemy's data manager then commits last, when all others have "
+        "voted."
+    )
