@@ -539,7 +539,7 @@ class ReconnectingConnection:
         if self._state == ACTIVE:
             self._check_not_ended()
         elif self._is_autocommit():
-            self._need_session()
+            self._need_live_session()
             commits.note()
         elif not self._implicit_begin:
             raise self._driver.module.ProgrammingError(
@@ -949,6 +949,19 @@ class ReconnectingConnection:
             "the server is no longer what target_session_attrs asks for"
         )
         return error
+
+    def _need_live_session(self) -> None:
+        """Have a session for a statement in autocommit mode, which has no BEGIN to find out."""
+        # Only if something has arrived, such as the end of the session, is there a round trip.
+        if self._raw is not None and self._driver.has_sessions and not self._watch.is_quiet():
+            try:
+                with self._watch.awaiting(self._limit_of_begin(self._patience())):
+                    self._driver.query(self._raw, "SELECT 1")
+            except self._driver.module.Error as error:
+                if not self._means_disconnect(error):
+                    raise
+                self._end_session(error)
+        self._need_session()
 
     def _need_session(self) -> None:
         self._check_open()

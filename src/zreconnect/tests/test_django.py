@@ -257,9 +257,11 @@ class WaitingTests(DjangoTestCase):
 class AutocommitTests(DjangoTestCase):
     """A statement outside of atomic() is a transaction that nothing has begun before it."""
 
-    def test_what_follows_a_restart_may_have_been_done(self):
+    def test_a_lost_statement_may_have_been_done(self):
         self.assertEqual(self.File.objects.count(), 0)
         self.server.restart()
+        self.assertEqual(self.File.objects.count(), 0)
+        self.forward.cut("to_client", 0)
         with self.assertRaises(CommitOutcomeUnknown):
             self.File.objects.count()
         self.assertEqual(self.File.objects.count(), 0)

@@ -122,9 +122,10 @@ class Tests(MysqlTestCase):
         connection.autocommit = True
         self.insert(connection, "first")
         self.assertEqual(self.names(), ["first"])
-        self.forward.drop()
+        self.forward.cut("to_server", 0)
         with self.assertRaises(CommitOutcomeUnknown):
             self.insert(connection, "second")
+        self.forward.drop()
         self.insert(connection, "third")
         connection.autocommit = False
         self.insert(connection, "fourth")

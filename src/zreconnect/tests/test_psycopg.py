@@ -44,7 +44,7 @@ from zreconnect.tests.base import DatabaseTestCase, wait_until
 # Those of two-phase commit are refused by psycopg in its autocommit mode; zreconnect has
 # two_phase.
 PASSED_ON_BY_CONNECTION = {
-    "adapters", "add_notice_handler", "add_notify_handler", "broken", "cancel", "cancel_safe",
+    "adapters", "add_notice_handler", "add_notify_handler", "cancel", "cancel_safe",
     "connect", "connection", "fileno", "info", "notifies", "remove_notice_handler",
     "remove_notify_handler", "tpc_begin", "tpc_commit", "tpc_prepare", "tpc_recover",
     "tpc_rollback", "wait", "xid",
@@ -345,6 +345,8 @@ class AutocommitTests(Psycopg, test_session.AutocommitTests):
         (row,) = self.cursor.stream("INSERT INTO item VALUES ('one') RETURNING name")
         self.assertEqual((row, self.names()), (("one",), ["one"]))
         self.forward.drop()
+        self.assertEqual(list(self.cursor.stream("SELECT 1")), [(1,)])
+        self.forward.cut("to_client", 0)
         with self.assertRaises(CommitOutcomeUnknown):
             list(self.cursor.stream("SELECT 1"))
 

@@ -1,11 +1,14 @@
 """A reconnected session is the same session."""
 
+from unittest import mock
+
 import psycopg2
 import psycopg2.extensions
 import psycopg2.extras
 
-from zreconnect import CommitOutcomeUnknown, DisconnectionError, ReconnectTimeout, RetryPolicy
-from zreconnect.tests.base import DatabaseTestCase
+from zreconnect import CommitOutcomeUnknown, ReconnectTimeout, RetryPolicy
+from zreconnect.events import ConnectionAttemptFailed, ConnectionLost, Reconnected
+from zreconnect.tests.base import DatabaseTestCase, wait_until
 
 SHOW = (
     "SELECT current_setting('transaction_isolation'), current_setting('transaction_read_only'),"
@@ -124,9 +127,10 @@ class SettingsTests(DatabaseTestCase):
         self.connection.begin()
         self.connection.rollback()
         self.forward.drop()
-        with self.assertRaises(DisconnectionError):
-            self.connection.readonly = True
+        self.connection.readonly = True
         self.assertTrue(self.connection.readonly)
+        with self.assertRaises(self.module.errors.ReadOnlySqlTransaction):
+            self.connection.execute("CREATE TABLE item (name text)")
 
 
 class AutocommitTests(DatabaseTestCase):
@@ -147,9 +151,52 @@ class AutocommitTests(DatabaseTestCase):
         self.cursor.execute("SELECT 1")
         self.assertEqual(self.round_trips(lambda: self.cursor.execute("SELECT 1")), 1)
 
+    def test_a_session_that_ended_while_idle_costs_nothing(self):
+        self.cursor.execute("SELECT 1")
+        for lose in (self.forward.drop, self.server.restart, self.kill):
+            with self.subTest(lose.__name__), self.events() as events:
+                lose()
+                self.cursor.execute("SELECT 2")
+                self.assertEqual(self.cursor.fetchone(), (2,))
+                self.assertEqual(
+                    [
+                        type(event)
+                        for event in events
+                        if not isinstance(event, ConnectionAttemptFailed)
+                    ],
+                    [ConnectionLost, Reconnected],
+                )
+
+    def kill(self):
+        self.query(
+            "SELECT pg_terminate_backend(pid, 30000) FROM pg_stat_activity"
+            " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        )
+
+    def test_what_has_arrived_is_not_always_the_end(self):
+        self.cursor.execute("LISTEN news")
+        raw = self.connection.driver_connection
+        self.query("NOTIFY news")
+        wait_until(lambda: not self.connection._watch.is_quiet())
+        self.assertEqual(self.round_trips(lambda: self.cursor.execute("SELECT 1")), 2)
+        self.assertIs(self.connection.driver_connection, raw)
+        self.assertEqual(self.round_trips(lambda: self.cursor.execute("SELECT 1")), 1)
+
+    def test_an_error_that_is_no_disconnect(self):
+        self.cursor.execute("LISTEN news")
+        self.query("NOTIFY news")
+        wait_until(lambda: not self.connection._watch.is_quiet())
+        driver = self.connection._driver
+        error = self.module.ProgrammingError("in use")
+        with (
+            mock.patch.object(type(driver), "query", side_effect=error),
+            self.assertRaisesRegex(self.module.ProgrammingError, "in use"),
+        ):
+            self.cursor.execute("SELECT 1")
+
     def test_the_statement_that_met_the_disconnect_raises_and_the_next_reconnects(self):
         self.cursor.execute("SELECT 1")
-        self.forward.drop()
+        self.forward.cut("to_client", 0)
         # The statement was its own commit, and may have been executed.
         with self.assertRaisesRegex(CommitOutcomeUnknown, "a statement in autocommit mode"):
             self.cursor.execute("SELECT 2")
@@ -171,8 +218,6 @@ class AutocommitTests(DatabaseTestCase):
             with self.assertRaises(self.module.errors.ReadOnlySqlTransaction):
                 self.cursor.execute("INSERT INTO item VALUES ('one')")
             self.forward.drop()
-            with self.assertRaises(CommitOutcomeUnknown):
-                self.cursor.execute("SELECT 1")
 
     def test_a_server_that_is_away(self):
         connection = self.connect(policy=RetryPolicy(timeout=0))

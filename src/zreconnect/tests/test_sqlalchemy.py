@@ -783,6 +783,8 @@ class Psycopg2Tests(SqlalchemyTestCase):
         engine = self.engine(isolation_level="AUTOCOMMIT")
         self.scalar(engine)
         self.forward.drop()
+        self.assert_autocommit(engine)
+        self.forward.cut("to_client", 0)
         with self.raises(CommitOutcomeUnknown):
             self.scalar(engine)
         self.assert_autocommit(engine)
