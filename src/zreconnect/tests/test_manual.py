@@ -20,9 +20,10 @@ import transaction
 
 from zreconnect import zopeless
 from zreconnect.testing import EmbeddedMariaDB
-from zreconnect.testing.layers import PORT_FORWARD_LAYER as LAYER
+from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests.base import REQUIRED
 
+LAYER = PortForwardLayer(PostgresLayer("ManualPostgresLayer"), "ManualLayer")
 DIRECTORY = Path(__file__).resolve().parents[3] / "doctests"
 CHAPTERS = sorted(DIRECTORY.glob("*.rst"))
 # A story makes no sense after its first failure, and may wait in vain.

@@ -30,6 +30,7 @@ from zreconnect import (
     initZopeless,
 )
 from zreconnect.drivers import psycopg as psycopg_driver
+from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests import (
     test_connection,
     test_round_trips,
@@ -56,6 +57,8 @@ PASSED_ON_BY_CURSOR = {
 
 
 class Psycopg:
+    # Of its own, so that it can be tested beside psycopg2.
+    layer = PortForwardLayer(PostgresLayer("PsycopgPostgresLayer"), "PsycopgPortForwardLayer")
     driver = "psycopg"
     module = psycopg
 
@@ -419,6 +422,7 @@ class WatchdogThreadTests(Psycopg, test_watchdog.ThreadTests):
 
 
 class TwoPhaseTests(Psycopg, test_twophase.HealthyTests):
+    layer = test_twophase.LAYER
     test_between_the_phases_the_connection_takes_no_statements = None
     test_round_trips = None
 
