@@ -10,6 +10,7 @@ dsn: the URL of a fresh, empty database, reached through ``forward``.
 import contextlib
 import doctest
 import logging
+import re
 import secrets
 import unittest
 import warnings
@@ -25,7 +26,8 @@ from zreconnect.tests.base import REQUIRED
 
 LAYER = PortForwardLayer(PostgresLayer("ManualPostgresLayer"), "ManualLayer")
 DIRECTORY = Path(__file__).resolve().parents[3] / "doctests"
-CHAPTERS = sorted(DIRECTORY.glob("*.rst"))
+CONTENTS = DIRECTORY / "README.rst"
+CHAPTERS = sorted(set(DIRECTORY.glob("*.rst")) - {CONTENTS})
 # A story makes no sense after its first failure, and may wait in vain.
 OPTION_FLAGS = (
     doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.REPORT_NDIFF | doctest.FAIL_FAST
@@ -79,6 +81,16 @@ class ManualTests(unittest.TestCase):
                 f"There is no chapter {DIRECTORY / '*.rst'}: the manual is tested in a checkout, "
                 "and an installed zreconnect does not contain it"
             )
+
+    def test_the_contents_name_each_chapter_once(self):
+        named = re.findall(r"<(.+?\.rst)>", CONTENTS.read_text(encoding="utf-8"))
+        self.assertEqual(sorted(named), [chapter.name for chapter in CHAPTERS])
+
+    def test_chapters_refer_to_chapters(self):
+        for chapter in CHAPTERS:
+            for name in re.findall(r"``([a-z-]+\.rst)``", chapter.read_text(encoding="utf-8")):
+                with self.subTest(chapter.name):
+                    self.assertIn(DIRECTORY / name, CHAPTERS)
 
 
 def test_suite():
