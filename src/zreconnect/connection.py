@@ -251,13 +251,7 @@ class ReconnectingConnection:
             # The transaction is another thread's, so there is none of this one.
             return
         with self._in_turn():
-            if self._state == ACTIVE:
-                try:
-                    # A session that does not answer is given up, which rolls back as well.
-                    with self._watch.awaiting(self._response_timeout or LONGEST_ATTEMPT):
-                        self._driver.rollback(self._raw)
-                except self._driver.module.Error as error:
-                    self._end_session(error)
+            self._roll_back()
             self._be_idle()
 
     def close(self) -> None:
@@ -839,15 +833,29 @@ class ReconnectingConnection:
                 "fork() makes one"
             )
         if self._turn.take(0):
+            self._roll_back_orphan()
             return
         events.logger.debug("A thread waits for another one's transaction on %s", self.server)
         patience = PATIENCE_WITH_THREADS if self._policy.timeout is None else self._policy.timeout
         if not self._turn.take(patience):
             raise self._driver.module.OperationalError(
                 f"This thread has waited {patience:.1f} seconds for its turn: another one has a "
-                f"transaction on {self.server}, or has ended inside it. End transactions sooner, "
-                "or use a connection for each thread; fork() makes one"
+                f"transaction on {self.server}. End transactions sooner, or use a connection for "
+                "each thread; fork() makes one"
             )
+        self._roll_back_orphan()
+
+    def _roll_back_orphan(self) -> None:
+        """End the transaction of a thread that has not lived to do it."""
+        if self._state in (ACTIVE, DOOMED):
+            events.logger.warning(
+                "A thread has ended inside its transaction on %s, which is rolled back",
+                self.server,
+            )
+            self._roll_back()
+            self._data_manager = None
+            self._inside_with = False
+            self._forget_transaction()
 
     def _give_turn(self) -> None:
         if self._state in (IDLE, CLOSED) and self._data_manager is None and not self._inside_with:
@@ -996,11 +1004,23 @@ class ReconnectingConnection:
         self._process = os.getpid()
         self._had_session = True
 
+    def _roll_back(self) -> None:
+        if self._state == ACTIVE:
+            try:
+                # A session that does not answer is given up, which rolls back as well.
+                with self._watch.awaiting(self._response_timeout or LONGEST_ATTEMPT):
+                    self._driver.rollback(self._raw)
+            except self._driver.module.Error as error:
+                self._end_session(error)
+
     def _be_idle(self) -> None:
+        self._forget_transaction()
+        self._give_turn()
+
+    def _forget_transaction(self) -> None:
         self._state = IDLE
         self._ended_by_error = False
         self._is_explicit = False
-        self._give_turn()
 
     def _doom(self) -> None:
         self._state = DOOMED

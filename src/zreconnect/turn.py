@@ -4,39 +4,54 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
+
+
+class _Thread:
+    """Stands for one thread and lives as long as it. Its number may be another thread's later."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Present(threading.local):
+    def __init__(self) -> None:
+        self.thread = _Thread()
+
+
+_present = _Present()
 
 
 class Turn:
-    """Which thread has a connection.
+    """Which thread has a connection. When that thread ends, its turn does.
 
-    thread: the identifier of the thread that has it; None while none does.
     is_for_good: whether that thread never gives it to another one.
     """
 
     def __init__(self) -> None:
-        self.thread: int | None = None
         self.is_for_good = False
+        self._thread: weakref.ref[_Thread] | None = None
         # Held by the thread that has the connection. Another one may release it, too.
         self._lock = threading.Lock()
 
     def is_mine(self) -> bool:
-        return self.thread == threading.get_ident()
+        thread = self._thread
+        return thread is not None and thread() is _present.thread
 
     def is_anothers(self) -> bool:
-        thread = self.thread
-        return thread is not None and thread != threading.get_ident()
+        thread = self._thread
+        return thread is not None and thread() is not _present.thread
 
     def keep(self) -> None:
         """The calling thread has it for good."""
-        self.is_for_good = True
         self.take(0)
+        self.is_for_good = True
 
     def take(self, patience: float) -> bool:
         """Whether the calling thread has it now, after ``patience`` seconds at most."""
         if self.is_mine():
             return True
         if self._lock.acquire(timeout=min(patience, threading.TIMEOUT_MAX)):
-            self.thread = threading.get_ident()
+            self._thread = weakref.ref(_present.thread, self._ended)
             return True
         return False
 
@@ -48,7 +63,7 @@ class Turn:
     def end(self) -> None:
         """Let the next one have it, whichever thread has it now."""
         if not self.is_for_good:
-            self.thread = None
+            self._thread = None
             # Its thread may end it at the same time.
             with contextlib.suppress(RuntimeError):
                 self._lock.release()
@@ -59,5 +74,9 @@ class Turn:
         turn.is_for_good = self.is_for_good
         if self.is_for_good or self.is_mine():
             turn.take(0)
-            turn.thread = self.thread
+            turn._thread = self._thread
         return turn
+
+    def _ended(self, thread: weakref.ref[_Thread]) -> None:
+        if self._thread is thread:
+            self.end()

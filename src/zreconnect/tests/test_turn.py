@@ -231,6 +231,54 @@ class SharedTests:
         beginning.result()
         self.assertEqual(self.names(), ["one"])
 
+    def test_a_thread_that_ends_inside_its_transaction_loses_it(self):
+        connection = self.connect()
+
+        @connection.transactional()
+        def add(name):
+            self.insert(connection.cursor(), name)
+
+        # The number of a thread that has ended is often the next one's.
+        for number in range(10):
+            abandoning = threading.Thread(target=self.abandon, args=(connection, number))
+            abandoning.start()
+            abandoning.join()
+            adding = threading.Thread(target=add, args=(f"added {number}",))
+            adding.start()
+            adding.join()
+        self.assertEqual(self.names(), [f"added {number}" for number in range(10)])
+        self.assertEqual(connection.state, "idle")
+        self.assertTrue(any("has ended inside" in message for message in self.messages))
+
+    def abandon(self, connection, number):
+        if number % 2:
+            connection.begin()
+        self.insert(connection.cursor(), f"abandoned {number}")
+        if number % 3 == 2:
+            self.forward.drop()
+            with contextlib.suppress(DisconnectionError):
+                connection.cursor().execute("SELECT 1")
+
+    def test_a_thread_that_waits_has_its_turn_when_the_other_one_ends(self):
+        connection = self.connect()
+        abandoned, let_go = threading.Event(), threading.Event()
+        self.addCleanup(let_go.set)
+
+        def abandon():
+            self.insert(connection.cursor(), "abandoned")
+            abandoned.set()
+            let_go.wait(60)
+
+        thread = threading.Thread(target=abandon)
+        thread.start()
+        abandoned.wait(60)
+        adding = self.in_thread(connection.run, lambda: self.insert(connection.cursor(), "added"))
+        wait_until(self.is_awaited)
+        let_go.set()
+        thread.join()
+        adding.result()
+        self.assertEqual(self.names(), ["added"])
+
     def test_a_failed_begin_leaves_the_turn_to_others(self):
         connection = self.connect(policy=RetryPolicy(timeout=0))
         self.forward.refuse()
@@ -331,13 +379,13 @@ class Psycopg2Tests(SharedTests, DatabaseTestCase):
 
     def test_two_phase_commit_keeps_the_turn_to_its_end(self):
         connection = self.connect(two_phase=True)
-        self.assertTrue(connection._turn.thread is None)
+        self.assertFalse(connection._turn.is_mine())
         connection.begin()
         connection.rollback()
         # The transaction manager's transaction goes on.
         self.assertTrue(connection._turn.is_mine())
         connection._data_manager.abort(None)
-        self.assertIsNone(connection._turn.thread)
+        self.assertFalse(connection._turn.is_mine())
 
     def test_a_forked_child_does_not_wait_for_the_parents_threads(self):
         connection = self.connect()
