@@ -379,7 +379,8 @@ class IReconnectingConnection(Interface):
 
     Threads can share it: a transaction belongs to the thread that began it, and statements of other
     threads wait until it has ended. After the seconds of the policy's timeout, or 60 if it has
-    none, they raise the driver's OperationalError. A connection that is one thread's for good, as
+    none, they raise the driver's OperationalError. The transaction of a thread that has ended is
+    rolled back when the next one has its turn. A connection that is one thread's for good, as
     those of a `IConnectionDescriptor` are, raises the driver's ProgrammingError in other threads.
 
     Whatever talks to the server can raise `DisconnectionError`: when the session is lost inside a
@@ -396,8 +397,9 @@ class IReconnectingConnection(Interface):
     server = Attribute("The server's address, without password.")
     driver_connection = Attribute("The driver's own connection; connects if there is none.")
     autocommit = Attribute(
-        "True: each statement is a transaction of its own. A disconnect then dooms nothing: the "
-        "statement that met it raises `CommitOutcomeUnknown`, the next one reconnects."
+        "True: each statement is a transaction of its own. If the session has ended while idle, a "
+        "statement reconnects; one that loses it dooms nothing and raises `CommitOutcomeUnknown`, "
+        "and the next one reconnects."
     )
     isolation_level = Attribute("As the driver has it. It holds for later transactions.")
     readonly = Attribute("As the driver has it. It holds for later transactions.")

@@ -98,8 +98,7 @@ def _check_engine(engine: Any) -> None:
         )
     if dialect in _registered:
         raise ValueError("engine is registered already")
-    # There is no public way to ask. A ping is a statement in autocommit mode, whose loss would be a
-    # `CommitOutcomeUnknown`.
+    # There is no public way to ask.
     if getattr(engine.pool, "_pre_ping", False):
         raise ValueError(
             "engine has pool_pre_ping, which is to be left out: BEGIN finds out whether the "
