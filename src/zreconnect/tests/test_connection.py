@@ -158,6 +158,7 @@ class DisconnectTests(DatabaseTestCase):
                 cursor.execute("SHOW transaction_isolation")
                 self.assertEqual(cursor.fetchone(), ("serializable",))
                 connection.close()
+                wait_until(lambda: not self.sessions())
 
     def test_inside_a_transaction_it_dooms(self):
         connection = self.connect()
