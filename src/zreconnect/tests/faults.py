@@ -19,15 +19,15 @@ def fast_restart(server, line, choice):
     server.restart()
 
 
-def immediate_stop(server, line, choice):
+def immediate_stop(server, line, choice, outage=OUTAGE):
     server.stop_immediately()
-    time.sleep(choice.uniform(*OUTAGE))
+    time.sleep(choice.uniform(*outage))
     server.start()
 
 
-def kill_of_all(server, line, choice):
+def kill_of_all(server, line, choice, outage=OUTAGE):
     server.kill_all()
-    time.sleep(choice.uniform(*OUTAGE))
+    time.sleep(choice.uniform(*outage))
     server.start()
 
 

@@ -4,8 +4,10 @@ import itertools
 import random
 import threading
 from collections import Counter
+from functools import partial
 
 from zreconnect import CommitOutcomeUnknown
+from zreconnect.events import ConnectionLost
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests import faults
 from zreconnect.tests.base import wait_until
@@ -15,12 +17,19 @@ from zreconnect.tests.base import wait_until
 RESTARTS_LAYER = PortForwardLayer(
     PostgresLayer("RestartsServerLayer", {"fsync": "off"}), "RestartsLayer"
 )
+# Seconds, besides those that a start takes.
+OUTAGE = (0.0, 0.2)
+# Those that end every session come first, so that they are the more frequent ones.
 KINDS = [
     faults.fast_restart,
-    faults.immediate_stop,
+    partial(faults.immediate_stop, outage=OUTAGE),
+    partial(faults.kill_of_all, outage=OUTAGE),
     faults.kill_of_a_backend,
-    faults.cut_at_a_byte,
     faults.cut_and_kill,
+    faults.terminated_backend,
+    faults.drop_by_fin,
+    faults.drop_by_rst,
+    faults.cut_at_a_byte,
 ]
 NUMBER_OF_FAULTS = 50
 # A unit of work meets one fault, seldom two.
@@ -40,8 +49,9 @@ class Work:
         self._leave = leave
         self._numbers = itertools.count(1)
         self._stopped = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
-        self.done = []
+        # By thread.
+        self._done = [[] for _ in range(threads)]
+        self._threads = [threading.Thread(target=self._run, args=[done]) for done in self._done]
         self.unknown = []
         self.errors = []
 
@@ -55,14 +65,25 @@ class Work:
         for thread in self._threads:
             thread.join()
 
+    @property
+    def done(self):
+        """The numbers of the units of work that were done."""
+        return list(itertools.chain(*self._done))
+
     def goes_on(self):
-        """Wait until each thread could do a unit of work from now on."""
-        enough = len(self.done) + 2 * len(self._threads)
-        wait_until(lambda: len(self.done) >= enough or self.errors)
+        """Wait until each thread has done a unit of work that was begun from now on."""
+        # The first one to end may have been begun before.
+        enough = [len(done) + 2 for done in self._done]
+        wait_until(
+            lambda: (
+                self.errors
+                or all(len(done) >= n for done, n in zip(self._done, enough, strict=True))
+            )
+        )
         if self.errors:
             raise self.errors[0]
 
-    def _run(self):
+    def _run(self, done):
         try:
             while not self._stopped.is_set():
                 number = next(self._numbers)
@@ -71,7 +92,7 @@ class Work:
                 except CommitOutcomeUnknown:
                     self.unknown.append(number)
                 else:
-                    self.done.append(number)
+                    done.append(number)
         except Exception as error:
             self.errors.append(error)
         finally:
@@ -86,11 +107,14 @@ class SurvivesRestarts:
     def survive(self, unit, threads, applied, leave=lambda: None):
         """Every unit of work is done once through all faults, and no outcome is unknown.
 
+        As many connections as there are faults, or more, are lost inside of transactions.
+
+        unit: called with a number, in one thread or another, does the unit of work of that number.
         applied: returns the numbers of the units of work that are found in the database.
         leave: called at the end of each thread.
         """
         choice = random.Random(SEED)
-        with Work(unit, threads, leave) as work:
+        with self.events() as seen, Work(unit, threads, leave) as work:
             for kind in itertools.islice(itertools.cycle(KINDS), NUMBER_OF_FAULTS):
                 work.goes_on()
                 kind(self.server, self.forward, choice)
@@ -98,4 +122,6 @@ class SurvivesRestarts:
         self.assertEqual(work.errors, [])
         self.assertEqual(work.unknown, [])
         self.assertEqual(Counter(applied()), Counter(work.done))
-        return len(work.done)
+        lost = [event.state for event in seen if isinstance(event, ConnectionLost)]
+        in_transactions = [state for state in lost if state != "idle"]
+        self.assertGreaterEqual(len(in_transactions), NUMBER_OF_FAULTS)

@@ -15,7 +15,7 @@ import sqlalchemy
 import transaction
 from sqlalchemy import text
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import Session
 from zope.interface.verify import verifyObject
 
 from zreconnect import (
@@ -31,11 +31,9 @@ from zreconnect import (
 from zreconnect.drivers.base import load_driver
 from zreconnect.events import GaveUpRunning, RunAgain
 from zreconnect.interfaces import IRetryOnDisconnect
-from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests.base import DatabaseTestCase, wait_until
+from zreconnect.tests.test_sqlalchemy import LAYER, Item
 
-SETTINGS = {"fsync": "off", "max_prepared_transactions": 5}
-LAYER = PortForwardLayer(PostgresLayer("RetryPostgresLayer", SETTINGS), "RetryLayer")
 # No test waits for an interval.
 SOON = {"timeout": 20, "min_interval": 0, "max_interval": 0.01, "increment": 0.001}
 
@@ -446,15 +444,6 @@ class TimeTests(RetryTestCase):
             self.forward.accept()
             thread.join()
         self.assertEqual(self.names(), ["a"])
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Item(Base):
-    __tablename__ = "item"
-    name: Mapped[str] = mapped_column(primary_key=True)
 
 
 class DialectWithoutAdapters(PGDialect_psycopg2):

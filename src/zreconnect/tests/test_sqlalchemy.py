@@ -4,7 +4,6 @@ import gc
 import itertools
 import logging
 import os
-import random
 import subprocess
 import sys
 import threading
@@ -37,9 +36,12 @@ from zreconnect import (
 from zreconnect.events import CommitLookedUp
 from zreconnect.integrations.sqlalchemy import register
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
-from zreconnect.tests import faults
 from zreconnect.tests.base import PATIENCE, DatabaseTestCase, wait_until
+from zreconnect.tests.restarts import ATTEMPTS, SurvivesRestarts
 
+# With prepared transactions for test_retry.
+SETTINGS = {"fsync": "off", "max_prepared_transactions": 5}
+LAYER = PortForwardLayer(PostgresLayer("SqlalchemyServerLayer", SETTINGS), "SqlalchemyLayer")
 QUICK = RetryPolicy(timeout=PATIENCE, initial=0.01, maximum=0.05)
 SHORT = RetryPolicy(timeout=0.2, initial=0.01, maximum=0.05)
 LEVEL = text("SHOW transaction_isolation")
@@ -67,6 +69,8 @@ class Typed(Base):
 
 
 class SqlalchemyTestCase(DatabaseTestCase):
+    layer = LAYER
+
     def url(self):
         url = sqlalchemy.make_url(self.dsn)
         return url.set(drivername=f"postgresql+{self.driver}")
@@ -1070,115 +1074,44 @@ class ImportTests(unittest.TestCase):
         self.assertEqual((done.stderr, done.stdout), ("", "False\n"))
 
 
-# What may happen to a server and its line, in turn.
-def immediate_stop(server, line, choice):
-    server.stop_immediately()
-    server.start()
-
-
-def kill_of_all(server, line, choice):
-    server.kill_all()
-    server.start()
-
-
-FAULTS = (
-    faults.fast_restart,
-    immediate_stop,
-    kill_of_all,
-    faults.kill_of_a_backend,
-    faults.terminated_backend,
-    faults.drop_by_fin,
-    faults.drop_by_rst,
-    faults.cut_at_a_byte,
-    faults.cut_and_kill,
-)
-NUMBER_OF_FAULTS = 50
-THREADS = 3
-# Without fsync a server recovers sooner. What a process has written outlives the process all the
-# same.
-RESTARTED_LAYER = PortForwardLayer(
-    PostgresLayer("SqlalchemyLayer", {"fsync": "off", "scram_iterations": 1}),
-    "SqlalchemyForwardLayer",
-)
-
-
-class FiftyFaultsTests(SqlalchemyTestCase):
-    """Nothing is lost, nothing is done twice, through 50 restarts, crashes and cuts."""
-
-    layer = RESTARTED_LAYER
+class RestartTests(SurvivesRestarts, SqlalchemyTestCase):
+    threads = 3
 
     def setUp(self):
         super().setUp()
         # Without a unique constraint, so that what is done twice is there twice.
         self.query("CREATE TABLE item (name text)")
-        self.query("ALTER ROLE postgres PASSWORD %s", self.server.password)
-        self.done = []
-        self.over = threading.Event()
+
+    def restarted_engine(self):
+        return self.engine(witness=Ledger(), pool_size=self.threads)
+
+    def applied(self):
+        return [int(name) for name in self.names()]
 
     def test_zope_sqlalchemy(self):
-        sessions = self.zope_sessions(self.engine(witness=Ledger(), pool_size=THREADS))
+        sessions = self.zope_sessions(self.restarted_engine())
 
-        def run(name):
-            def work():
-                sessions.scalar(select(sqlalchemy.func.count()).where(Item.name == "nobody"))
-                sessions.add(Item(name=name))
-                savepoint = transaction.savepoint()
-                sessions.add(Item(name="rolled back"))
-                sessions.flush()
-                savepoint.rollback()
+        def work(number):
+            sessions.scalar(select(sqlalchemy.func.count()).where(Item.name == "nobody"))
+            sessions.add(Item(name=str(number)))
+            savepoint = transaction.savepoint()
+            sessions.add(Item(name="rolled back"))
+            sessions.flush()
+            savepoint.rollback()
 
-            transaction.manager.run(work, tries=NUMBER_OF_FAULTS)
+        def unit(number):
+            transaction.manager.run(lambda: work(number), ATTEMPTS)
 
-        self.check(run, sessions.remove)
+        self.survive(unit, self.threads, self.applied, leave=sessions.remove)
 
-    def check(self, run, end=lambda: None):
-        seed = random.randrange(2**32)
-        choice = random.Random(seed)
-        with self.subTest(seed=seed), ThreadPoolExecutor(THREADS) as executor:
-            try:
-                workers = [executor.submit(self.work, n, run, end) for n in range(THREADS)]
-                for number in range(NUMBER_OF_FAULTS):
-                    FAULTS[number % len(FAULTS)](self.server, self.forward, choice)
-                    before = len(self.done)
-                    wait_until(
-                        lambda before=before: (
-                            len(self.done) > before + THREADS
-                            or any(worker.done() for worker in workers)
-                        )
-                    )
-                    if any(worker.done() for worker in workers):
-                        break
-            finally:
-                self.over.set()
-            for worker in workers:
-                worker.result()
-        self.assertEqual(self.names(), sorted(self.done))
+    def test_plain_sessions_through_psycopg(self):
+        self.driver = "psycopg"
+        engine = self.restarted_engine()
 
-    def work(self, thread, run, end):
-        for number in itertools.count():
-            if self.over.is_set():
-                end()
-                return
-            name = f"{thread}-{number}"
-            run(name)
-            self.done.append(name)
-
-
-class FiftyFaultsWithPsycopgTests(FiftyFaultsTests):
-    driver = "psycopg"
-    module = psycopg
-
-    def test_zope_sqlalchemy(self):
-        """See the plain one."""
-
-    def test_plain_sessions(self):
-        engine = self.engine(witness=Ledger(), pool_size=THREADS)
-
-        def run(name):
-            while True:
+        def unit(number):
+            for _ in range(ATTEMPTS):
                 with suppress(DisconnectionError):
-                    with Session(engine) as session, session.begin():
-                        session.add(Item(name=name))
-                    return
+                    return self.add(engine, str(number))
+            raise AssertionError(f"{ATTEMPTS} attempts were not enough")
 
-        self.check(run)
+        self.survive(unit, self.threads, self.applied)

@@ -6,7 +6,6 @@ import io
 import itertools
 import os
 import pickle
-import random
 import signal
 import subprocess
 import sys
@@ -43,20 +42,19 @@ from zreconnect import (
     RetryPolicy,
     recover,
 )
-from zreconnect.events import CommitLookedUp, ConnectionLost
+from zreconnect.events import CommitLookedUp
 from zreconnect.integrations.storm import SCHEME, StormDisconnectionError, register
 from zreconnect.interfaces import IDatabaseUnavailable
 from zreconnect.testing import PortForward
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
-from zreconnect.tests import faults
 from zreconnect.tests.base import PATIENCE, DatabaseTestCase, wait_until
-from zreconnect.tests.test_twophase import Hook
+from zreconnect.tests.restarts import ATTEMPTS, SurvivesRestarts
+from zreconnect.tests.test_twophase import DATABASES, Database, Hook, make_databases
 
-SETTINGS = {"fsync": "off", "max_prepared_transactions": 20, "scram_iterations": 1}
+SETTINGS = {"fsync": "off", "max_prepared_transactions": 20}
 LAYER = PortForwardLayer(PostgresLayer("StormPostgresLayer", SETTINGS), "StormForwardLayer")
 IMPATIENT = RetryPolicy(timeout=1.0)
 TERMINATE = "SELECT pg_terminate_backend(pg_backend_pid())"
-PREPARED = "SELECT gid FROM pg_prepared_xacts"
 schemes = (f"storm-test-{number}" for number in itertools.count())
 
 
@@ -742,49 +740,28 @@ class PartsOfStormTests(StormTestCase):
         wait_until(lambda: seen[0] not in self.sessions())
 
 
-class Side:
+class Side(Database):
     """One of two databases, the line to it, and its store."""
 
-    def __init__(self, case, name):
-        self.server = case.server
-        self.name = name
-        self.zstorm = case.zstorm
-        self.forward = PortForward(self.server.host, self.server.port)
-        self.forward.start()
+    def __init__(self, case, dbname):
+        super().__init__(case.server, dbname)
         case.addCleanup(self.forward.stop)
-        self.dsn = self.server.dsn(dbname=name)
+        self.zstorm = case.zstorm
 
     def configure(self, case, **keywords):
-        dsn = self.server.dsn(dbname=self.name, host=self.forward.host, port=self.forward.port)
-        self.zstorm.set_default_uri(self.name, case.uri(dsn, **keywords))
-        self.zstorm.set_default_tpc(self.name, True)
+        self.zstorm.set_default_uri(self.dbname, case.uri(self.forwarded_dsn, **keywords))
+        self.zstorm.set_default_tpc(self.dbname, True)
 
     @property
     def store(self):
-        return self.zstorm.get(self.name)
-
-    def query(self, statement):
-        return self.server.query(statement, dbname=self.name)
+        return self.zstorm.get(self.dbname)
 
     def names(self):
         return [name for (name,) in self.query("SELECT name FROM item ORDER BY name")]
 
-    def prepared(self):
-        return len(self.query(f"{PREPARED} WHERE database = current_database()"))
-
     def add(self, name="one"):
         self.store.add(Item(name))
         self.store.flush()
-
-    def vanish(self):
-        self.forward.refuse()
-        self.forward.drop()
-
-    def lose_answer(self, then=None):
-        self.forward.cut("to_client", 0, then=then)
-
-    def lose_request(self):
-        self.forward.cut("to_server", 0)
 
     def come_back(self):
         self.forward.cancel_cut()
@@ -796,14 +773,8 @@ class TwoPhaseTestCase(StormTestCase):
 
     def setUp(self):
         super().setUp()
-        for gid, dbname in self.query("SELECT gid, database FROM pg_prepared_xacts"):
-            self.server.query(f"ROLLBACK PREPARED '{gid}'", dbname=dbname)
-        for name in ("first", "second"):
-            if not self.query("SELECT datname FROM pg_database WHERE datname = %s", name):
-                self.server.create_database(name)
-            self.server.query("DROP TABLE IF EXISTS item", dbname=name)
-            self.server.query("CREATE TABLE item (id serial PRIMARY KEY, name text)", dbname=name)
-        self.sides = [Side(self, name) for name in ("first", "second")]
+        make_databases(self.server, "id serial PRIMARY KEY, name text")
+        self.sides = [Side(self, dbname) for dbname in DATABASES]
         self.addCleanup(transaction.abort)
 
     def configure(self, **keywords):
@@ -975,7 +946,7 @@ class TwoPhaseTests(TwoPhaseTestCase):
         """zstorm commits it first, so that it decides."""
         self.configure()
         alone, _ = self.sides
-        self.zstorm.set_default_tpc(alone.name, False)
+        self.zstorm.set_default_tpc(alone.dbname, False)
         for lose, runs in ((alone.lose_request, 2), (alone.lose_answer, 1)):
             calls = []
 
@@ -1064,7 +1035,7 @@ class TwoPhaseOfAStoreTests(TwoPhaseTestCase):
 
     def uris(self):
         uris = dict(self.zstorm.get_default_uris())
-        return [uris[side.name] for side in self.sides]
+        return [uris[side.dbname] for side in self.sides]
 
     def begin(self):
         global_id = uuid.uuid4().hex
@@ -1172,90 +1143,25 @@ transaction.commit()
 """
 
 
-class Worker:
-    """Does units of work until told to stop, and takes down what became of each."""
-
-    tries = 50
-
-    def __init__(self, zstorm, number):
-        self.zstorm = zstorm
-        self.number = number
-        self.done = []
-        self.unknown = []
-        self.errors = []
-        self.stopped = False
-        self.thread = threading.Thread(target=self.work)
-
-    def work(self):
-        for count in itertools.count():
-            if self.stopped:
-                return
-            name = f"{self.number}.{count}"
-            try:
-                transaction.manager.run(lambda name=name: self.unit(name), self.tries)
-            except CommitOutcomeUnknown:
-                self.unknown.append(name)
-            except Exception as error:
-                self.errors.append(error)
-                return
-            else:
-                self.done.append(name)
-
-    def unit(self, name):
-        store = self.zstorm.get("main")
-        counter = store.find(Item, Item.name.startswith(f"counter {self.number} ")).one()
-        counter.name = f"counter {self.number} {int(counter.name.split()[2]) + 1}"
-        store.flush()
-        store.add(Item(name))
-
-
-class FiftyRestartsTests(StormTestCase):
-    def test_nothing_is_lost_or_doubled(self):
+class RestartTests(SurvivesRestarts, StormTestCase):
+    def test_fifty_restarts(self):
         self.configure(policy=RetryPolicy(timeout=PATIENCE), witness=Ledger())
-        workers = [Worker(self.zstorm, number) for number in range(3)]
-        for worker in workers:
-            self.query("INSERT INTO item (name) VALUES (%s)", f"counter {worker.number} 0")
-        for worker in workers:
-            worker.thread.start()
-        choice = random.Random(50)
-        kinds = itertools.cycle(
-            (
-                faults.fast_restart,
-                stop_and_start,
-                faults.kill_of_a_backend,
-                faults.cut_at_a_byte,
-                faults.terminated_backend,
-            )
-        )
-        with self.events() as events, contextlib.ExitStack() as stack:
-            stack.callback(self.stop, workers)
-            for fault in itertools.islice(kinds, 50):
-                self.wait_for_progress(workers)
-                fault(self.server, self.forward, choice)
-            self.wait_for_progress(workers)
-        self.assertGreaterEqual(sum(isinstance(event, ConnectionLost) for event in events), 50)
-        self.assertEqual([worker.errors for worker in workers], [[]] * len(workers))
-        self.assertEqual([worker.unknown for worker in workers], [[]] * len(workers))
-        expected = [name for worker in workers for name in worker.done]
-        counters = [f"counter {worker.number} {len(worker.done)}" for worker in workers]
-        self.assertEqual(sorted(self.names()), sorted(expected + counters))
+        own = threading.local()
 
-    def stop(self, workers):
-        for worker in workers:
-            worker.stopped = True
-        for worker in workers:
-            worker.thread.join()
+        def work(number):
+            # An object that lives through all restarts, and a new one.
+            own.counter.name = str(int(own.counter.name) + 1)
+            self.store.flush()
+            self.store.add(Item(f"unit {number}"))
 
-    def wait_for_progress(self, workers):
-        before = [len(worker.done) for worker in workers]
-        wait_until(
-            lambda: all(
-                worker.errors or len(worker.done) > count
-                for worker, count in zip(workers, before, strict=True)
-            )
-        )
+        def unit(number):
+            if not hasattr(own, "counter"):
+                own.counter = transaction.manager.run(lambda: self.store.add(Item("0")), ATTEMPTS)
+            transaction.manager.run(lambda: work(number), ATTEMPTS)
 
+        def applied():
+            return [int(name.split()[1]) for name in self.names() if name.startswith("unit")]
 
-def stop_and_start(server, line, choice):
-    server.stop_immediately()
-    server.start()
+        self.survive(unit, threads=3, applied=applied)
+        counts = [int(name) for name in self.names() if name.isdigit()]
+        self.assertEqual((len(counts), sum(counts)), (3, len(applied())))

@@ -37,39 +37,43 @@ from zreconnect.tests.base import PATIENCE, wait_until
 SETTINGS = {"max_prepared_transactions": 20}
 LAYER = PostgresLayer("TwoPhasePostgresLayer", SETTINGS)
 IMPATIENT = RetryPolicy(timeout=0.2)
+DATABASES = ("first", "second")
 PREPARED = "SELECT gid FROM pg_prepared_xacts"
 # Cut after every so many bytes; 1 passes as well, in three minutes.
 STRIDE = 3
 LONG_STRIDE = 41
 
 
-class Side:
-    """One of the two databases, its connection, and the line between them."""
+def make_databases(server, columns):
+    """Make both, with nothing but an empty table, and undo what a test before has prepared."""
+    for gid, dbname in server.query("SELECT gid, database FROM pg_prepared_xacts"):
+        server.query(f"ROLLBACK PREPARED '{gid}'", dbname=dbname)
+    for dbname in DATABASES:
+        if not server.query("SELECT datname FROM pg_database WHERE datname = %s", dbname):
+            server.create_database(dbname)
+        for statement in (
+            "DROP SCHEMA public CASCADE",
+            "CREATE SCHEMA public",
+            f"CREATE TABLE item ({columns})",
+        ):
+            server.query(statement, dbname=dbname)
 
-    def __init__(self, server, dbname, **keywords):
+
+class Database:
+    """One of the two databases, and a line to it."""
+
+    def __init__(self, server, dbname):
         self.server = server
         self.dbname = dbname
         self.forward = PortForward(server.host, server.port)
         self.forward.start()
         self.dsn = server.dsn(dbname=dbname)
-        self.connection = zreconnect.connect(
-            server.dsn(dbname=dbname, host=self.forward.host, port=self.forward.port),
-            two_phase=True,
-            **keywords,
+        self.forwarded_dsn = server.dsn(
+            dbname=dbname, host=self.forward.host, port=self.forward.port
         )
-
-    @property
-    def key(self):
-        return f"zreconnect:{id(self.connection)}"
 
     def query(self, statement, *parameters):
         return self.server.query(statement, *parameters, dbname=self.dbname)
-
-    def insert(self):
-        self.connection.cursor().execute("INSERT INTO item VALUES ('one')")
-
-    def rows(self):
-        return len(self.query("SELECT name FROM item"))
 
     def prepared(self):
         return len(self.query(f"{PREPARED} WHERE database = current_database()"))
@@ -86,6 +90,24 @@ class Side:
     def lose_request(self):
         """What is sent next does not arrive."""
         self.forward.cut("to_server", 0)
+
+
+class Side(Database):
+    """One of the two databases, its connection, and the line between them."""
+
+    def __init__(self, server, dbname, **keywords):
+        super().__init__(server, dbname)
+        self.connection = zreconnect.connect(self.forwarded_dsn, two_phase=True, **keywords)
+
+    @property
+    def key(self):
+        return f"zreconnect:{id(self.connection)}"
+
+    def insert(self):
+        self.connection.cursor().execute("INSERT INTO item VALUES ('one')")
+
+    def rows(self):
+        return len(self.query("SELECT name FROM item"))
 
     def close(self):
         self.connection.close()
@@ -118,18 +140,7 @@ class TwoPhaseTestCase(unittest.TestCase):
 
     def setUp(self):
         self.server = self.layer.server
-        # Undoes what a test before has left.
-        for gid, dbname in self.server.query("SELECT gid, database FROM pg_prepared_xacts"):
-            self.server.query(f"ROLLBACK PREPARED '{gid}'", dbname=dbname)
-        for dbname in ("first", "second"):
-            if not self.server.query("SELECT datname FROM pg_database WHERE datname = %s", dbname):
-                self.server.create_database(dbname)
-            for statement in (
-                "DROP SCHEMA public CASCADE",
-                "CREATE SCHEMA public",
-                "CREATE TABLE item (name text PRIMARY KEY)",
-            ):
-                self.server.query(statement, dbname=dbname)
+        make_databases(self.server, "name text PRIMARY KEY")
         self.addCleanup(transaction.abort)
 
     def connect(self, **keywords):
