@@ -72,11 +72,12 @@ class Turn:
         """The same in a forked child, which has none of the process's other threads."""
         turn = Turn()
         turn.is_for_good = self.is_for_good
-        if self.is_for_good or self.is_mine():
+        if self.is_mine():
             turn.take(0)
+        elif self.is_for_good:
             turn._thread = self._thread
         return turn
 
     def _ended(self, thread: weakref.ref[_Thread]) -> None:
-        if self._thread is thread:
-            self.end()
+        # As long as it is another one's turn, there is no reference to this one.
+        self.end()

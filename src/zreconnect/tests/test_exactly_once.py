@@ -10,9 +10,10 @@ of a direction, until there is no such byte, for each witness:
 - of connecting again and looking the outcome up, when the answer to COMMIT was lost, and when
   COMMIT itself was: at every sixth byte, by FIN and by RST in turn.
 
-With psycopg 3 the transaction begins along with its first statement; it is spared the last three.
-A witness that asks at COMMIT differs from one that asks at BEGIN only there, and is spared the last
-two; a SELECT that writes, which it takes for one that reads until COMMIT, the last three.
+With psycopg 3 the transaction begins along with its first statement. A witness that asks at COMMIT
+differs from one that asks at BEGIN only there, and takes a SELECT that writes for one that reads
+until then. These are spared the last two; every byte of a transaction is cut by FIN or by RST in
+turn, and the server crashes at some bytes of COMMIT.
 
 With ZRECONNECT_SWEEP=full in the environment it is every byte by FIN and by RST everywhere.
 """
@@ -58,6 +59,7 @@ STEPS = {
     (AFTER_LOST_ANSWER, False): 12,
     (AFTER_LOST_COMMIT, False): 12,
 }
+VARIANT_STEPS = {(TRANSACTION, False): 2, (COMMIT, True): 6}
 # Seconds that a call may take: generously more than the policy allows.
 DEADLINE = 60.0
 POLICY = RetryPolicy(timeout=30.0, initial=0.01, maximum=0.05)
@@ -411,6 +413,7 @@ class LedgerSweepTests(FullSweepTestCase, unittest.TestCase):
 
 class XidAtCommitSweepTests(CrashSweepTestCase, unittest.TestCase):
     name = "xid at COMMIT"
+    steps = VARIANT_STEPS
     witness = XidWitness(at_commit=True)
 
 
@@ -418,6 +421,7 @@ class WritingSelectSweepTests(SweepTestCase, unittest.TestCase):
     """What looks like a transaction that only reads, until COMMIT."""
 
     name = "xid at COMMIT of a SELECT that writes"
+    steps = VARIANT_STEPS
     witness = XidWitness(at_commit=True)
     statement = "SELECT add_item(%s)"
 
@@ -425,6 +429,7 @@ class WritingSelectSweepTests(SweepTestCase, unittest.TestCase):
 class PsycopgSweepTestCase(CrashSweepTestCase):
     driver = "psycopg"
     begins_with_statement = True
+    steps = VARIANT_STEPS
 
 
 class PsycopgXidSweepTests(PsycopgSweepTestCase, unittest.TestCase):

@@ -174,6 +174,23 @@ class SharedTests:
         self.assertEqual(len(self.names()), THREADS * TIMES)
         self.assertEqual(len(self.sessions()), 1)
 
+    def test_a_session_is_opened_once(self):
+        connecting, let_go = threading.Event(), threading.Event()
+        self.addCleanup(let_go.set)
+
+        def on_connect(raw):
+            connecting.set()
+            let_go.wait(60)
+
+        connection = self.connect(on_connect=on_connect)
+        first = self.in_thread(lambda: connection.driver_connection)
+        connecting.wait(60)
+        second = self.in_thread(lambda: connection.driver_connection)
+        wait_until(self.is_awaited)
+        let_go.set()
+        self.assertIs(first.result(), second.result())
+        self.assertEqual(len(self.sessions()), 1)
+
     def test_the_wait_has_the_deadline_of_the_policy(self):
         connection = self.connect(policy=RetryPolicy(timeout=0.2))
         finish = self.held_by_thread(connection)
