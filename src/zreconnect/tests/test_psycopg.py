@@ -1178,14 +1178,31 @@ class BeginWithStatementTests(Psycopg, DatabaseTestCase):
         self.assertIs(psycopg_driver._begin, begin)
         self.assertEqual(self.names(), [])
 
-    def test_a_session_that_is_busy(self):
-        connection = self.ready()
-        connection.driver_connection.pgconn.send_query(b"SELECT 1")
+    def busy(self, connection):
         with self.assertRaises(psycopg.OperationalError) as busy:
             self.insert(connection)
         self.assertNotIsInstance(busy.exception, DisconnectionError)
-        self.assertEqual((self.executions(), connection.state), (0, "active"))
+        return self.executions(), connection.state
+
+    def test_a_session_that_is_busy(self):
+        connection = self.ready()
+        with self.plain() as other:
+            other.execute("LOCK TABLE item")
+            connection.driver_connection.pgconn.send_query(b"SELECT * FROM item")
+            self.assertEqual(self.busy(connection), (0, "active"))
         connection.rollback()
+        self.insert(connection)
+        self.assertEqual((self.executions(), connection.state), (1, "active"))
+
+    def test_a_session_with_an_answer_that_nobody_has_read(self):
+        connection = self.ready()
+        raw = connection.driver_connection.pgconn
+        raw.send_query(b"SELECT 1")
+        # BEGIN goes first then, and is refused.
+        wait_until(lambda: not connection._watch.is_quiet())
+        self.assertEqual(self.busy(connection), (0, "idle"))
+        while raw.get_result():
+            pass
         self.insert(connection)
         self.assertEqual((self.executions(), connection.state), (1, "active"))
 
