@@ -46,7 +46,7 @@ from zreconnect.policy import (
     check_attempts,
     check_number,
 )
-from zreconnect.retry import run_unit_of_work
+from zreconnect.retry import check_function, run_unit_of_work
 from zreconnect.server import Server, server_from_dsn, server_from_factory
 from zreconnect.session import open_session
 from zreconnect.turn import Turn
@@ -286,7 +286,7 @@ class ReconnectingConnection:
         self, function: Callable[..., Any], *args: Any, attempts: int = 3, **keywords: Any
     ) -> Any:
         return run_unit_of_work(
-            lambda: function(*args, **keywords),
+            functools.partial(function, *args, **keywords),
             begin=self.begin,
             commit=self.commit,
             abort=self.rollback,
@@ -300,6 +300,8 @@ class ReconnectingConnection:
         check_attempts(attempts)
 
         def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+            check_function(function)
+
             @functools.wraps(function)
             def call(*args: Parameters.args, **keywords: Parameters.kwargs) -> Result:
                 if self._turn.is_mine() and self._is_explicit:
@@ -832,9 +834,11 @@ class ReconnectingConnection:
                 "The connection belongs to another thread: use a connection for each thread; "
                 "fork() makes one"
             )
-        if self._turn.take(0):
-            self._roll_back_orphan()
-            return
+        if not self._turn.take(0):
+            self._wait_for_turn()
+        self._roll_back_orphan()
+
+    def _wait_for_turn(self) -> None:
         events.logger.debug("A thread waits for another one's transaction on %s", self.server)
         patience = PATIENCE_WITH_THREADS if self._policy.timeout is None else self._policy.timeout
         if not self._turn.take(patience):
@@ -843,7 +847,6 @@ class ReconnectingConnection:
                 f"transaction on {self.server}. End transactions sooner, or use a connection for "
                 "each thread; fork() makes one"
             )
-        self._roll_back_orphan()
 
     def _roll_back_orphan(self) -> None:
         """End the transaction of a thread that has not lived to do it."""

@@ -139,6 +139,8 @@ class ReconnectingCursor:
         with connection._in_turn():
             connection._need_transaction()
             self._open_in_session()
+            # Not connection._guarded(): that takes a fifth of the Python of a short statement, and
+            # as much of that of each row below.
             try:
                 with connection._watch.awaiting(connection._response_timeout):
                     if self.name is not None and connection._state == ACTIVE:

@@ -453,7 +453,8 @@ class IReconnectingConnection(Interface):
 
         After a disconnect or a transient error (a serialization failure or deadlock) all of this
         is done again, up to ``attempts`` times. Raises what the last attempt raised;
-        `CommitOutcomeUnknown` and `ReconnectTimeout` at once.
+        `CommitOutcomeUnknown` and `ReconnectTimeout` at once; TypeError for a generator or
+        coroutine function, which would do its work after the commit.
         """
 
     def transactional(attempts=3):
@@ -461,7 +462,8 @@ class IReconnectingConnection(Interface):
 
         A call inside a transaction that the thread has begun explicitly, by another such function,
         by ``run``, ``transaction`` or ``begin``, is a part of that one, and runs again only along
-        with it. Raises ValueError or TypeError if ``attempts`` is no whole number of at least 1.
+        with it. Raises ValueError or TypeError if ``attempts`` is no whole number of at least 1,
+        and TypeError for a generator or coroutine function.
         """
 
     def fork():
@@ -569,7 +571,8 @@ class IZopelessTransactionManager(Interface):
         """Begin, call ``function()``, commit, and return what it returned.
 
         After a disconnect or a transient error all of this is done again, up to ``attempts``
-        times. Raises what the last attempt raised.
+        times. Raises what the last attempt raised; TypeError for a generator or coroutine
+        function, which would do its work after the commit.
         """
 
     def connection():

@@ -40,9 +40,10 @@ def run_unit_of_work(
     """Begin, call ``function``, commit; abort and do it all again after an error that allows it.
 
     Returns what ``function`` returned. Raises TypeError or ValueError if ``attempts`` is no whole
-    number of at least 1, else what the last attempt raised.
+    number of at least 1, or ``function`` none that can be run, else what the last attempt raised.
     """
     check_attempts(attempts)
+    check_function(function)
 
     def unit_of_work() -> Result:
         begin()
@@ -61,6 +62,18 @@ def run_unit_of_work(
         reraise=True,
     )
     return retrying(unit_of_work)
+
+
+def check_function(function: Any) -> None:
+    """Raise TypeError unless ``function`` can be called, and has run when it returns."""
+    if not callable(function):
+        raise TypeError(f"A function is to be run, not {function!r}")
+    if (
+        inspect.isgeneratorfunction(function)
+        or inspect.iscoroutinefunction(function)
+        or inspect.isasyncgenfunction(function)
+    ):
+        raise TypeError(f"{function!r} cannot be run: it returns before it has done its work")
 
 
 def retry_on_disconnect(
@@ -104,7 +117,7 @@ def retry_on_disconnect(
     interval = tenacity.wait_incrementing(min_interval, increment, max_interval)
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-        _check_function(function)
+        check_function(function)
         name = f"{function.__module__}.{getattr(function, '__qualname__', repr(function))}"
 
         @functools.wraps(function)
@@ -205,16 +218,3 @@ def _so_far(state: tenacity.RetryCallState) -> tuple[int, float, BaseException]:
     error = state.outcome.exception() if state.outcome is not None else None
     assert error is not None
     return state.attempt_number, state.seconds_since_start or 0.0, error
-
-
-def _check_function(function: Any) -> None:
-    if not callable(function):
-        raise TypeError(f"retry_on_disconnect() decorates functions, not {function!r}")
-    if (
-        inspect.isgeneratorfunction(function)
-        or inspect.iscoroutinefunction(function)
-        or inspect.isasyncgenfunction(function)
-    ):
-        raise TypeError(
-            f"retry_on_disconnect() cannot decorate {function!r}: it returns before it has run"
-        )

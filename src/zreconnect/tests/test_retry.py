@@ -70,6 +70,36 @@ class RetryTestCase(DatabaseTestCase):
         return caught.exception
 
 
+class NoFunctionTests(DatabaseTestCase):
+    """What is refused by all that runs functions."""
+
+    def runners(self):
+        connection = self.connect()
+        ztm = initZopeless(self.dsn, implicitBegin=False)
+        self.addCleanup(ztm.uninstall)
+        return [retry_on_disconnect(), connection.run, connection.transactional(), ztm.run]
+
+    def test_what_returns_before_it_has_done_its_work(self):
+        def generator():
+            yield
+
+        async def coroutine():
+            pass
+
+        async def asynchronous_generator():
+            yield
+
+        for runner in self.runners():
+            for function in (generator, coroutine, asynchronous_generator):
+                with self.assertRaisesRegex(TypeError, "returns before it has done its work"):
+                    runner(function)
+
+    def test_what_cannot_be_called(self):
+        for runner in self.runners():
+            with self.assertRaisesRegex(TypeError, "function is to be run|must be callable"):
+                runner("text")
+
+
 class FunctionTests(RetryTestCase):
     def test_it_returns_what_the_function_returns(self):
         self.assertEqual(self.adder(self.make_connection())("a"), "a")
@@ -693,22 +723,6 @@ class ArgumentTests(unittest.TestCase):
         ]:
             with self.subTest(name, value=value), self.assertRaisesRegex(error_type, f"^{name} "):
                 retry_on_disconnect(**{name: value})
-
-    def test_what_returns_before_it_has_run(self):
-        def generator():
-            yield
-
-        async def coroutine():
-            pass
-
-        async def asynchronous_generator():
-            yield
-
-        for function in (generator, coroutine, asynchronous_generator):
-            with self.assertRaisesRegex(TypeError, "returns before it has run"):
-                retry_on_disconnect()(function)
-        with self.assertRaisesRegex(TypeError, "decorates functions, not 'text'"):
-            retry_on_disconnect()("text")
 
     def test_without_parentheses(self):
         with self.assertRaises(TypeError):
