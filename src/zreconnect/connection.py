@@ -241,7 +241,8 @@ class ReconnectingConnection:
             if self._data_manager is not None:
                 raise self._driver.module.ProgrammingError(
                     "This connection is part of a transaction manager's transaction: commit that "
-                    "instead, for example with transaction.commit()"
+                    "instead, with transaction.commit() or the manager's own commit(), or leave it "
+                    "to the framework that does"
                 )
             self._commit()
 
@@ -267,9 +268,10 @@ class ReconnectingConnection:
 
     def savepoint(self) -> Savepoint:
         with self._in_turn():
-            self._check_usable()
-            if self._state != ACTIVE:
-                raise self._driver.module.ProgrammingError("savepoint() outside a transaction")
+            if self._is_autocommit():
+                raise self._driver.module.ProgrammingError(
+                    "savepoint() outside a transaction, in autocommit mode"
+                )
             return Savepoint(self, f"zreconnect_{next(self._savepoints)}")
 
     @contextlib.contextmanager

@@ -440,9 +440,10 @@ class IReconnectingConnection(Interface):
         """Close the session for good. What was not committed is rolled back."""
 
     def savepoint():
-        """Set a savepoint inside the transaction.
+        """Set a savepoint inside the transaction, which begins as with any statement.
 
-        Returns an object with ``rollback()`` and ``release()``.
+        Returns an object with ``rollback()`` and ``release()``. Raises the driver's
+        ProgrammingError in autocommit mode, outside a transaction.
         """
 
     def transaction():

@@ -167,6 +167,28 @@ class TransactionTests(AdapterTestCase):
         transaction.commit()
         self.assertEqual(self.names(), ["three"])
 
+    def test_a_savepoint_before_the_first_statement(self):
+        adapter = self.adapter(timeout=5)
+        for number in range(2):
+            cursor = adapter().cursor()
+            savepoint = transaction.savepoint()
+            cursor.execute("INSERT INTO item VALUES ('no')")
+            savepoint.rollback()
+            cursor.execute("INSERT INTO item VALUES (%s)", (str(number),))
+            transaction.commit()
+        self.assertEqual(self.names(), ["0", "1"])
+
+    def test_a_savepoint_before_the_first_statement_reconnects(self):
+        adapter = self.adapter(timeout=5)
+        adapter().cursor()
+        transaction.abort()
+        self.forward.drop()
+        adapter().cursor()
+        transaction.savepoint()
+        self.insert(adapter())
+        transaction.commit()
+        self.assertEqual(self.names(), ["one"])
+
     def test_a_disconnect_in_a_savepoint_cannot_be_committed(self):
         adapter = self.adapter(timeout=5)
         self.insert(adapter())

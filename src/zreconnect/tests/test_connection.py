@@ -600,9 +600,23 @@ class BlockTests(DatabaseTestCase):
         connection.commit()
         self.assertEqual(self.names(), ["one", "two"])
 
-    def test_savepoint_outside_a_transaction(self):
+    def test_a_transaction_begins_with_a_savepoint(self):
+        connection = self.connect()
+        savepoint = connection.savepoint()
+        connection.cursor().execute("INSERT INTO item VALUES ('one')")
+        savepoint.rollback()
+        connection.cursor().execute("INSERT INTO item VALUES ('two')")
+        connection.commit()
+        self.assertEqual(self.names(), ["two"])
+
+    def test_a_savepoint_in_autocommit_mode(self):
+        connection = self.connect()
+        connection.autocommit = True
         with self.assertRaisesRegex(self.module.ProgrammingError, "outside a transaction"):
-            self.connect().savepoint()
+            connection.savepoint()
+        connection.begin()
+        connection.savepoint().release()
+        connection.commit()
 
 
 class RunTests(DatabaseTestCase):
