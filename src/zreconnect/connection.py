@@ -26,6 +26,7 @@ from zreconnect.exceptions import (
     CommitOutcomeUnknown,
     DisconnectedConnectionError,
     ReconnectTimeout,
+    make_transient,
     one_line,
 )
 from zreconnect.guarded import Guarded
@@ -706,6 +707,7 @@ class ReconnectingConnection:
             # Later statements would each be a transaction of its own.
             if self._state == ACTIVE and not self._driver.in_transaction(self._raw):
                 self._ended_by_error = True
+            self._mark_transient(error)
             return
         was_active = self._state == ACTIVE
         has_committed = was_active and self._has_committed()
@@ -761,6 +763,7 @@ class ReconnectingConnection:
             if not self._means_disconnect(error):
                 if not self._driver.in_transaction(self._raw):
                     self._be_idle()
+                self._mark_transient(error)
                 raise
             self._settle_lost_commit(error)
         else:
@@ -807,6 +810,10 @@ class ReconnectingConnection:
     def _may_run_again(self, error: BaseException) -> bool:
         """Whether a unit of work that raised ``error`` was not committed and may succeed later."""
         return isinstance(error, TransientError) or self._driver.is_transient(error)
+
+    def _mark_transient(self, error: BaseException) -> None:
+        if self._driver.is_transient(error):
+            make_transient(error)
 
     def _means_disconnect(self, error: BaseException) -> bool:
         if self._raw is None or self._driver.meaning(error, self._raw) is Meaning.DISCONNECT:

@@ -7,12 +7,15 @@ error                                  happened                   run again?
                                                                   ``transaction.manager.run`` do
 `ReconnectTimeout`                     no transaction began       the caller decides
 `CommitOutcomeUnknown`                 perhaps committed          only after looking
+the driver's, after a deadlock or a    nothing was committed      yes, the same ones: it is a
+serialization failure                                             ``TransientError``, too
 `ConflictingTransactionManagerError`   a mistake in the program   no
 =====================================  =========================  =================================
 """
 
 from __future__ import annotations
 
+import functools
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +31,29 @@ ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 def one_line(error: BaseException) -> str:
     """The error's message on one line, as log files and other messages want it."""
     return " ".join(str(error).split())
+
+
+def make_transient(error: BaseException) -> None:
+    """Make a driver's error a `transaction.interfaces.TransientError` as well.
+
+    Publishers, unlike ``transaction.manager.run``, do not ask data managers what may run again. It
+    stays the same object: what a driver has put into an error, such as psycopg2's ``diag``, cannot
+    be given to another one.
+    """
+    if not isinstance(error, TransientError):
+        error_type: Any = type(error)
+        error.__class__ = _transient(error_type)
+
+
+@functools.cache
+def _transient(error_type: Any) -> Any:
+    def __reduce__(error: BaseException) -> tuple[Any, ...]:
+        # Other processes import the driver's.
+        return error_type, *error_type.__reduce__(error)[1:]
+
+    names = {name: getattr(error_type, name) for name in ("__doc__", "__module__", "__qualname__")}
+    bases = (error_type, TransientError)
+    return type(error_type.__name__, bases, {**names, "__reduce__": __reduce__})
 
 
 class DisconnectedConnectionError(Exception):

@@ -386,7 +386,8 @@ class IReconnectingConnection(Interface):
     Whatever talks to the server can raise `DisconnectionError`: when the session is lost inside a
     transaction, and when a policy that fails fast gets no connection. Whatever begins a
     transaction can raise `ReconnectTimeout`, and the driver's OperationalError if connecting is
-    refused for good, as for a wrong password. The driver's other errors pass unchanged.
+    refused for good, as for a wrong password. The driver's other errors pass unchanged, but a
+    serialization failure and a deadlock are ``transaction.interfaces.TransientError`` as well.
 
     All that the driver's connection has and that is not listed here works too and is passed on
     to it.

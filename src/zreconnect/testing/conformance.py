@@ -523,6 +523,7 @@ class DriverConformance(TestCase):
             self.driver.query(raw, f"INSERT INTO {TABLE} VALUES ('{name}', 0)")
         each_has_one = threading.Barrier(2, timeout=PATIENCE)
         runs: list[str] = []
+        errors: list[BaseException] = []
 
         def work(connection: Any, first: str, second: str) -> None:
             is_first_run = first not in runs
@@ -531,7 +532,11 @@ class DriverConformance(TestCase):
             cursor.execute(increment(first))
             if is_first_run:
                 each_has_one.wait()
-            cursor.execute(increment(second))
+            try:
+                cursor.execute(increment(second))
+            except self.module.Error as error:
+                errors.append(error)
+                raise
 
         with ThreadPoolExecutor(2) as threads:
             for done in [
@@ -541,6 +546,8 @@ class DriverConformance(TestCase):
             ]:
                 done.result(PATIENCE)
         self.assertGreater(len(runs), 2)
+        for error in errors:
+            self.assertIsInstance(error, TransientError)
         self.assertEqual(self._ask(f"SELECT number FROM {TABLE}"), [(2,), (2,)])
 
     def test_what_follows_a_deadlock_is_not_committed(self) -> None:

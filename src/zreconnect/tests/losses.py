@@ -79,6 +79,24 @@ class Finalized:
         lose_connection(self.cursor)
 
 
+def conflicts(cursor, attempt, manager):
+    """Loses nothing, but a serialization failure in COMMIT, once."""
+    if attempt == 1:
+        cursor.execute(
+            "CREATE FUNCTION pg_temp.conflict() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE SQLSTATE '40001'; END $$;"
+            "CREATE CONSTRAINT TRIGGER conflict AFTER INSERT ON guest INITIALLY DEFERRED"
+            " FOR EACH ROW EXECUTE FUNCTION pg_temp.conflict();"
+            "INSERT INTO guest VALUES ('refused')"
+        )
+
+
+def deadlocks(cursor, attempt, manager):
+    """Loses nothing, but meets an error after which the server wants the work run again, once."""
+    if attempt == 1:
+        cursor.execute("DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$")
+
+
 def streams(cursor, attempt, manager):
     """The response uses the database, too."""
 
@@ -118,6 +136,8 @@ LOSSES = {
         rolls_back_to_savepoint,
         swallows_in_savepoint,
         loses_in_del,
+        conflicts,
+        deadlocks,
         streams,
         waits_at_gate,
         forgets_transaction,

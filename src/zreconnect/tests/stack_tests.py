@@ -167,6 +167,12 @@ class StackTests:
     def test_lost_in_del(self):
         self.check_second_attempt("LosesInDel")
 
+    def test_serialization_failure_in_commit(self):
+        self.check_second_attempt("Conflicts")
+
+    def test_deadlock(self):
+        self.check_second_attempt("Deadlocks")
+
     def test_lost_always(self):
         example = self.start_views()
         self.assert_unavailable(example.get("/LosesAlways"))

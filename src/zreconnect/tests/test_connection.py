@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import pickle
 import sys
 import threading
 import traceback
@@ -13,6 +14,7 @@ import psycopg2.errors
 import psycopg2.extensions
 import zope.event
 from psycopg2 import sql
+from transaction.interfaces import TransientError
 
 import zreconnect
 from zreconnect import (
@@ -617,6 +619,33 @@ class BlockTests(DatabaseTestCase):
         connection.begin()
         connection.savepoint().release()
         connection.commit()
+
+
+class TransientErrorTests(DatabaseTestCase):
+    """The driver's errors after which the same work may succeed."""
+
+    def error(self, statement):
+        connection = self.connect()
+        with self.assertRaises(self.module.Error) as raised:
+            connection.cursor().execute(statement)
+        return raised.exception
+
+    def test_they_are_the_drivers_and_transient(self):
+        error = self.error("DO $$ BEGIN RAISE SQLSTATE '40001' USING DETAIL = 'why'; END $$")
+        self.assertIsInstance(error, self.module.errors.SerializationFailure)
+        self.assertIsInstance(error, TransientError)
+        self.assertEqual((error.diag.sqlstate, error.diag.message_detail), ("40001", "why"))
+        printed = traceback.format_exception_only(type(error), error)[0]
+        self.assertRegex(printed, f"^{self.module.__name__}.errors.SerializationFailure: 40001")
+
+    def test_they_travel_between_processes(self):
+        error = self.error("DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$")
+        copy = pickle.loads(pickle.dumps(error))
+        self.assertIs(type(copy), self.module.errors.DeadlockDetected)
+        self.assertEqual(str(copy), str(error))
+
+    def test_others_are_not(self):
+        self.assertNotIsInstance(self.error("SELECT 1/0"), TransientError)
 
 
 class RunTests(DatabaseTestCase):

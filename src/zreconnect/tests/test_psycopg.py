@@ -107,6 +107,10 @@ class BlockTests(Psycopg, test_connection.BlockTests):
     pass
 
 
+class TransientErrorTests(Psycopg, test_connection.TransientErrorTests):
+    pass
+
+
 class RunTests(Psycopg, test_connection.RunTests):
     pass
 

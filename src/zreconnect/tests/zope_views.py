@@ -81,6 +81,14 @@ class LosesInDel(AttemptView):
     loss = staticmethod(losses.loses_in_del)
 
 
+class Conflicts(AttemptView):
+    loss = staticmethod(losses.conflicts)
+
+
+class Deadlocks(AttemptView):
+    loss = staticmethod(losses.deadlocks)
+
+
 class Streams(AttemptView):
     """The transaction is committed before the response is sent, which uses the database again."""
 
