@@ -11,7 +11,7 @@ from zope.configuration.exceptions import ConfigurationError
 from zope.interface import Interface
 from zope.schema import TextLine
 
-from zreconnect.adapter import ReconnectingDatabaseAdapter
+from zreconnect.adapter import RESPONSE_TIMEOUT, ReconnectingDatabaseAdapter
 from zreconnect.interfaces import IZopeDatabaseAdapter
 from zreconnect.witness import Ledger
 
@@ -50,10 +50,24 @@ class IAdapterDirective(Interface):
         required=False,
         default="xid",
     )
+    response_timeout = TextLine(
+        title="Response timeout",
+        description=(
+            "After how many seconds a statement without an answer counts as a lost connection, or "
+            f"$NAME; without it, or if it is empty, {RESPONSE_TIMEOUT:.0f}; none waits for ever."
+        ),
+        required=False,
+        default="",
+    )
 
 
 def register_adapter(
-    _context: Any, dsn: str, name: str = "", timeout: str = "", witness: str = "xid"
+    _context: Any,
+    dsn: str,
+    name: str = "",
+    timeout: str = "",
+    witness: str = "xid",
+    response_timeout: str = "",
 ) -> None:
     """Handle the directive.
 
@@ -63,8 +77,13 @@ def register_adapter(
     try:
         database = ReconnectingDatabaseAdapter(
             _expanded("dsn", dsn),
-            timeout=_seconds(_expanded("timeout", timeout)),
+            timeout=_seconds("timeout", timeout, default=None),
             witness=_witness(witness),
+            response_timeout=(
+                None
+                if response_timeout == "none"
+                else _seconds("response_timeout", response_timeout, default=RESPONSE_TIMEOUT)
+            ),
         )
     except (TypeError, ValueError) as error:
         raise ConfigurationError(str(error)) from None
@@ -89,13 +108,16 @@ def _expanded(attribute: str, value: str) -> str:
         ) from None
 
 
-def _seconds(timeout: str) -> float | None:
-    if not timeout:
-        return None
+def _seconds(attribute: str, value: str, default: float | None) -> float | None:
+    value = _expanded(attribute, value)
+    if not value:
+        return default
     try:
-        return float(timeout)
+        return float(value)
     except ValueError:
-        raise ConfigurationError(f"timeout must be a number of seconds, not {timeout!r}") from None
+        raise ConfigurationError(
+            f"{attribute} must be a number of seconds, not {value!r}"
+        ) from None
 
 
 def _witness(witness: str) -> str | Ledger | None:

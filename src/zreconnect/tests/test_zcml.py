@@ -21,6 +21,7 @@ from zreconnect import (
     ReconnectingDatabaseAdapter,
     ReconnectTimeout,
 )
+from zreconnect.adapter import RESPONSE_TIMEOUT
 from zreconnect.integrations.wsgi import EXPLANATION
 from zreconnect.interfaces import IZopeDatabaseAdapter
 from zreconnect.tests.base import DatabaseTestCase, wait_until
@@ -104,7 +105,7 @@ class DirectiveTests(ZCMLTestCase):
         self.assertEqual(database().getDSN(), SECRET)
 
     def test_missing_variable(self):
-        for name in ("dsn", "timeout"):
+        for name in ("dsn", "timeout", "response_timeout"):
             with self.subTest(name):
                 self.assert_refused(
                     f"{name} names the environment variable NO_SUCH_VARIABLE, which does not exist",
@@ -132,6 +133,12 @@ class DirectiveTests(ZCMLTestCase):
         for value in ("-1", "inf", "nan"):
             with self.subTest(value):
                 self.assert_refused("timeout must be a finite number of at least 0", timeout=value)
+
+    def test_bad_response_timeout(self):
+        self.assert_refused(
+            "response_timeout must be a number of seconds, not 'None'", response_timeout="None"
+        )
+        self.assert_refused("response_timeout must be a finite number", response_timeout="-1")
 
     def test_bad_witness(self):
         for value in ("", "xids", "ledger:", "none:"):
@@ -172,6 +179,24 @@ class AdapterTests(ZCMLTestCase, DatabaseTestCase):
                 with self.assertRaises(error):
                     database()().cursor().execute("SELECT 1")
                 transaction.abort()
+
+    @mock.patch.dict(os.environ, {"SECONDS": "0.1", "EMPTY": ""})
+    def test_response_timeout(self):
+        for response_timeout, seconds in (
+            ({}, RESPONSE_TIMEOUT),
+            ({"response_timeout": "$EMPTY"}, RESPONSE_TIMEOUT),
+            ({"response_timeout": "none"}, None),
+            ({"response_timeout": "600"}, 600),
+        ):
+            with self.subTest(response_timeout):
+                zope.testing.cleanup.cleanUp()
+                configure(adapter(dsn=self.dsn, **response_timeout))
+                self.assertEqual(database()()._response_timeout, seconds)
+        zope.testing.cleanup.cleanUp()
+        configure(adapter(dsn=self.dsn, response_timeout="$SECONDS"))
+        with self.assertRaises(DisconnectionError):
+            database()().cursor().execute("SELECT pg_sleep(60)")
+        transaction.abort()
 
     def tables(self):
         return [
