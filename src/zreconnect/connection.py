@@ -135,6 +135,7 @@ class ReconnectingConnection:
         "_settings",
         "_state",
         "_turn",
+        "_waited_for_turn",
         "_watch",
         "_witness",
     )
@@ -186,6 +187,7 @@ class ReconnectingConnection:
         self._data_manager_class = TwoPhaseDataManager if two_phase else ConnectionDataManager
         self._before_begin: Callable[[], None] | None = None
         self._turn = Turn()
+        self._waited_for_turn = 0.0
         self._implicit_begin = True
         # Whether the transaction was begun by begin(), and not by a statement.
         self._is_explicit = False
@@ -843,11 +845,13 @@ class ReconnectingConnection:
                 "The connection belongs to another thread: use a connection for each thread; "
                 "fork() makes one"
             )
-        if not self._turn.take(0):
-            self._wait_for_turn()
+        waited = 0.0 if self._turn.take(0) else self._wait_for_turn()
+        self._waited_for_turn = waited
         self._roll_back_orphan()
 
-    def _wait_for_turn(self) -> None:
+    def _wait_for_turn(self) -> float:
+        """Take it, and return the seconds that this took."""
+        started = time.monotonic()
         events.logger.debug("A thread waits for another one's transaction on %s", self.server)
         patience = PATIENCE_WITH_THREADS if self._policy.timeout is None else self._policy.timeout
         if not self._turn.take(patience):
@@ -856,6 +860,7 @@ class ReconnectingConnection:
                 f"transaction on {self.server}. End transactions sooner, or use a connection for "
                 "each thread; fork() makes one"
             )
+        return time.monotonic() - started
 
     def _roll_back_orphan(self) -> None:
         """End the transaction of a thread that has not lived to do it."""
@@ -920,7 +925,7 @@ class ReconnectingConnection:
 
     def _patience(self) -> RetryPolicy:
         """The policy for beginning a transaction now."""
-        return self._policy
+        return self._policy.after(self._waited_for_turn) if self._waited_for_turn else self._policy
 
     def _take_down_session(self, raw: Any) -> None:
         self._observer.new_session(raw, self._settings)

@@ -205,6 +205,25 @@ class SharedTests:
         with connection.transaction() as cursor:
             self.insert(cursor, "one")
 
+    def test_who_has_waited_for_another_thread_waits_less_for_the_server(self):
+        connection = self.connect(policy=RetryPolicy(timeout=60))
+        timeouts = []
+
+        def work():
+            with connection.transaction():
+                timeouts.append(connection._patience().timeout)
+
+        work()
+        finish = self.held_by_thread(connection)
+        future = self.in_thread(work)
+        wait_until(self.is_awaited)
+        finish()
+        future.result()
+        work()
+        first, waited, last = timeouts
+        self.assertEqual((first, last), (60, 60))
+        self.assertLess(waited, 60)
+
     def error(self, name):
         return getattr(self.module, name)
 
