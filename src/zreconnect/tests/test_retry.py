@@ -24,14 +24,13 @@ from zreconnect import (
     DisconnectionError,
     Ledger,
     ReconnectTimeout,
-    RetryPolicy,
     initZopeless,
     retry_on_disconnect,
 )
 from zreconnect.drivers.base import load_driver
 from zreconnect.events import GaveUpRunning, RunAgain
 from zreconnect.interfaces import IRetryOnDisconnect
-from zreconnect.tests.base import DatabaseTestCase, wait_until, without_sleep
+from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until, without_sleep
 from zreconnect.tests.test_sqlalchemy import LAYER, Item
 
 # No test waits for an interval.
@@ -104,17 +103,18 @@ class FunctionTests(RetryTestCase):
 
     def test_a_server_that_is_down_for_a_while(self):
         for policy, error_type in [
-            (FAIL_FAST, DisconnectionError),
-            (RetryPolicy(timeout=0), ReconnectTimeout),
+            ({"timeout": 2, "attempts": 1}, DisconnectionError),
+            ({"timeout": 0}, ReconnectTimeout),
         ]:
             self.query("DELETE FROM item")
-            connection = self.make_connection(policy=policy)
+            connection = self.make_connection()
             self.forward.refuse()
             self.forward.drop()
             with self.events() as seen:
                 thread = threading.Thread(target=self.adder(connection), args=["a"])
-                thread.start()
-                wait_until(lambda: sum(isinstance(event, RunAgain) for event in seen) > 2)
+                with policy_of(connection, **policy):
+                    thread.start()
+                    wait_until(lambda: sum(isinstance(event, RunAgain) for event in seen) > 2)
                 self.forward.accept()
                 thread.join()
             self.assertEqual(self.names(), ["a"])

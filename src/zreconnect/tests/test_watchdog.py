@@ -92,6 +92,7 @@ class SilenceTests(DatabaseTestCase):
             calls.append(self.connection.info.backend_pid)
             if len(calls) == 1:
                 self.server.suspend_backend(calls[0])
+                resuming.start()
                 self.time.hurries = True
                 self.cursor.execute("SELECT 1")
 
@@ -101,7 +102,6 @@ class SilenceTests(DatabaseTestCase):
             self.server.resume_backend(calls[0])
 
         resuming = threading.Thread(target=resume)
-        resuming.start()
         self.connection.run(work)
         resuming.join()
         self.assertEqual(len(calls), 2)
