@@ -28,6 +28,10 @@ _DEFAULT_SETTINGS: Mapping[str, object] = {
 }
 
 
+# Marks the connections of `query`, which are nobody's sessions; the last ones may still be ending.
+_APPLICATION_NAME = "zreconnect.testing"
+
+
 class EmbeddedPostgresError(EmbeddedServerError):
     """The server does not start or does not end; the message quotes the end of its log."""
 
@@ -92,10 +96,11 @@ class EmbeddedPostgres(EmbeddedServer):
         self._signal_backend(pid, signal.SIGCONT)
 
     def backend_pids(self) -> list[int]:
-        """Return the process ids of the clients' sessions, without the one that asks for them."""
+        """Return the process ids of the clients' sessions, without those of `query()`."""
         rows = self.query(
             "SELECT pid FROM pg_stat_activity"
-            " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid() ORDER BY pid"
+            " WHERE backend_type = 'client backend' AND application_name <> %s ORDER BY pid",
+            _APPLICATION_NAME,
         )
         return [pid for (pid,) in rows]
 
@@ -104,7 +109,11 @@ class EmbeddedPostgres(EmbeddedServer):
         return psycopg2
 
     def _connect(self, dbname: str, timeout: float) -> Any:
-        connection = psycopg2.connect(self.dsn(dbname=dbname), connect_timeout=max(2, int(timeout)))
+        connection = psycopg2.connect(
+            self.dsn(dbname=dbname),
+            connect_timeout=max(2, int(timeout)),
+            application_name=_APPLICATION_NAME,
+        )
         connection.autocommit = True
         return connection
 

@@ -7,12 +7,15 @@ import os
 import time
 import unittest
 from contextlib import closing, contextmanager
+from unittest import mock
 
 import psycopg2
+import tenacity
 import transaction
 import zope.event
 
 import zreconnect
+from zreconnect import RetryPolicy, session
 from zreconnect.testing import EmbeddedMariaDB
 from zreconnect.testing.layers import MARIADB_PORT_FORWARD_LAYER, PORT_FORWARD_LAYER
 
@@ -47,6 +50,41 @@ def wait_until(condition, patience=PATIENCE):
         if time.monotonic() > deadline:
             raise AssertionError(f"not true within {patience} seconds: {condition}")
         time.sleep(0.005)
+
+
+@contextmanager
+def policy_of(connection, **keywords):
+    """Another `RetryPolicy` in the block, where connecting is to fail.
+
+    Where it is to succeed, a short timeout may pass on a busy machine.
+    """
+    with mock.patch.object(connection, "_policy", RetryPolicy(**keywords)):
+        yield
+
+
+class _SleeplessTime:
+    """Stands for the module time: who sleeps does not wait, and time goes on all the same."""
+
+    def __init__(self):
+        self._slept = 0.0
+
+    def monotonic(self):
+        return time.monotonic() + self._slept
+
+    def sleep(self, seconds):
+        self._slept += seconds
+
+
+@contextmanager
+def without_sleep():
+    """Pauses between attempts take no time in the block, however long a policy makes them."""
+    sleepless = _SleeplessTime()
+    with (
+        mock.patch.object(tenacity, "time", sleepless),
+        mock.patch.object(tenacity.nap, "time", sleepless),
+        mock.patch.object(session, "time", sleepless),
+    ):
+        yield
 
 
 class LineTestCase(unittest.TestCase):

@@ -129,10 +129,12 @@ class DisconnectTests(DatabaseTestCase):
         }
 
     def lose(self, end):
-        """End the session, and wait until the server has no more of it."""
+        """End the session, and wait until the server has no more of it and the client knows."""
         pids = set(self.sessions())
         end()
         wait_until(lambda: not pids & set(self.sessions()))
+        # What the server has sent at last is forwarded before this returns.
+        self.forward.count()
 
     def test_between_transactions_it_costs_nothing(self):
         connection = self.connect()

@@ -6,9 +6,9 @@ import psycopg2
 import psycopg2.extensions
 import psycopg2.extras
 
-from zreconnect import CommitOutcomeUnknown, ReconnectTimeout, RetryPolicy
+from zreconnect import CommitOutcomeUnknown, ReconnectTimeout
 from zreconnect.events import ConnectionAttemptFailed, ConnectionLost, Reconnected
-from zreconnect.tests.base import DatabaseTestCase, wait_until
+from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until
 
 SHOW = (
     "SELECT current_setting('transaction_isolation'), current_setting('transaction_read_only'),"
@@ -156,6 +156,8 @@ class AutocommitTests(DatabaseTestCase):
         for lose in (self.forward.drop, self.server.restart, self.kill):
             with self.subTest(lose.__name__), self.events() as events:
                 lose()
+                # The end has to come through the forwarder.
+                wait_until(lambda: not self.connection._watch.is_quiet())
                 self.cursor.execute("SELECT 2")
                 self.assertEqual(self.cursor.fetchone(), (2,))
                 self.assertEqual(
@@ -220,12 +222,12 @@ class AutocommitTests(DatabaseTestCase):
             self.forward.drop()
 
     def test_a_server_that_is_away(self):
-        connection = self.connect(policy=RetryPolicy(timeout=0))
+        connection = self.connect()
         connection.autocommit = True
         self.forward.refuse()
         cursor = connection.cursor()
         for _ in range(2):
-            with self.assertRaises(ReconnectTimeout):
+            with policy_of(connection, timeout=0), self.assertRaises(ReconnectTimeout):
                 cursor.execute("SELECT 1")
         self.forward.accept()
         cursor.execute("SELECT 1")
@@ -252,7 +254,7 @@ class OnConnectTests(DatabaseTestCase):
         with self.assertRaisesRegex(LookupError, "no such setting"):
             connection.begin()
         self.assertEqual(connection.state, "idle")
-        self.assertEqual(self.sessions(), [])
+        wait_until(lambda: not self.sessions())
 
     def test_a_disconnect_in_it_is_another_failed_attempt(self):
         calls = []

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 
-from zreconnect import DisconnectionError, Ledger, ReconnectTimeout, RetryPolicy
+from zreconnect import DisconnectionError, Ledger, ReconnectTimeout
 from zreconnect.tests.base import (
     DatabaseTestCase,
     LineTestCase,
     needs_mysqlclient,
     on_mariadb,
+    policy_of,
     wait_until,
 )
 from zreconnect.tests.test_mysql import MysqlTestCase
@@ -192,10 +193,13 @@ class SharedTests:
         self.assertEqual(len(self.sessions()), 1)
 
     def test_the_wait_has_the_deadline_of_the_policy(self):
-        connection = self.connect(policy=RetryPolicy(timeout=0.2))
+        connection = self.connect()
         finish = self.held_by_thread(connection)
         for use in (connection.begin, connection.cursor().fetchone, connection.savepoint):
-            with self.assertRaises(self.error("OperationalError")) as raised:
+            with (
+                policy_of(connection, timeout=0.2),
+                self.assertRaises(self.error("OperationalError")) as raised,
+            ):
                 use()
             self.assertIn("waited 0.2 seconds for its turn", str(raised.exception))
             self.assertNotIsInstance(raised.exception, DisconnectionError)
@@ -316,9 +320,9 @@ class SharedTests:
         self.assertEqual(self.names(), ["added"])
 
     def test_a_failed_begin_leaves_the_turn_to_others(self):
-        connection = self.connect(policy=RetryPolicy(timeout=0))
+        connection = self.connect()
         self.forward.refuse()
-        with self.assertRaises(ReconnectTimeout):
+        with policy_of(connection, timeout=0), self.assertRaises(ReconnectTimeout):
             connection.begin()
         self.forward.accept()
         self.in_thread(connection.run, lambda: self.insert(connection.cursor(), "one")).result()
