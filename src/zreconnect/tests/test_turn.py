@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 
-from zreconnect import DisconnectionError, Ledger, ReconnectTimeout
+from zreconnect import DisconnectionError, Ledger, ReconnectTimeout, RetryPolicy
 from zreconnect.tests.base import (
     DatabaseTestCase,
     LineTestCase,
