@@ -898,7 +898,7 @@ class DriverConformance(TestCase):
 
     def test_a_silent_server_is_noticed(self) -> None:
         line = self._line()
-        connection = self._connect(response_timeout=0.5)
+        connection = self._connect(response_timeout=2.0)
         connection.begin()
         self.assertIsInstance(self.driver.fileno(connection.driver_connection), int)
         line.silence()

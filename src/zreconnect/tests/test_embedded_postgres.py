@@ -523,7 +523,7 @@ class OtherProcessTests(unittest.TestCase):
         wait_for(lambda: not list(self.temporary.iterdir()))
 
     def test_sigkill_during_initdb(self):
-        process = self.run_python(START)
+        process = self.run_python(WAIT)
         wait_for(lambda: list(self.temporary.glob("*/data/PG_VERSION")))
         [data] = self.temporary.glob("*/data")
         process.kill()
@@ -543,7 +543,7 @@ class OtherProcessTests(unittest.TestCase):
         guardian, child = map(int, process.stdout.readline().split())
         process.kill()
         self.check_nothing_is_left(guardian)
-        self.assertEqual(state(child), "S")
+        wait_for(lambda: state(child) == "S")
 
     def test_an_interrupt_from_the_keyboard_leaves_the_server_to_the_tests(self):
         process = self.run_python(WAIT, start_new_session=True)

@@ -94,6 +94,8 @@ class FailoverTests(DatabaseTestCase):
                 f" password={self.server.password} target_session_attrs={target}"
             )
             if after is self.server:
+                self.addCleanup(self.query, "SELECT pg_reload_conf()")
+                self.addCleanup(self.query, "ALTER SYSTEM RESET default_transaction_read_only")
                 self.query("ALTER SYSTEM SET default_transaction_read_only TO on")
                 self.query("SELECT pg_reload_conf()")
             connection = self.connect(dsn)
@@ -104,8 +106,6 @@ class FailoverTests(DatabaseTestCase):
                 wait_until(lambda connection=connection: self.is_elsewhere(connection, seen))
             self.assertEqual(connection.info.port, after.port)
             connection.close()
-        self.query("ALTER SYSTEM RESET default_transaction_read_only")
-        self.query("SELECT pg_reload_conf()")
 
     def is_elsewhere(self, connection, seen):
         connection.run(lambda: None)

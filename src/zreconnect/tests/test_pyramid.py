@@ -51,7 +51,7 @@ class PyramidTests(StackTests, WebTestCase):
         self.assertEqual(example.get("/Shown").body, "Counter()")
 
     def test_own_page(self):
-        example = self.start_views(timeout=0.2, settings="own_page = yes")
+        example = self.start_views(timeout=5, settings="own_page = yes")
         self.assertEqual(example.get("/LosesAlways")[::2], (503, "Closed at the moment"))
         self.assertEqual(example.get("/Attempts").body, str(self.attempts))
         # Once, not after each attempt.

@@ -24,7 +24,7 @@ from zreconnect.drivers import sqlite as sqlite_driver
 from zreconnect.drivers.base import Meaning, ServerSession, SessionSettings
 from zreconnect.drivers.sqlite import driver
 from zreconnect.interfaces import ACTIVE, DOOMED, IDLE
-from zreconnect.policy import FAIL_FAST, RetryPolicy
+from zreconnect.policy import FAIL_FAST, LONGEST_ATTEMPT, RetryPolicy
 from zreconnect.tests.base import PATIENCE
 from zreconnect.tests.test_manual import quiet_log
 
@@ -173,6 +173,8 @@ class MemoryTests(SqliteTestCase):
         self.assertEqual(connection.server, "sqlite://")
 
 
+# A busy machine takes its time to connect, and that is no failure of an attempt here.
+@mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT)
 class LockTests(SqliteTestCase):
     def lock(self, how="IMMEDIATE"):
         self.other.execute(f"BEGIN {how}")
@@ -508,6 +510,8 @@ class ErrorTests(SqliteTestCase):
         self.assertIsNone(driver.condition(sqlite3.ProgrammingError("table item already exists")))
 
 
+# A busy machine takes its time to connect, and that is no failure of an attempt here.
+@mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT)
 class SessionTests(SqliteTestCase):
     def raw(self):
         raw = driver.connect(driver.parse(self.dsn), PATIENCE)
