@@ -52,7 +52,9 @@ class MysqlLane(Lane):
         return kill_and_start
 
     def orphans(self):
-        mine = self.connection.driver_connection.thread_id()
+        return self.sessions_besides(self.connection.driver_connection.thread_id())
+
+    def sessions_besides(self, mine):
         rows = self.look(
             "SELECT id FROM information_schema.processlist"
             " WHERE command NOT IN ('Daemon', 'Binlog Dump') AND id NOT IN (%s, CONNECTION_ID())",
