@@ -16,6 +16,7 @@ from zreconnect.connection import Savepoint
 from zreconnect.datamanager import ConnectionDataManager
 from zreconnect.drivers import psycopg as psycopg_driver
 from zreconnect.drivers import psycopg2 as psycopg2_driver
+from zreconnect.exceptions import make_transient
 from zreconnect.tests.base import DatabaseTestCase
 
 DRIVERS = (psycopg2_driver.driver, psycopg_driver.driver)
@@ -103,6 +104,15 @@ class ExceptionTests(unittest.TestCase):
             self.assertIsNone(error.diag.sqlstate)
             verifyObject(IRetry, error)
             verifyObject(interfaces.IDisconnectionError, error)
+
+    def test_an_error_is_made_transient_once(self):
+        for driver in DRIVERS:
+            error = driver.module.OperationalError("deadlock")
+            make_transient(error)
+            kind = type(error)
+            self.assertTrue(issubclass(kind, (TransientError, driver.module.OperationalError)))
+            make_transient(error)
+            self.assertIs(type(error), kind)
 
     def test_no_loop_runs_these_again(self):
         for error_type in (zreconnect.ReconnectTimeout, zreconnect.CommitOutcomeUnknown):
