@@ -19,7 +19,7 @@ from zreconnect import RetryPolicy, session
 from zreconnect.testing import EmbeddedMariaDB
 from zreconnect.testing.layers import MARIADB_PORT_FORWARD_LAYER, PORT_FORWARD_LAYER
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 # Whether it is an error if what tests need is not installed.
 REQUIRED = os.environ.get("ZRECONNECT_REQUIRE_SERVERS") == "1"
 
