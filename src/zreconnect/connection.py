@@ -845,8 +845,7 @@ class ReconnectingConnection:
                 "The connection belongs to another thread: use a connection for each thread; "
                 "fork() makes one"
             )
-        waited = 0.0 if self._turn.take(0) else self._wait_for_turn()
-        self._waited_for_turn = waited
+        self._waited_for_turn = 0.0 if self._turn.take(0) else self._wait_for_turn()
         self._roll_back_orphan()
 
     def _wait_for_turn(self) -> float:

@@ -16,12 +16,16 @@ import zope.event
 
 import zreconnect
 from zreconnect import RetryPolicy, session
+from zreconnect.policy import LONGEST_ATTEMPT
 from zreconnect.testing import EmbeddedMariaDB
 from zreconnect.testing.layers import MARIADB_PORT_FORWARD_LAYER, PORT_FORWARD_LAYER
 
 PATIENCE = 60.0
 # Whether it is an error if what tests need is not installed.
 REQUIRED = os.environ.get("ZRECONNECT_REQUIRE_SERVERS") == "1"
+# A decorator, or a context manager: where a short timeout gives up, it does not give up an attempt
+# that is under way. A busy machine takes its time to connect.
+with_time_to_connect = mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT)
 
 
 def needs_mysqlclient(test_case):

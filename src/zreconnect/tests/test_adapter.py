@@ -4,7 +4,6 @@ import pickle
 import threading
 import time
 from contextlib import contextmanager
-from unittest import mock
 
 import psycopg2
 import psycopg2.extras
@@ -21,8 +20,7 @@ from zreconnect import (
 )
 from zreconnect.events import ConnectionAttemptFailed
 from zreconnect.interfaces import IDatabaseUnavailable
-from zreconnect.policy import LONGEST_ATTEMPT
-from zreconnect.tests.base import DatabaseTestCase, wait_until
+from zreconnect.tests.base import DatabaseTestCase, wait_until, with_time_to_connect
 
 
 class AdapterTestCase(DatabaseTestCase):
@@ -40,8 +38,7 @@ class AdapterTestCase(DatabaseTestCase):
         return results[0]
 
 
-# A busy machine takes its time to connect, and that is no failure of an attempt here.
-@mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT)
+@with_time_to_connect
 class TransactionTests(AdapterTestCase):
     def setUp(self):
         super().setUp()
@@ -396,8 +393,7 @@ class TimeoutTests(AdapterTestCase):
         opener.join()
 
 
-# A busy machine takes its time to connect, and that is no failure of an attempt here.
-@mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT)
+@with_time_to_connect
 class ManagementTests(AdapterTestCase):
     def read(self, adapter, what="current_user"):
         cursor = adapter().cursor()

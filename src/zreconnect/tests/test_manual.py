@@ -20,10 +20,9 @@ from unittest import mock
 import transaction
 
 from zreconnect import zopeless
-from zreconnect.policy import LONGEST_ATTEMPT
 from zreconnect.testing import EmbeddedMariaDB
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
-from zreconnect.tests.base import REQUIRED
+from zreconnect.tests.base import REQUIRED, with_time_to_connect
 
 LAYER = PortForwardLayer(PostgresLayer("ManualPostgresLayer"), "ManualLayer")
 DIRECTORY = Path(__file__).resolve().parents[3] / "doctests"
@@ -44,9 +43,7 @@ def set_up(test):
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch("zope.event.subscribers", []))
         stack.enter_context(quiet_log())
-        # What gives up soon, lest the page take long, must not give up what is under way: a busy
-        # machine takes its time to connect.
-        stack.enter_context(mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT))
+        stack.enter_context(with_time_to_connect)
         stack.enter_context(warnings.catch_warnings())
         # Python 3.12 warns of forks beside the forwarder's thread, which no child needs.
         warnings.filterwarnings("ignore", ".* multi-threaded, use of fork", DeprecationWarning)

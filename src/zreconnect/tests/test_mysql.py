@@ -29,10 +29,16 @@ from zreconnect.drivers.base import Meaning, SessionSettings, load_driver
 from zreconnect.drivers.mysql import MysqlDriver
 from zreconnect.dsn import driver_name
 from zreconnect.events import CommitLookedUp
-from zreconnect.policy import LONGEST_ATTEMPT
 from zreconnect.server import server_from_dsn
 from zreconnect.testing import EmbeddedMariaDB
-from zreconnect.tests.base import REQUIRED, LineTestCase, needs_mysqlclient, on_mariadb, wait_until
+from zreconnect.tests.base import (
+    REQUIRED,
+    LineTestCase,
+    needs_mysqlclient,
+    on_mariadb,
+    wait_until,
+    with_time_to_connect,
+)
 
 # For statements that wait in vain otherwise.
 PATIENCE = 30
@@ -706,8 +712,7 @@ class RollbackOnTimeoutTests(unittest.TestCase):
             connection.close()
 
 
-# A busy machine takes its time to connect, and that is no failure of an attempt here.
-@mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT)
+@with_time_to_connect
 @on_mariadb()
 @unittest.skipUnless(shutil.which("openssl") or REQUIRED, "openssl is not installed")
 class TlsTests(unittest.TestCase):

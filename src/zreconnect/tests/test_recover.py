@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import io
-from unittest import mock
 
 import psycopg2
 import transaction
@@ -11,7 +10,7 @@ import transaction
 import zreconnect
 from zreconnect.cli import ledger, recover
 from zreconnect.cli.errors import CommandError
-from zreconnect.policy import LONGEST_ATTEMPT
+from zreconnect.tests.base import with_time_to_connect
 from zreconnect.tests.test_twophase import Hook, TwoPhaseTestCase
 
 
@@ -28,8 +27,7 @@ def run(*arguments):
     return status, output.getvalue()
 
 
-# A busy machine takes its time to connect, and that is no failure of an attempt here.
-@mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT)
+@with_time_to_connect
 class RecoverCommandTests(TwoPhaseTestCase):
     def setUp(self):
         super().setUp()

@@ -12,7 +12,6 @@ import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from unittest import mock
 
 import psycopg
 import sqlalchemy
@@ -36,9 +35,8 @@ from zreconnect import (
 )
 from zreconnect.events import CommitLookedUp
 from zreconnect.integrations.sqlalchemy import register
-from zreconnect.policy import LONGEST_ATTEMPT
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
-from zreconnect.tests.base import PATIENCE, DatabaseTestCase, wait_until
+from zreconnect.tests.base import PATIENCE, DatabaseTestCase, wait_until, with_time_to_connect
 from zreconnect.tests.restarts import ATTEMPTS, SurvivesRestarts
 
 # With prepared transactions for test_retry.
@@ -113,8 +111,7 @@ class SqlalchemyTestCase(DatabaseTestCase):
         self.assertNotIsInstance(raised.exception, sqlalchemy.exc.SQLAlchemyError)
 
 
-# A busy machine takes its time to connect, and that is no failure of an attempt here.
-@mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT)
+@with_time_to_connect
 class Psycopg2Tests(SqlalchemyTestCase):
     # Of a transaction of one statement, BEGIN and COMMIT included.
     round_trips_of_one_statement = 3

@@ -24,8 +24,8 @@ from zreconnect.drivers import sqlite as sqlite_driver
 from zreconnect.drivers.base import Meaning, ServerSession, SessionSettings
 from zreconnect.drivers.sqlite import driver
 from zreconnect.interfaces import ACTIVE, DOOMED, IDLE
-from zreconnect.policy import FAIL_FAST, LONGEST_ATTEMPT, RetryPolicy
-from zreconnect.tests.base import PATIENCE
+from zreconnect.policy import FAIL_FAST, RetryPolicy
+from zreconnect.tests.base import PATIENCE, with_time_to_connect
 from zreconnect.tests.test_manual import quiet_log
 
 NOBODY = 65534
@@ -173,8 +173,7 @@ class MemoryTests(SqliteTestCase):
         self.assertEqual(connection.server, "sqlite://")
 
 
-# A busy machine takes its time to connect, and that is no failure of an attempt here.
-@mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT)
+@with_time_to_connect
 class LockTests(SqliteTestCase):
     def lock(self, how="IMMEDIATE"):
         self.other.execute(f"BEGIN {how}")
@@ -510,8 +509,7 @@ class ErrorTests(SqliteTestCase):
         self.assertIsNone(driver.condition(sqlite3.ProgrammingError("table item already exists")))
 
 
-# A busy machine takes its time to connect, and that is no failure of an attempt here.
-@mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT)
+@with_time_to_connect
 class SessionTests(SqliteTestCase):
     def raw(self):
         raw = driver.connect(driver.parse(self.dsn), PATIENCE)

@@ -14,7 +14,6 @@ import uuid
 import warnings
 from collections import Counter
 from types import SimpleNamespace
-from unittest import mock
 
 import psycopg2
 import storm.exceptions
@@ -46,10 +45,9 @@ from zreconnect import (
 from zreconnect.events import CommitLookedUp
 from zreconnect.integrations.storm import SCHEME, StormDisconnectionError, register
 from zreconnect.interfaces import IDatabaseUnavailable
-from zreconnect.policy import LONGEST_ATTEMPT
 from zreconnect.testing import PortForward
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
-from zreconnect.tests.base import PATIENCE, DatabaseTestCase, wait_until
+from zreconnect.tests.base import PATIENCE, DatabaseTestCase, wait_until, with_time_to_connect
 from zreconnect.tests.restarts import ATTEMPTS, SurvivesRestarts
 from zreconnect.tests.test_twophase import DATABASES, Database, Hook, make_databases
 
@@ -394,8 +392,7 @@ class LossTests(StormTestCase):
         self.assertNotIsInstance(error, storm.exceptions.DisconnectionError)
 
 
-# A busy machine takes its time to connect, and that is no failure of an attempt here.
-@mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT)
+@with_time_to_connect
 class PatienceTests(StormTestCase):
     def vanish(self):
         self.forward.refuse()
@@ -817,8 +814,7 @@ class TwoPhaseTestCase(StormTestCase):
         return [each.decision for each in settled]
 
 
-# A busy machine takes its time to connect, and that is no failure of an attempt here.
-@mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT)
+@with_time_to_connect
 class TwoPhaseTests(TwoPhaseTestCase):
     def test_commit_and_abort(self):
         self.configure()

@@ -24,8 +24,7 @@ from zreconnect import (
 from zreconnect.adapter import RESPONSE_TIMEOUT
 from zreconnect.integrations.wsgi import EXPLANATION
 from zreconnect.interfaces import IZopeDatabaseAdapter
-from zreconnect.policy import LONGEST_ATTEMPT
-from zreconnect.tests.base import DatabaseTestCase, wait_until
+from zreconnect.tests.base import DatabaseTestCase, wait_until, with_time_to_connect
 
 SECRET = "postgresql://user:secret@127.0.0.1:1/base"
 SITE = """\
@@ -155,8 +154,7 @@ class DirectiveTests(ZCMLTestCase):
             configure(adapter(dsn=SECRET, patience="5"))
 
 
-# A busy machine takes its time to connect, and that is no failure of an attempt here.
-@mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT)
+@with_time_to_connect
 class AdapterTests(ZCMLTestCase, DatabaseTestCase):
     """What the attributes do."""
 

@@ -5,7 +5,6 @@ import sys
 import threading
 import unittest
 import warnings
-from unittest import mock
 
 import psycopg2
 import transaction
@@ -20,8 +19,7 @@ from zreconnect import (
     initZopeless,
     isZopeless,
 )
-from zreconnect.policy import LONGEST_ATTEMPT
-from zreconnect.tests.base import DatabaseTestCase, wait_until
+from zreconnect.tests.base import DatabaseTestCase, wait_until, with_time_to_connect
 
 
 class ZopelessTestCase(DatabaseTestCase):
@@ -44,8 +42,7 @@ class ZopelessTestCase(DatabaseTestCase):
         manager.cursor().execute("INSERT INTO item VALUES (%s)", (name,))
 
 
-# A busy machine takes its time to connect, and that is no failure of an attempt here.
-@mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT)
+@with_time_to_connect
 class ExplicitTests(ZopelessTestCase):
     def setUp(self):
         super().setUp()
@@ -199,8 +196,7 @@ class ExplicitTests(ZopelessTestCase):
                 use()
 
 
-# A busy machine takes its time to connect, and that is no failure of an attempt here.
-@mock.patch("zreconnect.policy.SHORTEST_ATTEMPT", LONGEST_ATTEMPT)
+@with_time_to_connect
 class ImplicitTests(ZopelessTestCase):
     def test_warnings(self):
         for value, category in [
