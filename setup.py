@@ -105,5 +105,8 @@ setup(
             "service_unavailable = zreconnect.integrations.wsgi:make_service_unavailable",
             "whole_response = zreconnect.integrations.wsgi:make_whole_response",
         ],
+        "zreconnect.class_connections": [
+            "sqlobject.main.SQLObject = zreconnect.integrations.sqlobject:ZopelessConnection",
+        ],
     },
 )

@@ -12,8 +12,8 @@ from zreconnect.exceptions import (
     ReconnectTimeout,
 )
 from zreconnect.policy import FAIL_FAST, PERSIST, RetryPolicy
+from zreconnect.recovery import PreparedTransaction, recover
 from zreconnect.retry import retry_on_disconnect
-from zreconnect.twophase import PreparedTransaction, recover
 from zreconnect.witness import Ledger, XidWitness
 from zreconnect.zopeless import ZopelessTransactionManager, initZopeless, isZopeless
 

@@ -18,16 +18,15 @@ from zreconnect.datamanager import join_transactions
 from zreconnect.descriptor import HeldByThread
 from zreconnect.exceptions import ReconnectTimeout
 from zreconnect.interfaces import (
-    ACTIVE,
     CLOSED,
-    DOOMED,
     IManageableZopeDatabaseAdapter,
     IZopeConnection,
     IZopeCursor,
 )
-from zreconnect.policy import FAIL_FAST, RetryPolicy
-from zreconnect.server import server_from_dsn
-from zreconnect.witness import XidWitness
+from zreconnect.policy import FAIL_FAST, Patience, RetryPolicy
+from zreconnect.server import Server, server_from_dsn
+from zreconnect.session import NO_SESSION
+from zreconnect.witness import Witness, XidWitness
 
 # Nobody waits longer for a web page.
 RESPONSE_TIMEOUT = 30.0
@@ -69,9 +68,8 @@ class OneAttempt(RetryPolicy):
         return self
 
 
-@implementer(IZopeConnection)
-class ZopeConnection(ReconnectingConnection):
-    """See `IZopeConnection`.
+class PatienceOfRequests(Patience):
+    """Has the attempts at a web request share the time that it may wait.
 
     With a policy that does not fail fast, a publisher runs a request again only after a transaction
     that was lost, at once and in the same thread. So the time that the request has waited is the
@@ -80,62 +78,71 @@ class ZopeConnection(ReconnectingConnection):
 
     When it is used up, nobody runs the request again, and what comes next is another one. It need
     not wait as long as that: until some thread has reached the server, it makes one attempt.
+
+    waited: the seconds that the present request has waited, and waited_until: when.
     """
 
-    __slots__ = ("_adapter", "_gave_up", "_waited", "_waited_until")
-
-    def __init__(self, *args: Any, **keywords: Any) -> None:
-        super().__init__(*args, **keywords)
-        self._adapter: Any = None
+    def __init__(self, policy: RetryPolicy, server: Server) -> None:
+        super().__init__(policy, server)
         # How often the server had been reached when this thread gave up.
         self._gave_up: int | None = None
-        self._waited = 0.0
-        self._waited_until = 0.0
+        self.waited = 0.0
+        self.waited_until = 0.0
+        self._began = 0.0
+
+    def begins(self, waited: float) -> RetryPolicy:
+        self._began = time.monotonic()
+        timeout = self.policy.timeout
+        if self.policy.fails_fast or timeout is None:
+            return self.policy
+        if self._began - self.waited_until > timeout:
+            self.waited = 0.0
+            self._gave_up = None
+        if self._gave_up == self.server.times_reached:
+            return OneAttempt(timeout)
+        return self.policy.after(self.waited)
+
+    def has_begun(self) -> None:
+        self.waited_until = time.monotonic()
+        self.waited += self.waited_until - self._began
+
+    def has_failed(self, error: BaseException) -> None:
+        self.waited_until = time.monotonic()
+        if isinstance(error, ReconnectTimeout):
+            self._gave_up = self.server.times_reached
+            self.waited = 0.0
+
+    def has_ended(self, lost: bool) -> None:
+        if lost:
+            self.waited_until = time.monotonic()
+        else:
+            self.waited = 0.0
+
+
+@implementer(IZopeConnection)
+class ZopeConnection(ReconnectingConnection):
+    """See `IZopeConnection`."""
+
+    __slots__ = ("adapter",)
+
+    patience_class = PatienceOfRequests
+
+    #: The adapter that it belongs to.
+    adapter: ReconnectingDatabaseAdapter
 
     def cursor(
         self, name: str | None = None, cursor_factory: Any = None, **options: Any
     ) -> ZopeCursor:
-        self._check_usable()
+        self._look()
         self.registerForTxn()
         return ZopeCursor(self, name, cursor_factory, options)
 
     def registerForTxn(self) -> None:
-        assert self._before_begin is not None
-        self._before_begin()
+        assert self.work.join is not None
+        self.work.join()
 
     def getTypeInfo(self) -> Any:
-        return self._adapter
-
-    def _patience(self) -> RetryPolicy:
-        timeout = self._policy.timeout
-        if self._policy.fails_fast or timeout is None:
-            return self._policy
-        if time.monotonic() - self._waited_until > timeout:
-            self._waited = 0.0
-            self._gave_up = None
-        if self._gave_up == self._server.times_reached:
-            return OneAttempt(timeout)
-        return self._policy.after(self._waited)
-
-    def _begin(self) -> None:
-        started = time.monotonic()
-        try:
-            super()._begin()
-        except ReconnectTimeout:
-            self._gave_up = self._server.times_reached
-            self._waited = 0.0
-            raise
-        else:
-            self._waited += time.monotonic() - started
-        finally:
-            self._waited_until = time.monotonic()
-
-    def _be_idle(self) -> None:
-        if self._state == ACTIVE:
-            self._waited = 0.0
-        elif self._state == DOOMED:
-            self._waited_until = time.monotonic()
-        super()._be_idle()
+        return self.adapter
 
 
 @implementer(IManageableZopeDatabaseAdapter)
@@ -160,7 +167,7 @@ class ReconnectingDatabaseAdapter:
         dsn: str,
         timeout: float | None = None,
         driver: str | None = None,
-        witness: Any = "xid",
+        witness: Witness | str | None = "xid",
         on_connect: Callable[[Any], object] | None = None,
         response_timeout: float | None = RESPONSE_TIMEOUT,
     ) -> None:
@@ -186,7 +193,7 @@ class ReconnectingDatabaseAdapter:
             on_connect=self._on_connect,
             response_timeout=self._response_timeout,
         )
-        model._settings.client_encoding = self._encoding
+        model.work.link.settings.client_encoding = self._encoding
         return model
 
     def __repr__(self) -> str:
@@ -205,7 +212,7 @@ class ReconnectingDatabaseAdapter:
 
     @property
     def paramstyle(self) -> str:
-        paramstyle: str = self._model._driver.module.paramstyle
+        paramstyle: str = self._model.work.link.driver.module.paramstyle
         return paramstyle
 
     @property
@@ -216,7 +223,7 @@ class ReconnectingDatabaseAdapter:
         if transaction_manager is None:
             transaction_manager = transaction.manager
         connection = self._connection()
-        data_manager = connection._data_manager
+        data_manager = connection.work.member
         if data_manager is None or data_manager.transaction_manager is not transaction_manager:
             _leave_forgotten_transaction(connection)
             join_transactions(connection, transaction_manager)
@@ -224,7 +231,7 @@ class ReconnectingDatabaseAdapter:
 
     def isConnected(self) -> bool:
         held = self._held()
-        return held is not None and held.connection._raw is not None
+        return held is not None and held.connection.work.link.session is not NO_SESSION
 
     def getConverter(self, type: Any) -> Callable[[Any], Any]:
         return _unchanged
@@ -254,7 +261,7 @@ class ReconnectingDatabaseAdapter:
         self._dsn = dsn
 
     def connect(self) -> None:
-        self._connection()._need_session()
+        _ = self._connection().driver_connection
 
     def disconnect(self) -> None:
         self._model = self._new_model(self._dsn)
@@ -265,7 +272,7 @@ class ReconnectingDatabaseAdapter:
         held: HeldByThread | None = vars(self._thread).get("held")
         if held is None or held.connection.state == CLOSED:
             return None
-        if held.model is not self._model and held.connection._data_manager is None:
+        if held.model is not self._model and held.connection.work.member is None:
             return None
         return held
 
@@ -273,7 +280,7 @@ class ReconnectingDatabaseAdapter:
         held = self._held()
         if held is None:
             held = self._thread.held = HeldByThread(self._model)
-            held.connection._adapter = self
+            held.connection.adapter = self
         connection: ZopeConnection = held.connection
         return connection
 
@@ -283,20 +290,20 @@ def _leave_forgotten_transaction(connection: ZopeConnection) -> None:
 
     Raises the driver's ProgrammingError if it does.
     """
-    data_manager = connection._data_manager
-    if data_manager is None:
+    work = connection.work
+    if work.member is None:
         return
-    connection._before_begin = None
+    work.join = None
     # A manager and its transaction refer to each other.
     gc.collect()
-    manager = data_manager.transaction_manager
+    connection.guard.end_forgotten()
+    manager = None if work.member is None else work.member.transaction_manager
     if manager is not None:
         join_transactions(connection, manager)
         raise connection.ProgrammingError(
             "The thread's connection is part of the transaction of another transaction manager: "
             "commit or abort that first"
         )
-    data_manager.abort(None)
 
 
 def _as_list(row: Any) -> Any:

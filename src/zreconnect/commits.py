@@ -1,6 +1,7 @@
 """Whether a call has committed something, so that running it again would do that twice.
 
-Connections tell it with `note`; what runs a call again watches it with `watched`.
+Connections tell it with `note`, before a COMMIT leaves, and with `withdraw`, if it is known to have
+committed nothing; what runs a call again watches it with `watched`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from dataclasses import dataclass
 
 @dataclass
 class Commits:
-    """What is known of one run of a call."""
+    """What is known of one run of a call.
 
-    noted: bool = False
+    sent: how many transactions it has committed, or may have.
+    """
+
+    sent: int = 0
 
 
 # None outside such a call. A thread that the call starts is outside of it.
@@ -39,7 +43,14 @@ def are_watched() -> bool:
 
 
 def note() -> None:
-    """A transaction was committed, or may have been."""
+    """A transaction is about to be committed."""
     commits = _watched.get()
     if commits is not None:
-        commits.noted = True
+        commits.sent += 1
+
+
+def withdraw() -> None:
+    """The transaction that was noted last is not committed."""
+    commits = _watched.get()
+    if commits is not None:
+        commits.sent -= 1

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from zope.interface import implementer
 
-from zreconnect.guarded import Guarded
-from zreconnect.interfaces import ACTIVE, IReconnectingCursor
+from zreconnect.interfaces import IPipeliningDriver, IReconnectingCursor
+from zreconnect.proxies import Guarded, guarded_attribute, guarded_block, guarded_rows
+from zreconnect.session import NO_SESSION, Session
+from zreconnect.states import Moment, Request, State
 
 if TYPE_CHECKING:
     from zreconnect.connection import ReconnectingConnection
@@ -52,10 +54,12 @@ class ReconnectingCursor:
         "__weakref__",
         "_closed",
         "_error",
+        "_guard",
         "_options",
         "_raw",
-        "_raw_connection",
+        "_session",
         "_settings",
+        "_work",
         "connection",
         "name",
     )
@@ -78,10 +82,13 @@ class ReconnectingCursor:
         options: dict[str, Any],
     ) -> None:
         self._raw: Any = None
-        self._raw_connection: Any = None
+        # The session that the raw cursor belongs to.
+        self._session: Session = NO_SESSION
         self.connection = connection
         self.name = name
-        self._error = connection._driver.module.Error
+        self._work = connection.work
+        self._guard = connection.guard
+        self._error = connection.work.link.driver.module.Error
         self._options = options
         if cursor_factory is not None:
             options["cursor_factory"] = cursor_factory
@@ -95,13 +102,14 @@ class ReconnectingCursor:
 
     def execute(self, query: Any, vars: Any = None, **options: Any) -> Any:
         arguments = (query,) if vars is None else (query, vars)
-        with self.connection._in_turn():
-            if self.connection._may_begin_with_statement() and self.name is None:
-                self._open_in_session()
-                execute = partial(self._raw.execute, *arguments, **options)
-                if self.connection._begin_with_statement(self._raw, arguments, execute):
-                    return self
-            return self._statement("execute", *arguments, **options)
+        if (
+            self._work.state is State.IDLE
+            and self.name is None
+            and IPipeliningDriver.providedBy(self._work.link.driver)
+            and self._begins_along(arguments, options)
+        ):
+            return self
+        return self._statement("execute", *arguments, **options)
 
     def executemany(self, query: Any, vars_list: Any, **options: Any) -> Any:
         return self._statement("executemany", query, vars_list, **options)
@@ -126,32 +134,77 @@ class ReconnectingCursor:
     def copy(self, statement: Any, params: Any = None, **options: Any) -> Iterator[Any]:
         """As in psycopg 3."""
         block = self._statement("copy", statement, params, **options)
-        with self.connection._guarded_block(block, self._raw) as copy:
-            yield Guarded(self.connection, copy, self._raw)
+        with guarded_block(self._guard, block, self._raw) as copy:
+            yield Guarded(self._guard, copy, self._raw, in_block=True)
 
     def stream(self, query: Any, params: Any = None, **options: Any) -> Iterator[Any]:
         """As in psycopg 3."""
         rows = self._statement("stream", query, params, **options)
-        yield from self.connection._guarded_rows(rows, self._raw)
+        yield from guarded_rows(self._guard, rows, self._raw)
+
+    def _begins_along(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        """Have BEGIN travel along with the statement, if that can be; whether it was executed."""
+        work, guard = self._work, self._guard
+        with guard.in_turn():
+            self._check_open()
+            if not guard.may_begin_with_statement():
+                return False
+            self._open_in_session()
+            if not work.link.driver.may_begin_with(self._raw, *arguments):
+                return False
+            execute = partial(self._raw.execute, *arguments, **options)
+            if not guard.begin_with_statement(self._raw, execute):
+                return False
+            if work.link.observer.watches_statements:
+                work.link.observer.executed(self._raw)
+            return True
+
+    # The following two do what Guard.in_turn() and Guard.asking() do, without their Python calls.
 
     def _statement(self, method: str, *args: Any, **keywords: Any) -> Any:
-        connection = self.connection
-        with connection._in_turn():
-            connection._need_transaction()
-            self._open_in_session()
-            # Not connection._guarded(): that takes a fifth of the Python of a short statement, and
-            # as much of that of each row below.
+        work, guard, link = self._work, self._guard, self._work.link
+        taken = not work.turn.is_mine() and guard.take_turn()
+        try:
+            if work.state is not State.ACTIVE:
+                self._check_open()
+                guard.need_transaction()
+            session = link.session
+            if self._session is not session:
+                self._open()
+            raw = self._raw
             try:
-                with connection._watch.awaiting(connection._response_timeout):
-                    if self.name is not None and connection._state == ACTIVE:
-                        connection._driver.own_transaction(connection._raw)
-                    result = getattr(self._raw, method)(*args, **keywords)
-            except self._error as error:
-                connection._check_statement_lost(error, self._raw)
+                with session.watch.awaiting(link.options.response_timeout):
+                    if self.name is not None and work.state is State.ACTIVE:
+                        link.driver.own_transaction(session.raw)
+                    result = getattr(raw, method)(*args, **keywords)
+            except BaseException as error:
+                guard.meet(error, Moment.STATEMENT, raw)
                 raise
-            if connection._observer.watches_statements:
-                connection._observer.executed(self._raw)
-            return self if result is self._raw else result
+            if link.observer.watches_statements:
+                link.observer.executed(raw)
+            return self if result is raw else result
+        finally:
+            if taken:
+                work.give_turn()
+
+    def _answer(self, method: str, *args: Any) -> Any:
+        work, guard, link = self._work, self._guard, self._work.link
+        taken = not work.turn.is_mine() and guard.take_turn()
+        try:
+            if work.state is not State.ACTIVE:
+                work.ask(Request.LOOK)
+            raw = self._raw_cursor() if self._raw is None else self._raw
+            try:
+                with link.session.watch.awaiting(link.options.response_timeout):
+                    return getattr(raw, method)(*args)
+            except StopIteration:
+                raise
+            except BaseException as error:
+                guard.meet(error, Moment.STATEMENT)
+                raise
+        finally:
+            if taken:
+                work.give_turn()
 
     # Results
 
@@ -164,34 +217,27 @@ class ReconnectingCursor:
     def fetchall(self) -> Any:
         return self._answer("fetchall")
 
-    def _answer(self, method: str, *args: Any) -> Any:
-        connection = self.connection
-        with connection._in_turn():
-            connection._check_usable()
-            raw = self._raw_cursor()
-            try:
-                with connection._watch.awaiting(connection._response_timeout):
-                    return getattr(raw, method)(*args)
-            except self._error as error:
-                connection._check_lost(error)
-                raise
-
     def __iter__(self) -> Iterator[Any]:
-        connection = self.connection
-        with connection._in_turn():
-            connection._check_usable()
+        work, guard, link = self._work, self._guard, self._work.link
+        with guard.in_turn():
+            work.ask(Request.LOOK)
             rows = iter(self._raw_cursor())
         while True:
-            with connection._in_turn():
-                connection._check_usable()
+            taken = not work.turn.is_mine() and guard.take_turn()
+            try:
+                if work.state is not State.ACTIVE:
+                    work.ask(Request.LOOK)
                 try:
-                    with connection._watch.awaiting(connection._response_timeout):
+                    with link.session.watch.awaiting(link.options.response_timeout):
                         row = next(rows)
                 except StopIteration:
                     return
-                except self._error as error:
-                    connection._check_lost(error)
+                except BaseException as error:
+                    guard.meet(error, Moment.STATEMENT)
                     raise
+            finally:
+                if taken:
+                    work.give_turn()
             yield row
 
     def __next__(self) -> Any:
@@ -214,7 +260,7 @@ class ReconnectingCursor:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return self.connection._guarded_attribute(self._raw_cursor(), name, self)
+        return guarded_attribute(self._guard, self._raw_cursor(), name, self)
 
     # The raw cursor
 
@@ -223,44 +269,56 @@ class ReconnectingCursor:
         cursor meets one here."""
         self._closed = True
         raw, self._raw = self._raw, None
-        raw_connection, self._raw_connection = self._raw_connection, None
+        session, self._session = self._session, NO_SESSION
         if raw is None:
             return
-        if raw_connection is not self.connection._raw:
+        if session is not self._work.link.session:
             _close_lost(raw, self._error)
             return
-        with self.connection._in_turn(), self.connection._guarded():
+        with self._guard.in_turn(), self._guard.asking():
             raw.close()
 
     def __enter__(self) -> ReconnectingCursor:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, error_type: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            self.close()
+        except self._error:
+            # That of the block goes first, and what is lost is noted.
+            if error is None:
+                raise
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise self._work.link.driver.module.InterfaceError("The cursor is closed")
 
     def _raw_cursor(self) -> Any:
         """The raw cursor; results that were fetched into it can be read after its session."""
         if self._raw is None:
-            self.connection._need_session()
+            self._work.need_session()
             self._open()
         return self._raw
 
     def _open_in_session(self) -> None:
         """Have a raw cursor of the connection's present session."""
-        if self._raw_connection is not self.connection._raw:
+        if self._session is not self._work.link.session:
             self._open()
 
     def _open(self) -> None:
-        if self._closed:
-            raise self.connection._driver.module.InterfaceError("The cursor is closed")
-        raw_connection = self.connection._raw
+        self._check_open()
+        link = self._work.link
+        session = link.session
         if self._raw is not None:
             _close_lost(self._raw, self._error)
-        with self.connection._guarded():
-            self._raw = self.connection._driver.cursor(raw_connection, self.name, self._options)
-        self._raw_connection = raw_connection
-        for name, value in self._settings.items():
-            setattr(self._raw, name, value)
+        try:
+            raw = link.driver.cursor(session.raw, self.name, self._options)
+            for name, value in self._settings.items():
+                setattr(raw, name, value)
+        except BaseException as error:
+            self._guard.meet(error, Moment.STATEMENT)
+            raise
+        self._raw, self._session = raw, session
 
 
 def _close_lost(raw: Any, error: type[Exception]) -> None:

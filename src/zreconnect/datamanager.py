@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transaction.interfaces import ITransaction, ITransactionManager
 from zope.interface import implementer
 
+from zreconnect.exceptions import CommitOutcomeUnknown
 from zreconnect.interfaces import ITransactionDataManager
 
 if TYPE_CHECKING:
@@ -28,32 +29,57 @@ class ConnectionDataManager:
     ) -> None:
         # Weak, so that it shows when nobody can end the transaction any more.
         self._transaction_manager = weakref.ref(transaction_manager)
-        self.disconnected = False
         self._connection = connection
+        self.work = connection.work
+        self.guard = connection.guard
+        self._losses = self.work.losses
+        # What a rollback has found out of a commit that was interrupted.
+        self._unknown: CommitOutcomeUnknown | None = None
 
     @property
     def transaction_manager(self) -> ITransactionManager | None:
         return self._transaction_manager()
 
+    @property
+    def disconnected(self) -> bool:
+        return self.work.losses != self._losses
+
+    def is_present(self) -> bool:
+        """Whether this is the part that the connection has now, and not that of an ended thread."""
+        return self.work.member is self
+
     def abort(self, transaction: ITransaction | None) -> None:
-        self._connection._leave_transaction_manager()
-        if not self._connection.closed:
-            self._connection.rollback()
+        """Roll back. Raises `CommitOutcomeUnknown` if the commit was interrupted, and has, or may
+        have, committed; again each time, because ``transaction`` only logs it in its own commit."""
+        if self.is_present():
+            self._roll_back()
+        if self._unknown is not None:
+            raise self._unknown
+
+    def _roll_back(self) -> None:
+        try:
+            if not self._connection.closed:
+                self._connection.rollback()
+        except CommitOutcomeUnknown as unknown:
+            self._unknown = unknown
+        finally:
+            self.work.leave(self)
 
     def tpc_begin(self, transaction: ITransaction) -> None:
         # Also when the program rolled back the lost connection itself: a part of the transaction's
         # work is gone.
-        if self.disconnected:
-            self._connection._raise_already_disconnected()
+        if self.disconnected or not self.is_present():
+            self.work.refuse_lost()
 
     def commit(self, transaction: ITransaction) -> None:
         """Nothing is to be done between the first phase's begin and its vote."""
 
     def tpc_vote(self, transaction: ITransaction) -> None:
-        self._connection._commit()
+        self.guard.commit()
 
     def tpc_finish(self, transaction: ITransaction) -> None:
-        self._connection._leave_transaction_manager()
+        self.work.leave(self)
+        self.work.told()
 
     def tpc_abort(self, transaction: ITransaction) -> None:
         self.abort(transaction)
@@ -65,18 +91,27 @@ class ConnectionDataManager:
         return self._connection.savepoint()
 
     def should_retry(self, error: BaseException) -> bool:
-        return self._connection._may_run_again(error)
+        return self.guard.may_run_again(error)
+
+
+class _Anchor:
+    """What a transaction, and nobody else, refers to."""
 
 
 def join_transactions(
     connection: ReconnectingConnection, transaction_manager: ITransactionManager
 ) -> None:
     """Make every later transaction of ``connection`` part of the manager's current one."""
-    connection._before_begin = partial(_join, connection, transaction_manager)
+    connection.work.join = partial(_join, connection, transaction_manager)
 
 
-def _join(connection: Any, transaction_manager: ITransactionManager) -> None:
-    if connection._data_manager is None:
-        data_manager = connection._data_manager_class(connection, transaction_manager)
-        transaction_manager.get().join(data_manager)
-        connection._data_manager = data_manager
+def _join(connection: ReconnectingConnection, transaction_manager: ITransactionManager) -> None:
+    if connection.work.member is None:
+        data_manager = connection.data_manager_class(connection, transaction_manager)
+        manager_transaction = transaction_manager.get()
+        manager_transaction.join(data_manager)
+        # What is set with set_data() lasts as long as the transaction, also if an interrupt keeps
+        # it from telling that it ends.
+        anchor = _Anchor()
+        connection.work.become_part(data_manager, anchor)
+        manager_transaction.set_data(data_manager, anchor)

@@ -14,6 +14,7 @@ from zreconnect.datamanager import join_transactions
 from zreconnect.interfaces import IConnectionDescriptor
 from zreconnect.policy import PERSIST, RetryPolicy
 from zreconnect.server import server_from_dsn
+from zreconnect.witness import Witness
 
 
 @implementer(IConnectionDescriptor)
@@ -34,7 +35,7 @@ class ConnectionDescriptor:
         dsn: str,
         driver: str | None = None,
         policy: RetryPolicy = PERSIST,
-        witness: Any = "xid",
+        witness: Witness | str | None = "xid",
         on_connect: Callable[[Any], object] | None = None,
         response_timeout: float | None = None,
         transaction_manager: Any = transaction.manager,
@@ -64,7 +65,7 @@ class ConnectionDescriptor:
         held = getattr(self._thread_connection, "held", None)
         if held is None:
             held = self._thread_connection.held = HeldByThread(self._model)
-            held.connection._implicit_begin = self._implicit_begin
+            held.connection.work.implicit_begin = self._implicit_begin
             join_transactions(held.connection, self._transaction_manager)
         connection: ReconnectingConnection = held.connection
         return connection
@@ -90,7 +91,7 @@ class HeldByThread:
     def __init__(self, model: ReconnectingConnection) -> None:
         self.model = model
         self.connection: Any = model.fork()
-        self.connection._turn.keep()
+        self.connection.work.turn.keep()
 
     def __del__(self) -> None:
         self.connection.close()

@@ -13,9 +13,9 @@ import sys
 from typing import Any
 
 from zreconnect import commits
-from zreconnect.drivers.base import Meaning, load_driver
+from zreconnect.drivers.base import load_driver
 from zreconnect.exceptions import DisconnectionError
-from zreconnect.interfaces import IReconnectingConnection
+from zreconnect.interfaces import IReconnectingConnection, Meaning
 
 #: The drivers that know what a failure to connect means, by the names of their modules.
 DRIVER_NAMES = {

@@ -122,15 +122,25 @@ class CommitOutcomeUnknown(Exception):
     server: the server's address without password.
     request: what was under way.
     evidence: what a person needs to find the outcome out by hand, as far as it is known.
+    outcome: "unknown"; or "committed", if ``rollback()`` has found that of a COMMIT that was
+    interrupted.
     """
 
-    def __init__(self, server: str, request: str = "COMMIT", evidence: str = "") -> None:
-        super().__init__(server, request, evidence)
+    def __init__(
+        self, server: str, request: str = "COMMIT", evidence: str = "", outcome: str = "unknown"
+    ) -> None:
+        super().__init__(server, request, evidence, outcome)
         self.server = server
         self.request = request
         self.evidence = evidence
+        self.outcome = outcome
 
     def __str__(self) -> str:
+        if self.outcome == "committed":
+            return (
+                f"{self.request} to {self.server} was interrupted, and had committed its work: it "
+                f"cannot be rolled back, and must not be done again. {self.evidence}"
+            ).rstrip()
         return (
             f"The connection to {self.server} was lost while {self.request} was under way. Its "
             "work may be committed or not: look for it in the database before you do it again. "

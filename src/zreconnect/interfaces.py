@@ -9,6 +9,8 @@ current `transaction`; `IZopelessTransactionManager` is that for a batch job, an
 
 from __future__ import annotations
 
+import enum
+
 from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
 from zope.interface import Attribute, Interface
 from zope.publisher.interfaces import IRetry
@@ -18,6 +20,15 @@ ACTIVE = "active"
 PREPARED = "prepared"
 DOOMED = "doomed"
 CLOSED = "closed"
+
+
+class Meaning(enum.Enum):
+    """What an error says about the connection and the unit of work."""
+
+    DISCONNECT = "the server session has ended, or there was none"
+    TRANSIENT = "the session lives, and the same work may succeed when it is run again"
+    PERMANENT = "connecting is refused, and will be again"
+    USER = "the statement is wrong, or the data"
 
 
 class IRetryPolicy(Interface):
@@ -217,6 +228,13 @@ class IDriver(Interface):
         what follows. True while the answer to a statement of a transaction is not complete.
         """
 
+    def is_at_rest(raw):
+        """Whether the session waits for a request, and what `in_transaction` says is certain.
+
+        Not while a statement is under way or its answer not read to the end, as after an interrupt,
+        nor when the session is lost. Needs no round trip. Raises nothing.
+        """
+
     def has_committed(raw):
         """Whether a statement may have committed what came before it in the transaction, as DDL
         does in MySQL, so that no witness knows what became of the rest. No round trip. Raises
@@ -244,9 +262,9 @@ class IDriver(Interface):
         ``cursor_factory``.
         """
 
-    def may_have_committed(raw_cursor):
-        """Whether the statement that ``raw_cursor`` sent last may have been a COMMIT. No round
-        trip, for the session is lost."""
+    def is_commit(raw_cursor):
+        """Whether the statement that ``raw_cursor`` sent last may be a COMMIT, or be committed by
+        itself. No round trip, for the session is lost."""
 
     def looks_like_reading(raw_cursor):
         """Whether the statement that ``raw_cursor`` executed last is of a kind that writes nothing,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import tenacity
 from zope.interface import implementer
@@ -66,6 +67,11 @@ class RetryPolicy:
             return self
         return replace(self, timeout=max(0.0, self.timeout - elapsed))
 
+    def within(self, seconds: float) -> RetryPolicy:
+        """The policy, with a timeout of at most so many seconds."""
+        timeout = seconds if self.timeout is None else min(self.timeout, seconds)
+        return replace(self, timeout=timeout)
+
     def retrying(
         self,
         error_type: type[BaseException],
@@ -93,6 +99,33 @@ class RetryPolicy:
             return pause
         # The last attempt is made at the deadline and not somewhere before it.
         return min(pause, max(0.0, self.timeout - (state.seconds_since_start or 0.0)))
+
+
+class Patience:
+    """How long the transactions of one connection may wait until they begin.
+
+    It is told what becomes of them, so that a subclass can have more than one transaction share its
+    time.
+
+    policy: that of the connection. server: the `zreconnect.server.Server`.
+    """
+
+    def __init__(self, policy: RetryPolicy, server: Any) -> None:
+        self.policy = policy
+        self.server = server
+
+    def begins(self, waited: float) -> RetryPolicy:
+        """The policy for a transaction that begins now, and has waited for its turn so long."""
+        return self.policy.after(waited) if waited else self.policy
+
+    def has_begun(self) -> None:
+        """The transaction has begun."""
+
+    def has_failed(self, error: BaseException) -> None:
+        """It has not."""
+
+    def has_ended(self, lost: bool) -> None:
+        """It has ended. lost: whether its session was lost before."""
 
 
 def check_number(name: str, value: float, at_least: float) -> None:

@@ -33,11 +33,13 @@ def run_unit_of_work(
     *,
     begin: Callable[[], object],
     commit: Callable[[], object],
-    abort: Callable[[], object],
+    abort_after: Callable[[BaseException], object],
     may_run_again: Callable[[BaseException], bool],
     attempts: int,
 ) -> Result:
     """Begin, call ``function``, commit; abort and do it all again after an error that allows it.
+
+    abort_after: called with the error, to abort because of it; what it raises takes its place.
 
     Returns what ``function`` returned. Raises TypeError or ValueError if ``attempts`` is no whole
     number of at least 1, or ``function`` none that can be run, else what the last attempt raised.
@@ -50,8 +52,8 @@ def run_unit_of_work(
         try:
             result = function()
             commit()
-        except BaseException:
-            abort()
+        except BaseException as error:
+            abort_after(error)
             raise
         return result
 
@@ -176,7 +178,7 @@ class _Call(Generic[Result]):
         return None
 
     def _may_have_committed(self, error: BaseException) -> bool:
-        if isinstance(error, CommitOutcomeUnknown) or self._commits.noted:
+        if isinstance(error, CommitOutcomeUnknown) or self._commits.sent > 0:
             return True
         # SQLAlchemy was imported in this very run.
         return not self._watches_engines and engines.is_lost(error)

@@ -2,24 +2,115 @@
 
 As long as the server is not known to be up, the threads share one connection attempt at a time:
 whoever comes while an attempt is under way waits for its outcome. A failure is everybody's; after
-a success each connects for itself.
+a success each connects for itself. An attempt without an outcome ends at its deadline for all of
+them, and then one of them makes the next one.
+
+The door has no lock, which an interrupt could leave locked. Each step that has to be whole is one
+call of a built-in method: neither another thread nor the handler of a signal comes in between.
+Which attempt follows upon another one is decided by a dict's setdefault(), who gets a connection
+by a SimpleQueue's get().
 """
 
 from __future__ import annotations
 
-import concurrent.futures
+import itertools
+import math
 import os
+import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from zreconnect import dsn as dsn_module
-from zreconnect.drivers.base import Meaning, load_driver
+from zreconnect.drivers.base import load_driver
+from zreconnect.interfaces import Meaning
 
-Attempt = concurrent.futures.Future[Any]
+# Who has waited for another thread's attempt in vain, and has less than that many seconds left,
+# makes none. It is as long as the pauses of threads that come back at about the same time: the
+# next one of these has time for an attempt that is worth it.
+SHORTEST_ATTEMPT = 0.5
+# The only RuntimeError of Thread.start() that passes. A signal's handler may raise others there.
+NO_THREAD = "can't start new thread"
+
+
+class AttemptFailed(Exception):
+    """An attempt to connect failed with ``error``, and a later one may succeed."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+# A connection, or the error that there is none; for those who share an attempt, only the latter.
+Outcome = tuple[Any, BaseException | None]
+Answers = queue.SimpleQueue[Outcome | None]
+
+
+class _Attempt:
+    """One attempt to connect, and those who wait for its outcome.
+
+    deadline: when it is over, if it has no outcome before. So nobody depends on its thread, which
+    may hang or may never have been started.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self._has_ended = False
+        self._answer: Answers = queue.SimpleQueue()
+        self._answers_to_others: list[Answers] = []
+        # Held while its maker waits.
+        self._presence = threading.Lock()
+        self._presence.acquire()
+        self._next: dict[None, _Attempt] = {}
+
+    def is_over(self) -> bool:
+        return self._has_ended or time.monotonic() >= self.deadline
+
+    def followed_by(self, candidate: _Attempt) -> _Attempt:
+        """The attempt after this one: the first candidate."""
+        return self._next.setdefault(None, candidate)
+
+    def outcome(self) -> Outcome | None:
+        """For its maker: what has come of it by the deadline."""
+        return _received(self._answer, self.deadline)
+
+    def shared_outcome(self, until: float) -> Outcome | None:
+        """For the others: what has come of it by the deadline or until then."""
+        answers: Answers = queue.SimpleQueue()
+        self._answers_to_others.append(answers)
+        # In this order; `end` has the other one.
+        if self._has_ended:
+            return None
+        return _received(answers, min(until, self.deadline))
+
+    def end(self, outcome: Outcome | None) -> None:
+        """Give the outcome, or that there is none, to all who wait for it."""
+        self._has_ended = True
+        self._answer.put(outcome)
+        shared = outcome and (None, outcome[1])
+        for answers in self._answers_to_others.copy():
+            answers.put(shared)
+        self._answers_to_others.clear()
+
+    def leave(self) -> None:
+        """For its maker: no longer wait for the outcome."""
+        self._presence.release()
+
+    def is_taken(self) -> bool:
+        """After the end: whether its maker has taken the outcome; nobody can take it any more."""
+        # Until the deadline, because an interrupt may have kept the maker from leaving.
+        self._presence.acquire(timeout=max(0.0, self.deadline - time.monotonic()))
+        return _received(self._answer, -math.inf) is None
+
+
+def _received(answers: Answers, until: float) -> Outcome | None:
+    try:
+        return answers.get(timeout=max(0.0, until - time.monotonic()))
+    except queue.Empty:
+        return None
 
 
 class Server:
@@ -36,8 +127,9 @@ class Server:
         self.driver = driver
         self._open_session = open_session
         self._parameters = parameters
-        #: How often some thread has got a connection.
+        #: A number that changes whenever some thread gets a connection.
         self.times_reached = 0
+        self._numbers = itertools.count(1)
         self.reopen_door()
 
     @property
@@ -48,21 +140,21 @@ class Server:
         return address
 
     def connect(self, timeout: float) -> Any:
-        """A new raw connection, within ``timeout`` seconds, or what the attempt raised.
+        """A new raw connection, within ``timeout`` seconds. One that comes later is closed.
 
-        Raises TimeoutError after ``timeout``. A connection that comes later is closed.
+        Raises `AttemptFailed` if there is none and a later attempt may succeed; what the attempt
+        raised if it is refused for good.
         """
         deadline = time.monotonic() + timeout
-        while True:
-            attempt, is_mine = self._join_attempt(timeout)
-            try:
-                self._wait(attempt, deadline, timeout)
-            except BaseException:
-                if is_mine:
-                    attempt.add_done_callback(self._close_late)
-                raise
-            if is_mine:
-                return attempt.result()
+        mine = _Attempt(deadline)
+        while (attempt := self._join_attempt(mine)) is not mine:
+            outcome = attempt.shared_outcome(deadline)
+            if outcome is None:
+                if deadline - time.monotonic() < SHORTEST_ATTEMPT:
+                    raise _no_answer(timeout)
+            elif outcome[1] is not None:
+                self._fail(outcome[1])
+        return self._make_attempt(mine, timeout)
 
     def passes(self, error: BaseException) -> bool:
         """Whether connecting may succeed later although it failed with this error."""
@@ -75,61 +167,94 @@ class Server:
 
     def lost(self) -> None:
         """A session has ended: the server may be down for everybody."""
-        with self._lock:
-            self._is_up = False
+        self._is_up = False
 
     def reopen_door(self) -> None:
         """Forget attempts under way, which in a forked child nobody will finish."""
-        self._lock = threading.Lock()
         self._is_up = False
-        self._shared_attempt: Attempt | None = None
+        # One that is over: the next one follows upon it.
+        self._latest = _Attempt(-math.inf)
 
-    def _join_attempt(self, timeout: float) -> tuple[Attempt, bool]:
-        with self._lock:
-            if self._shared_attempt is not None:
-                return self._shared_attempt, False
-            attempt = Attempt()
-            if not self._is_up:
-                self._shared_attempt = attempt
+    def _join_attempt(self, mine: _Attempt) -> _Attempt:
+        """The attempt to wait for; ``mine`` if that is to be made."""
+        if self._is_up:
+            return mine
+        attempt = self._latest
+        while attempt is not mine and attempt.is_over():
+            attempt = attempt.followed_by(mine)
+        # Only a short cut: from an older one, too, the way leads here.
+        self._latest = attempt
+        return attempt
+
+    def _make_attempt(self, attempt: _Attempt, timeout: float) -> Any:
+        try:
+            self._start(attempt)
+            outcome = attempt.outcome()
+        finally:
+            attempt.leave()
+        if outcome is None:
+            self.lost()
+            raise _no_answer(timeout)
+        raw, error = outcome
+        if error is not None:
+            self._fail(error)
+        return raw
+
+    def _start(self, attempt: _Attempt) -> None:
         # A thread of its own, because nothing else bounds what connecting may wait for: name
         # resolution, several addresses, TLS, a connection factory of the user's.
-        threading.Thread(
-            target=self._make_attempt,
-            args=(attempt, timeout),
+        thread = threading.Thread(
+            target=self._connect_in_thread,
+            args=(attempt,),
             name="zreconnect connection attempt",
             daemon=True,
-        ).start()
-        return attempt, True
-
-    def _make_attempt(self, attempt: Attempt, timeout: float) -> None:
+        )
         try:
+            thread.start()
+        except RuntimeError as error:
+            if not is_missing_thread(error):
+                raise
+            attempt.end(None)
+            raise AttemptFailed(error) from error
+
+    def _connect_in_thread(self, attempt: _Attempt) -> None:
+        try:
+            # Never 0, which means for ever to libpq.
+            timeout = max(SHORTEST_ATTEMPT, attempt.deadline - time.monotonic())
             raw = self._open_session(timeout)
             self.driver.prepare(raw)
-        except BaseException as error:
-            self._end_attempt(attempt, is_up=False)
-            attempt.set_exception(error)
-        else:
             self._parameters = self._parameters or self.driver.parameters(raw)
-            self._end_attempt(attempt, is_up=True)
-            attempt.set_result(raw)
+        except BaseException as error:
+            self._note(attempt, is_up=False)
+            attempt.end((None, error))
+            attempt.is_taken()
+        else:
+            self._note(attempt, is_up=True)
+            attempt.end((raw, None))
+            if not attempt.is_taken():
+                self.driver.close(raw)
 
-    def _end_attempt(self, attempt: Attempt, is_up: bool) -> None:
-        with self._lock:
-            self._is_up = is_up
-            self.times_reached += is_up
-            if self._shared_attempt is attempt:
-                self._shared_attempt = None
+    def _note(self, attempt: _Attempt, is_up: bool) -> None:
+        # What an attempt that was given up has met is old news.
+        if attempt.is_over():
+            return
+        self._is_up = is_up
+        if is_up:
+            self.times_reached = next(self._numbers)
 
-    def _wait(self, attempt: Attempt, deadline: float, timeout: float) -> None:
-        done, _ = concurrent.futures.wait([attempt], max(0.0, deadline - time.monotonic()))
-        if not done:
-            self.lost()
-            raise TimeoutError(f"no answer within {timeout:.1f} seconds")
-        attempt.result()
+    def _fail(self, error: BaseException) -> NoReturn:
+        if self.passes(error):
+            raise AttemptFailed(error) from error
+        raise error
 
-    def _close_late(self, attempt: Attempt) -> None:
-        if attempt.exception() is None:
-            self.driver.close(attempt.result())
+
+def is_missing_thread(error: BaseException) -> bool:
+    """Whether the process is at its limit of threads, which passes."""
+    return isinstance(error, RuntimeError) and str(error) == NO_THREAD
+
+
+def _no_answer(timeout: float) -> AttemptFailed:
+    return AttemptFailed(TimeoutError(f"no answer within {timeout:.1f} seconds"))
 
 
 _lock = threading.Lock()
@@ -167,6 +292,8 @@ def _shared(
     open_session: Callable[[float], Any],
     parameters: Mapping[str, str],
 ) -> Server:
+    # It stays locked for nobody: CPython runs no signal's handler between acquiring a lock of its
+    # own and entering the block.
     with _lock:
         server = _servers.get(key)
         if server is None:

@@ -1,35 +1,53 @@
-"""Opens a server session, for as long and as often as a policy says."""
+"""One raw connection of one process, and opening it for as long and as often as a policy says."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import tenacity
 
 from zreconnect import events
-from zreconnect.drivers.base import Meaning
 from zreconnect.exceptions import ReconnectTimeout, one_line
+from zreconnect.interfaces import Meaning
 from zreconnect.policy import RetryPolicy
-from zreconnect.server import Server
+from zreconnect.server import AttemptFailed, Server, is_missing_thread
+from zreconnect.watchdog import NO_WATCH, Watch
 
 
-class _AttemptFailed(Exception):
-    """An attempt to connect failed with ``error``, and another one may succeed."""
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A raw connection with its watch. It is at rest, or it is ended: nobody repairs one.
 
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(error)
-        self.error = error
+    raw: the driver's connection, or None if there is no session. process: the one that opened it.
+    """
+
+    raw: Any
+    watch: Watch
+    process: int
+
+    def end(self, driver: Any) -> None:
+        """Close it, or leave it alone if it is the parent process's."""
+        self.watch.close()
+        if self.process == os.getpid():
+            driver.close(self.raw)
+        else:
+            driver.abandon(self.raw)
+
+
+#: Stands where there is none.
+NO_SESSION = Session(None, NO_WATCH, 0)
 
 
 def open_session(
-    server: Server, policy: RetryPolicy, prepare: Callable[[Any, float], None], again: bool
-) -> Any:
-    """A raw connection to ``server`` that has been prepared.
+    server: Server, policy: RetryPolicy, prepare: Callable[[Any], None], again: bool
+) -> Session:
+    """A session with ``server`` that has been prepared.
 
-    prepare: called with the raw connection and the seconds that each of its requests may take; a
-    disconnect in it makes the attempt a failed one.
+    prepare: called with the raw connection; a disconnect in it makes the attempt a failed one.
     again: whether there was a session before, so that this one is announced.
 
     Raises `ReconnectTimeout` when the policy's patience ends, or `DisconnectionError` if the policy
@@ -41,7 +59,7 @@ def open_session(
     def announce_failure(state: tenacity.RetryCallState) -> None:
         assert state.outcome is not None and state.next_action is not None
         failure = state.outcome.exception()
-        assert isinstance(failure, _AttemptFailed)
+        assert isinstance(failure, AttemptFailed)
         events.announce(
             events.ConnectionAttemptFailed(
                 server.address,
@@ -53,38 +71,48 @@ def open_session(
         )
 
     try:
-        for attempt in policy.retrying(_AttemptFailed, announce_failure):
+        for attempt in policy.retrying(AttemptFailed, announce_failure):
             with attempt:
                 attempts = attempt.retry_state.attempt_number
                 timeout = policy.longest_attempt(time.monotonic() - started)
-                raw = _attempt(server, timeout, prepare)
-    except _AttemptFailed as failure:
+                session = _attempt(server, timeout, prepare)
+    except AttemptFailed as failure:
         _give_up(server, policy, attempts, time.monotonic() - started, failure.error)
     if again or attempts > 1:
         events.announce(events.Reconnected(server.address, attempts, time.monotonic() - started))
-    return raw
+    return session
 
 
-def _attempt(server: Server, timeout: float, prepare: Callable[[Any, float], None]) -> Any:
+def _attempt(server: Server, timeout: float, prepare: Callable[[Any], None]) -> Session:
+    raw = server.connect(timeout)
+    watch = NO_WATCH
     try:
-        raw = server.connect(timeout)
-    except Exception as error:
-        if server.passes(error):
-            raise _AttemptFailed(error) from error
-        raise
-    try:
-        prepare(raw, timeout)
+        watch = Watch(server.driver.fileno(raw), server.address)
+        with watch.awaiting(timeout):
+            prepare(raw)
     except BaseException as error:
         # Asked before the connection is closed, for its state is what decides.
-        is_lost = (
+        passes = is_missing_thread(error) or (
             isinstance(error, server.driver.module.Error)
             and server.driver.meaning(error, raw) is Meaning.DISCONNECT
         )
+        watch.close()
         server.driver.close(raw)
-        if is_lost:
-            raise _AttemptFailed(error) from error
+        tell_if_cut(watch)
+        if passes:
+            raise AttemptFailed(error) from error
         raise
-    return raw
+    return Session(raw, watch, os.getpid())
+
+
+def tell_if_cut(watch: Watch) -> None:
+    """Log it if the watchdog has cut the session off, which it does not do itself."""
+    if watch.cut_after is not None:
+        events.logger.warning(
+            "No answer from %s within %.1f seconds: the connection is cut",
+            watch.address,
+            watch.cut_after,
+        )
 
 
 def _give_up(

@@ -1,10 +1,24 @@
-"""Whose turn it is: threads that share a connection have it one after the other."""
+"""Whose turn it is: threads that share a connection have it one after the other.
+
+Who has the turn is what one slot of a dictionary says. The slot is taken with ``setdefault()`` and
+given with one assignment or ``pop()``, each of which the interpreter does as a whole: an interrupt,
+such as KeyboardInterrupt or an exception of a signal handler, comes before or after it. A lock has
+no such moment, for whoever is interrupted when he has acquired it does not know that he has it.
+"""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import threading
+import time
 import weakref
+from typing import Any
+
+_HOLDER = "holder"
+# A waiting thread is woken up. If an interrupt has kept somebody from that, it looks by itself
+# after that many seconds.
+_LOOK_INTERVAL = 0.1
 
 
 class _Thread:
@@ -21,6 +35,23 @@ class _Present(threading.local):
 _present = _Present()
 
 
+class _Waiting:
+    """A thread that waits for its turn."""
+
+    def __init__(self, claim: weakref.ref[_Thread]) -> None:
+        self.claim = claim
+        self._bell = threading.Lock()
+        self._bell.acquire()
+
+    def listen(self, seconds: float) -> None:
+        self._bell.acquire(timeout=seconds)
+
+    def ring(self) -> None:
+        # Somebody else may have rung.
+        with contextlib.suppress(RuntimeError):
+            self._bell.release()
+
+
 class Turn:
     """Which thread has a connection. When that thread ends, its turn does.
 
@@ -29,17 +60,16 @@ class Turn:
 
     def __init__(self) -> None:
         self.is_for_good = False
-        self._thread: weakref.ref[_Thread] | None = None
-        # Held by the thread that has the connection. Another one may release it, too.
-        self._lock = threading.Lock()
+        self._slot: dict[str, weakref.ref[_Thread]] = {}
+        self._queue: collections.deque[_Waiting] = collections.deque()
 
     def is_mine(self) -> bool:
-        thread = self._thread
-        return thread is not None and thread() is _present.thread
+        claim = self._slot.get(_HOLDER)
+        return claim is not None and claim() is _present.thread
 
     def is_anothers(self) -> bool:
-        thread = self._thread
-        return thread is not None and thread() is not _present.thread
+        claim = self._slot.get(_HOLDER)
+        return claim is not None and claim() is not _present.thread
 
     def keep(self) -> None:
         """The calling thread has it for good."""
@@ -48,36 +78,55 @@ class Turn:
 
     def take(self, patience: float) -> bool:
         """Whether the calling thread has it now, after ``patience`` seconds at most."""
-        if self.is_mine():
+        claim = weakref.ref(_present.thread, self._give_from)
+        if self._slot.setdefault(_HOLDER, claim)() is _present.thread:
             return True
-        if self._lock.acquire(timeout=min(patience, threading.TIMEOUT_MAX)):
-            self._thread = weakref.ref(_present.thread, self._ended)
-            return True
-        return False
+        return patience > 0 and self._wait(claim, time.monotonic() + patience)
 
     def give(self) -> None:
         """Let the next one have it, if the calling thread does."""
-        if self.is_mine():
-            self.end()
+        claim = self._slot.get(_HOLDER)
+        if claim is not None and claim() is _present.thread:
+            self._give_from(claim)
 
     def end(self) -> None:
         """Let the next one have it, whichever thread has it now."""
-        if not self.is_for_good:
-            self._thread = None
-            # Its thread may end it at the same time.
-            with contextlib.suppress(RuntimeError):
-                self._lock.release()
+        claim = self._slot.get(_HOLDER)
+        if claim is not None:
+            self._give_from(claim)
 
     def in_child(self) -> Turn:
         """The same in a forked child, which has none of the process's other threads."""
-        turn = Turn()
+        turn = type(self)()
         turn.is_for_good = self.is_for_good
-        if self.is_mine():
-            turn.take(0)
-        elif self.is_for_good:
-            turn._thread = self._thread
+        if self.is_mine() or self.is_for_good:
+            turn._slot.update(self._slot)
         return turn
 
-    def _ended(self, thread: weakref.ref[_Thread]) -> None:
-        # As long as it is another one's turn, there is no reference to this one.
-        self.end()
+    def _wait(self, claim: weakref.ref[_Thread], deadline: float) -> bool:
+        waiting = _Waiting(claim)
+        self._queue.append(waiting)
+        try:
+            while (seconds := deadline - time.monotonic()) > 0:
+                if self._slot.setdefault(_HOLDER, claim) is claim:
+                    return True
+                waiting.listen(min(seconds, _LOOK_INTERVAL))
+        finally:
+            with contextlib.suppress(ValueError):
+                self._queue.remove(waiting)
+        # It may have been handed over in this moment.
+        return self._slot.get(_HOLDER) is claim
+
+    def _give_from(self, claim: Any) -> None:
+        """Hand it over from the thread of this claim; also called when that thread has ended."""
+        if self._slot.get(_HOLDER) is not claim or self.is_for_good:
+            return
+        # Handed over to who has waited longest: the thread that gives it may want it back at once,
+        # and would be faster than any that has to wake up.
+        try:
+            waiting = self._queue.popleft()
+        except IndexError:
+            self._slot.pop(_HOLDER, None)
+        else:
+            self._slot[_HOLDER] = waiting.claim
+            waiting.ring()

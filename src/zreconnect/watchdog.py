@@ -2,15 +2,20 @@
 
 Neither libpq nor TCP notices a peer that stopped without a word, as after a pulled cable or a lost
 route. Whoever sends a request notes in the session's `Watch` how long it waits for the answer, and
-takes that note away afterwards: two attributes, no lock, no clock, no system call. The watchdog
-looks at the notes from time to time, and shuts down the socket of a request whose time is up, upon
-which the driver raises the error of a lost connection.
+takes that note away afterwards: no lock, no clock, no system call. The watchdog looks at the notes
+from time to time, and shuts down the socket of a request whose time is up, upon which the driver
+raises the error of a lost connection. It tells nobody: whoever gets that error finds
+`Watch.cut_after`.
+
+There is no lock in this module. One could be held by a thread that a fork leaves behind, or by
+one that an interrupt has torn out of it. Instead, each step that has to be whole is one method of
+a built-in set or list: neither another thread nor the handler of a signal comes in between.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import math
 import os
 import select
 import socket
@@ -18,130 +23,177 @@ import threading
 import time
 import weakref
 
-logger = logging.getLogger("zreconnect")
-
 # An answer may be overdue by that many seconds before it is noticed.
 INTERVAL = 0.25
+
+
+class Wait:
+    """A request's wait for its answer: a context manager, which `Watch.awaiting` makes."""
+
+    # No __init__(), which would be one more call for each request.
+    __slots__ = ("limit", "since", "waits")
+
+    waits: set[Wait]
+    limit: float
+    #: When the watchdog saw it first; None before that.
+    since: float | None
+
+    def __enter__(self) -> None:
+        self.waits.add(self)
+
+    def __exit__(self, *error: object) -> None:
+        self.waits.discard(self)
+
+    def end(self) -> None:
+        """End it before the block does."""
+        self.waits.discard(self)
 
 
 class Watch:
     """What one session waits for.
 
-    limit: the seconds that the present request may wait for its answer; None if there is no
-    request, or if it may wait for ever.
-    requests: a number that changes with each request.
+    fileno: the number of the session's socket, of which the watch has a copy; None for no socket.
+    address: that of the server, for who reports a cut.
+
+    Raises RuntimeError if there is no watchdog and its thread cannot be started.
     """
 
-    __slots__ = ("__weakref__", "_address", "_lock", "_poll", "_socket", "limit", "requests")
+    __slots__ = ("__weakref__", "_poll", "_socket", "_waits", "address", "cut_after")
 
     def __init__(self, fileno: int | None, address: str) -> None:
-        self._socket: socket.socket | None = None
-        self._lock = threading.Lock()
-        self._address = address
-        self.limit: float | None = None
-        self.requests = 0
+        self.address = address
+        #: After how many seconds without an answer the watchdog has cut the session off; None if
+        #: it has not.
+        self.cut_after: float | None = None
+        self._waits: set[Wait] = set()
+        # One socket or none. Who takes it out closes it, so that nobody shuts down a number that
+        # belongs to another file by then.
+        self._socket: list[socket.socket] = []
         if fileno is not None:
-            # A copy of the descriptor: the driver's own number may belong to another file by the
-            # time that the watchdog uses it.
-            self._socket = socket.socket(fileno=os.dup(fileno))
+            # A copy of the descriptor, because the driver's own may be closed at any time.
+            self._socket.append(socket.socket(fileno=os.dup(fileno)))
             self._poll = select.poll()
-            self._poll.register(self._socket, select.POLLIN)
-            _start_watching(self)
+            self._poll.register(self._socket[0], select.POLLIN)
+            try:
+                _start_watching(self)
+            except BaseException:
+                self.close()
+                raise
 
-    def awaiting(self, limit: float | None) -> Watch:
-        """A context manager for one request, whose answer may take ``limit`` seconds."""
-        self.requests += 1
-        self.limit = limit
-        return self
+    def awaiting(self, limit: float | None) -> Wait:
+        """A context manager for one request, whose answer may take ``limit`` seconds.
 
-    def __enter__(self) -> None:
-        """The request is noted already."""
+        The time begins when the watchdog sees the wait. Of several waits, nested or not, the first
+        whose time is up cuts the session off; None sets no limit.
+        """
+        if limit is None:
+            return _FOR_EVER
+        wait = Wait()
+        wait.waits = self._waits
+        wait.limit = limit
+        wait.since = None
+        return wait
 
-    def __exit__(self, *error: object) -> None:
-        self.limit = None
+    def reset(self) -> None:
+        """Forget all waits, among them what an interrupt has left."""
+        self._waits.clear()
 
     def is_quiet(self) -> bool:
         """Whether nothing has arrived since the last answer, as the end of the session would.
 
         No round trip, and no system call but poll(). Silence is no proof that the session lives.
         """
-        return self._socket is not None and not self._poll.poll(0)
+        return bool(self._socket) and not self._poll.poll(0)
+
+    def look(self) -> None:
+        """For the watchdog: cut the session off if an answer is overdue."""
+        now = time.monotonic()
+        overdue = []
+        for wait in self._waits.copy():
+            if wait.since is None:
+                wait.since = now
+            if now - wait.since >= wait.limit:
+                overdue.append(wait.limit)
+        if overdue:
+            self.cut(min(overdue))
 
     def cut(self, limit: float) -> None:
-        with self._lock:
-            if self._socket is None:
-                return
-            logger.warning(
-                "No answer from %s within %.1f seconds: the connection is cut",
-                self._address,
-                limit,
-            )
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
+        """Cut the session off, whose answer has taken more than ``limit`` seconds."""
+        for each in self._take_socket():
+            # First, so that whoever gets the error finds it.
+            self.cut_after = limit
+            with each, contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        with self._lock:
-            if self._socket is not None:
-                self._socket.close()
-                self._socket = None
+        """Let go of the socket; the session itself stays as it is. Never waits."""
+        for each in self._take_socket():
+            each.close()
+
+    def _take_socket(self) -> list[socket.socket]:
+        try:
+            return [self._socket.pop()]
+        except IndexError:
+            return []
 
     def __del__(self) -> None:
-        # Without the lock: nobody else knows the object any more.
-        if self._socket is not None:
-            self._socket.close()
+        # An interrupt may have ended __init__() before there was a socket.
+        with contextlib.suppress(AttributeError):
+            self.close()
 
+
+# It is noted where nobody looks.
+_FOR_EVER = Wait()
+_FOR_EVER.waits = set()
+_FOR_EVER.limit = math.inf
+_FOR_EVER.since = None
 
 #: For a connection that has no session.
 NO_WATCH = Watch(None, "")
 
-_lock = threading.Lock()
-_watches: weakref.WeakSet[Watch] = weakref.WeakSet()
-_thread: threading.Thread | None = None
+# Not a WeakSet, whose methods are no single steps.
+_watches: set[weakref.ref[Watch]] = set()
+# The one that is in office; another one ends when it sees that.
+_watchdog: threading.Thread | None = None
 
 
 def _start_watching(watch: Watch) -> None:
-    global _thread
-    with _lock:
-        _watches.add(watch)
-        if _thread is None:
-            _thread = threading.Thread(target=_watch_all, name="zreconnect watchdog", daemon=True)
-            _thread.start()
+    _watches.add(weakref.ref(watch, _watches.discard))
+    # In this order; a watchdog resigns in the other one.
+    if _watchdog is None:
+        threading.Thread(target=_watch_all, name="zreconnect watchdog", daemon=True).start()
 
 
 def _watch_all() -> None:
-    global _thread
-    waiting: dict[Watch, tuple[int, float]] = {}
-    while True:
+    global _watchdog
+    # By itself: who has started it may have been interrupted.
+    myself = _watchdog = threading.current_thread()
+    while _watchdog is myself:
         time.sleep(INTERVAL)
-        with _lock:
-            watches = list(_watches)
-            if not watches:
-                _thread = None
-                return
-        waiting = {watch: seen for watch in watches if (seen := _look_at(watch, waiting))}
-        # No reference may outlast a session that is forgotten.
-        del watches
+        if not _watches:
+            _watchdog = None
+            # Who came before that relies on this one, and who comes after it starts another one.
+            if _watches:
+                _watchdog = myself
+            continue
+        _look_at_all()
 
 
-def _look_at(watch: Watch, waiting: dict[Watch, tuple[int, float]]) -> tuple[int, float] | None:
-    """The request that is waited for and when it was first seen; cuts it off if it is overdue."""
-    limit, request, now = watch.limit, watch.requests, time.monotonic()
-    if limit is None:
-        return None
-    seen = waiting.get(watch)
-    if seen is None or seen[0] != request:
-        seen = request, now
-    if now - seen[1] >= limit:
-        watch.cut(limit)
-    return seen
+def _look_at_all() -> None:
+    # A function of its own: no reference may outlast a session that is forgotten.
+    for reference in _watches.copy():
+        watch = reference()
+        if watch is not None:
+            # Whatever is wrong with one session, the others keep their time limits.
+            with contextlib.suppress(Exception):
+                watch.look()
 
 
 def _start_anew() -> None:
     """In a forked child: the thread is the parent's, and so are the sessions."""
-    global _lock, _thread
-    _lock = threading.Lock()
-    _thread = None
-    _watches.clear()
+    global _watches, _watchdog
+    _watches = set()
+    _watchdog = None
 
 
 os.register_at_fork(after_in_child=_start_anew)

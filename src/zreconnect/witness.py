@@ -16,7 +16,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Protocol
 
 from zope.interface import implementer
 
@@ -37,6 +37,12 @@ NOTHING_WRITTEN = (
 )
 GO_ON = "ROLLBACK TO SAVEPOINT zreconnect_commit;"
 ASSIGNED_ID = "SELECT pg_current_xact_id_if_assigned()"
+
+
+class Witness(Protocol):
+    """`IWitness`, for type checkers."""
+
+    def observer(self, driver: Any) -> Any: ...
 
 
 class Outcome(enum.Enum):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 import transaction
@@ -15,12 +15,17 @@ from zope.interface import implementer
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.descriptor import ConnectionDescriptor
-from zreconnect.exceptions import ConflictingTransactionManagerError
+from zreconnect.exceptions import CommitOutcomeUnknown, ConflictingTransactionManagerError
 from zreconnect.interfaces import IDLE, IZopelessTransactionManager
 from zreconnect.policy import RetryPolicy
 from zreconnect.retry import run_unit_of_work
+from zreconnect.witness import Witness
 
 Result = TypeVar("Result")
+
+#: The entry points by which a mapper's integration makes connections for its classes. The name is
+#: that of the mapper's base class; what it leads to is called with the manager.
+CLASS_CONNECTIONS = "zreconnect.class_connections"
 
 _lock = threading.Lock()
 _installed: ZopelessTransactionManager | None = None
@@ -38,7 +43,7 @@ class ZopelessTransactionManager:
         timeout: float | None = None,
         isolation: int | str | None = None,
         driver: str | None = None,
-        witness: Any = "xid",
+        witness: Witness | str | None = "xid",
         on_connect: Callable[[Any], object] | None = None,
         response_timeout: float | None = None,
     ) -> None:
@@ -60,7 +65,8 @@ class ZopelessTransactionManager:
             response_timeout,
         )
         self._transaction_manager = transaction.manager
-        self._descriptor = ConnectionDescriptor(
+        #: Where each thread has its connection from.
+        self.descriptor = ConnectionDescriptor(
             dsn,
             driver=driver,
             policy=RetryPolicy(timeout=timeout),
@@ -71,7 +77,7 @@ class ZopelessTransactionManager:
             implicit_begin=implicitBegin is not False,
         )
         if isolation is not None:
-            self._descriptor.set_isolation_level(isolation)
+            self.descriptor.set_isolation_level(isolation)
 
     def begin(self) -> None:
         connection = self.connection()
@@ -99,21 +105,27 @@ class ZopelessTransactionManager:
             function,
             begin=self.begin,
             commit=self.commit,
-            abort=self.abort,
-            may_run_again=self.connection()._may_run_again,
+            abort_after=self._abort_after,
+            may_run_again=self.connection().guard.may_run_again,
             attempts=attempts,
         )
 
+    def _abort_after(self, error: BaseException) -> None:
+        may_be_committed = self.connection().work.may_have_committed()
+        self.abort()
+        if may_be_committed and self.connection().guard.may_run_again(error):
+            raise CommitOutcomeUnknown(self.connection().server) from error
+
     def connection(self) -> ReconnectingConnection:
         self._check_installed()
-        return self._descriptor.connection()
+        return self.descriptor.connection()
 
     def cursor(self) -> ReconnectingCursor:
         return self.connection().cursor()
 
     def set_isolation_level(self, level: int | str | None) -> None:
         self._check_installed()
-        self._descriptor.set_isolation_level(level)
+        self.descriptor.set_isolation_level(level)
 
     def uninstall(self) -> None:
         global _installed
@@ -121,7 +133,7 @@ class ZopelessTransactionManager:
         with _lock:
             _installed = None
         self._transaction_manager.abort()
-        self._descriptor.close()
+        self.descriptor.close()
         if self.sqlClass is not None:
             del self.sqlClass._connection  # type: ignore[attr-defined]
             for name, value in self._replaced.items():
@@ -137,13 +149,11 @@ class ZopelessTransactionManager:
         self._begin_implicitly()
 
     def _class_connection(self, sql_class: type) -> Any:
-        # Who has a class of SQLObject's has imported SQLObject; others need not have it.
-        sqlobject = sys.modules.get("sqlobject")
-        if sqlobject is None or not issubclass(sql_class, sqlobject.SQLObject):
-            return self._descriptor
-        from zreconnect.integrations.sqlobject import ZopelessConnection
-
-        return ZopelessConnection(self)
+        bases = {f"{base.__module__}.{base.__qualname__}" for base in sql_class.__mro__}
+        for entry_point in entry_points(group=CLASS_CONNECTIONS):
+            if entry_point.name in bases:
+                return entry_point.load()(self)
+        return self.descriptor
 
     def _check_installed(self) -> None:
         if _installed is not self:
@@ -165,7 +175,7 @@ def initZopeless(
     timeout: float | None = None,
     isolation: int | str | None = None,
     driver: str | None = None,
-    witness: Any = "xid",
+    witness: Witness | str | None = "xid",
     on_connect: Callable[[Any], object] | None = None,
     response_timeout: float | None = None,
 ) -> ZopelessTransactionManager:

@@ -10,7 +10,7 @@ import psycopg2
 
 from zreconnect.cli.errors import CommandError
 from zreconnect.exceptions import one_line
-from zreconnect.twophase import PreparedTransaction, recover
+from zreconnect.recovery import PreparedTransaction, recover
 
 DEFAULT_AGE = 60.0
 

@@ -11,7 +11,9 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from zreconnect.interfaces import IDriver
+from zreconnect.interfaces import IDriver, Meaning
+
+__all__ = ["BaseDriver", "Begun", "Condition", "Meaning", "ServerSession", "SessionSettings"]
 
 DRIVERS = {
     "mysqlclient": "zreconnect.drivers.mysqlclient",
@@ -24,15 +26,6 @@ DRIVERS = {
 EXTRAS = {"psycopg": "psycopg", "MySQLdb": "mysql", "pymysql": "pymysql"}
 #: The entry points by which other distributions make their drivers known.
 ENTRY_POINTS = "zreconnect.drivers"
-
-
-class Meaning(enum.Enum):
-    """What an error says about the connection and the unit of work."""
-
-    DISCONNECT = "the server session has ended, or there was none"
-    TRANSIENT = "the session lives, and the same work may succeed when it is run again"
-    PERMANENT = "connecting is refused, and will be again"
-    USER = "the statement is wrong, or the data"
 
 
 class Condition(enum.Enum):
@@ -111,6 +104,10 @@ class BaseDriver:
 
     def in_failed_transaction(self, raw: Any) -> bool:
         # A failed statement has done nothing, and the transaction goes on.
+        return False
+
+    def is_at_rest(self, raw: Any) -> bool:
+        # Of a module that does not tell, nothing is certain after an interrupt.
         return False
 
     def has_committed(self, raw: Any) -> bool:

@@ -18,7 +18,7 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -26,11 +26,11 @@ from zreconnect import dsn as dsn_module
 from zreconnect.drivers.base import (
     BaseDriver,
     Condition,
-    Meaning,
     ServerSession,
     SessionSettings,
     redirect_to_null,
 )
+from zreconnect.interfaces import Meaning
 
 FORM = "mysql://user:password@host:port/dbname?option=value"
 
@@ -286,6 +286,10 @@ class MysqlDriver(BaseDriver):
         self._execute_all(raw, ["ROLLBACK", "SET autocommit = 1"])
         raw.zreconnect_committed = False
 
+    def is_at_rest(self, raw: Any) -> bool:
+        # It is there from the first request on, which can be before `prepare`.
+        return bool(raw.open) and not getattr(raw, "zreconnect_busy", False)
+
     def in_transaction(self, raw: Any) -> bool:
         return bool(raw.open) and not raw.get_autocommit()
 
@@ -299,12 +303,29 @@ class MysqlDriver(BaseDriver):
         """
         if self._is_mariadb(raw):
             statements = [f"BEGIN NOT ATOMIC {'; '.join(statements)}; END"]
-        with contextlib.closing(self.plain_cursor(raw)) as cursor:
+        with self._asking(raw), contextlib.closing(self.plain_cursor(raw)) as cursor:
             for statement in statements:
                 cursor.execute(statement)
             if cursor.description:
                 return cursor.fetchone()
             return cursor.rowcount > 0 or None
+
+    @contextlib.contextmanager
+    def _asking(self, raw: Any) -> Iterator[None]:
+        """Note that the session is not at rest until there is an answer, read to its end.
+
+        The modules do not tell: after an interrupt they take the rest of the answer for that to the
+        next statement.
+        """
+        if not self.is_at_rest(raw):
+            self.close(raw)
+        raw.zreconnect_busy = True
+        try:
+            yield
+        except self.module.Error:
+            raw.zreconnect_busy = False
+            raise
+        raw.zreconnect_busy = False
 
     def _is_mariadb(self, raw: Any) -> bool:
         return "MariaDB" in raw.get_server_info()
@@ -313,7 +334,7 @@ class MysqlDriver(BaseDriver):
 
     def query(self, raw: Any, statement: str, parameters: Any = None) -> list[Any]:
         # Not raw.cursor(): a cursor class of the user's may log or change what it executes.
-        with contextlib.closing(self.plain_cursor(raw)) as cursor:
+        with self._asking(raw), contextlib.closing(self.plain_cursor(raw)) as cursor:
             cursor.execute(statement, parameters)
             return list(cursor.fetchall()) if cursor.description else []
 
@@ -328,7 +349,7 @@ class MysqlDriver(BaseDriver):
         cursor.zreconnect_driver = self
         return cursor
 
-    def may_have_committed(self, raw_cursor: Any) -> bool:
+    def is_commit(self, raw_cursor: Any) -> bool:
         sent = raw_cursor.zreconnect_sent
         return COMMITTING.match(sent) is not None or CALLING.match(sent) is not None
 
@@ -340,12 +361,14 @@ class MysqlDriver(BaseDriver):
         text = statement.decode(errors="replace") if isinstance(statement, bytes) else statement
         cursor.zreconnect_sent = text
         if not self.in_transaction(raw):
-            return execute(statement)
+            with self._asking(raw):
+                return execute(statement)
         is_committing = COMMITTING.match(text) is not None
         if is_committing or CALLING.match(text):
             raw.zreconnect_committed = True
         try:
-            result = execute(statement)
+            with self._asking(raw):
+                result = execute(statement)
         except self.module.Error as error:
             if errno(error) in ENDS_TRANSACTION or self._timeout_ended_transaction(raw, error):
                 # So that the session knows it too, and the connection refuses what follows.

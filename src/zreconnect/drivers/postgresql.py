@@ -11,11 +11,11 @@ from typing import Any
 from zreconnect import dsn as dsn_module
 from zreconnect.drivers.base import (
     Condition,
-    Meaning,
     ServerSession,
     SessionSettings,
     redirect_to_null,
 )
+from zreconnect.interfaces import Meaning
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 CONNECTION_EXCEPTION_CLASS = "08"

@@ -26,7 +26,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import tuple_row
 from zope.interface import implementer
 
-from zreconnect.drivers.base import Begun, Meaning, SessionSettings
+from zreconnect.drivers.base import Begun, SessionSettings
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
     DISCONNECT_MESSAGES,
@@ -36,7 +36,7 @@ from zreconnect.drivers.postgresql import (
     connect_keywords,
 )
 from zreconnect.exceptions import DisconnectionError, ExceptionInfo
-from zreconnect.interfaces import IPipeliningDriver
+from zreconnect.interfaces import IPipeliningDriver, Meaning
 
 ISOLATION_LEVELS: dict[int, str] = {level: level.name.replace("_", " ") for level in IsolationLevel}
 #: What can be set on a connection, besides what `SessionSettings` has.
@@ -161,6 +161,29 @@ class PsycopgDriver(PostgresqlDriver):
     def own_transaction(self, raw: Any) -> None:
         """psycopg knows of it."""
 
+    def is_at_rest(self, raw: Any) -> bool:
+        # In a pipeline nothing is certain: answers may have been taken and lost.
+        return not _is_in_pipeline(raw) and raw.info.transaction_status in (
+            pq.TransactionStatus.IDLE,
+            pq.TransactionStatus.INTRANS,
+            pq.TransactionStatus.INERROR,
+        )
+
+    def meaning(self, error: BaseException, raw: Any) -> Meaning:
+        found = super().meaning(error, raw)
+        if (
+            found is Meaning.USER
+            and isinstance(error, psycopg.OperationalError)
+            and self.sqlstate(error) is None
+            and not raw.lock.locked()
+            and not _is_in_pipeline(raw)
+            and raw.info.transaction_status == pq.TransactionStatus.ACTIVE
+        ):
+            # "another command is already in progress": an interrupt has left it behind, and it is
+            # never read to its end.
+            return Meaning.DISCONNECT
+        return found
+
     def in_transaction(self, raw: Any) -> bool:
         return raw.info.transaction_status in (
             pq.TransactionStatus.ACTIVE,
@@ -217,7 +240,9 @@ class PsycopgDriver(PostgresqlDriver):
         except Exception as problem:
             error = problem
         try:
-            if error is not None and self.meaning(error, raw) is Meaning.DISCONNECT:
+            if error is not None and not (
+                self.is_at_rest(raw) and self.meaning(error, raw) is not Meaning.DISCONNECT
+            ):
                 raise error
             if companion.answer is not None:
                 return Begun(companion.answer.row, error)
@@ -245,7 +270,7 @@ class PsycopgDriver(PostgresqlDriver):
             cursor.format = pq.Format.BINARY
         return cursor
 
-    def may_have_committed(self, raw_cursor: Any) -> bool:
+    def is_commit(self, raw_cursor: Any) -> bool:
         query = raw_cursor._query
         if query is not None:
             return COMMIT_STATEMENT.search(query.query) is not None
@@ -369,7 +394,7 @@ class _SharedTrip(psycopg.Pipeline):
         while self.command_queue:
             self.command_queue.popleft()()
         yield from generators.send(self.pgconn)
-        error: psycopg.Error | None = None
+        error: Exception | None = None
         while self.result_queue:
             try:
                 results = yield from generators.fetch_many(self.pgconn)
@@ -378,7 +403,8 @@ class _SharedTrip(psycopg.Pipeline):
                 raise error or problem from None
             try:
                 self._process_results(self.result_queue.popleft(), results)
-            except psycopg.Error as problem:
+            except Exception as problem:
+                # Also that of a row factory: what is answered after it has to be read all the same.
                 error = error or problem
         if error is not None:
             try:

@@ -33,6 +33,11 @@ ISOLATION_LEVELS = {
     extensions.ISOLATION_LEVEL_REPEATABLE_READ: "REPEATABLE READ",
     extensions.ISOLATION_LEVEL_SERIALIZABLE: "SERIALIZABLE",
 }
+AT_REST = (
+    extensions.TRANSACTION_STATUS_IDLE,
+    extensions.TRANSACTION_STATUS_INTRANS,
+    extensions.TRANSACTION_STATUS_INERROR,
+)
 
 
 class Psycopg2DisconnectionError(DisconnectionError, psycopg2.OperationalError):
@@ -91,15 +96,22 @@ class Psycopg2Driver(PostgresqlDriver):
         if raw.autocommit:
             self.query(raw, f"{rider};COMMIT" if rider else "COMMIT")
         else:
-            if rider:
-                self.query(raw, rider)
-            raw.tpc_commit()
-            raw.autocommit = True
+            self._commit_own(raw, rider)
         if failed:
             raise psycopg2.errors.InFailedSqlTransaction(
                 "Nothing was committed: a statement of the transaction had failed, so the server "
                 "rolled it back. Do not go on to commit after an error."
             )
+
+    def _commit_own(self, raw: Any, rider: str) -> None:
+        """Commit a transaction that psycopg2 knows of."""
+        if rider:
+            self.query(raw, rider)
+        try:
+            raw.tpc_commit()
+        finally:
+            if raw.get_transaction_status() == extensions.TRANSACTION_STATUS_IDLE:
+                raw.autocommit = True
 
     def prepare_transaction(self, raw: Any, gid: str) -> None:
         super().prepare_transaction(raw, gid)
@@ -132,6 +144,9 @@ class Psycopg2Driver(PostgresqlDriver):
             raw.poll()  # Makes psycopg2 list the warning now, without a round trip.
             del raw.notices[notices:]
 
+    def is_at_rest(self, raw: Any) -> bool:
+        return bool(raw.get_transaction_status() in AT_REST)
+
     def in_transaction(self, raw: Any) -> bool:
         status = raw.get_transaction_status()
         return bool(
@@ -141,7 +156,7 @@ class Psycopg2Driver(PostgresqlDriver):
     def in_failed_transaction(self, raw: Any) -> bool:
         return bool(raw.get_transaction_status() == extensions.TRANSACTION_STATUS_INERROR)
 
-    def may_have_committed(self, raw_cursor: Any) -> bool:
+    def is_commit(self, raw_cursor: Any) -> bool:
         return COMMIT_STATEMENT.search(raw_cursor.query or b"") is not None
 
     def sqlstate(self, error: BaseException) -> str | None:

@@ -30,9 +30,9 @@ from urllib.parse import quote, unquote
 
 from zope.interface import implementer
 
-from zreconnect.drivers.base import BaseDriver, Condition, Meaning, ServerSession, SessionSettings
+from zreconnect.drivers.base import BaseDriver, Condition, ServerSession, SessionSettings
 from zreconnect.exceptions import DisconnectionError
-from zreconnect.interfaces import IDriver
+from zreconnect.interfaces import IDriver, Meaning
 
 #: The seconds that a statement waits for a lock, if connecting was not given less.
 BUSY_TIMEOUT = 5.0
@@ -231,6 +231,10 @@ class SqliteDriver(BaseDriver):
         if raw.in_transaction:
             self.query(raw, "ROLLBACK")
 
+    def is_at_rest(self, raw: Any) -> bool:
+        # No statement of SQLite's is ever half done.
+        return True
+
     def in_transaction(self, raw: Any) -> bool:
         return bool(raw.in_transaction)
 
@@ -268,7 +272,7 @@ class SqliteDriver(BaseDriver):
 
     # What is asked about sessions that were lost
 
-    def may_have_committed(self, raw_cursor: Any) -> bool:
+    def is_commit(self, raw_cursor: Any) -> bool:
         return False
 
     def identify(self, raw: Any) -> ServerSession:

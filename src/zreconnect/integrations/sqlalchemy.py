@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from zreconnect.connection import ReconnectingConnection
-from zreconnect.drivers.base import Meaning, load_driver
+from zreconnect.drivers.base import load_driver
 from zreconnect.drivers.postgresql import CONNECTION_OK, connect_keywords
 from zreconnect.exceptions import (
     CommitOutcomeUnknown,
@@ -26,10 +26,11 @@ from zreconnect.exceptions import (
     ReconnectTimeout,
     one_line,
 )
-from zreconnect.interfaces import DOOMED
+from zreconnect.interfaces import IDLE, Meaning
 from zreconnect.policy import PERSIST, RetryPolicy
 from zreconnect.server import Server
 from zreconnect.turn import Turn
+from zreconnect.witness import Witness
 
 try:
     from sqlalchemy import event
@@ -57,7 +58,7 @@ _registered: weakref.WeakSet[Any] = weakref.WeakSet()
 def register(
     engine: Engine,
     policy: RetryPolicy = PERSIST,
-    witness: Any = "xid",
+    witness: Witness | str | None = "xid",
     response_timeout: float | None = None,
 ) -> None:
     """Make the connections of ``engine`` reconnect. To be called before it connects.
@@ -146,18 +147,17 @@ class PooledConnection(ReconnectingConnection):
 
     __slots__ = ()
 
-    def __init__(self, *args: Any, **keywords: Any) -> None:
-        super().__init__(*args, **keywords)
-        self._turn = AnyThreadsTurn()
+    turn_class = AnyThreadsTurn
 
     def commit(self) -> None:
         try:
             super().commit()
-        finally:
+        except BaseException as error:
             # SQLAlchemy sends no ROLLBACK after a COMMIT that has failed. It does not use the
             # connection any more, either, until it is told to roll back.
-            if self.state == DOOMED:
-                self.rollback()
+            if self.state != IDLE:
+                self.rollback_after(error)
+            raise
 
 
 class _Registration:

@@ -1,6 +1,6 @@
 """SQLObject in a batch job: the ``_connection`` of a class of SQLObject's under `initZopeless`.
 
-``initZopeless(dsn, sqlClass=SQLBase)`` imports this module if ``SQLBase`` is such a class.
+``initZopeless(dsn, sqlClass=SQLBase)`` finds it by an entry point if ``SQLBase`` is such a class.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ZopelessConnection(PostgresConnection):
     """
 
     def __init__(self, manager: ZopelessTransactionManager) -> None:
-        driver = manager._descriptor.connection()._driver.name
+        driver = manager.descriptor.connection().work.link.driver.name
         if driver not in DRIVERS:
             raise ValueError(
                 f"sqlClass is SQLObject's, for which driver must be one of {', '.join(DRIVERS)}, "
@@ -95,7 +95,7 @@ class ZopelessConnection(PostgresConnection):
             assert original is not None
             if isinstance(original, DisconnectionError):
                 raise original from original.__cause__
-            if conn._may_run_again(original):
+            if conn.guard.may_run_again(original):
                 raise TransientOperationalError(*error.args) from original
             raise
 

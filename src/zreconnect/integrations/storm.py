@@ -31,10 +31,12 @@ from zreconnect.connection import ReconnectingConnection
 from zreconnect.drivers.psycopg2 import Psycopg2DisconnectionError
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.interfaces import PREPARED
+from zreconnect.link import Link
 from zreconnect.policy import PERSIST, RetryPolicy
 from zreconnect.server import server_from_dsn
+from zreconnect.states import Request
 from zreconnect.twophase import TwoPhaseDataManager
-from zreconnect.witness import Outcome
+from zreconnect.witness import Outcome, Witness
 
 SCHEME = "reconnecting-postgres"
 OTHER_BACKENDS = ("mysql", "sqlite")
@@ -71,9 +73,9 @@ class StoreBranch(TwoPhaseDataManager):
         Raises the driver's ProgrammingError if the branch that was prepared first, and decides, has
         not been committed; otherwise as `TwoPhaseDataManager.tpc_finish`.
         """
-        is_deciding = self._branch is None or self._branch.number == 0
-        if not is_deciding and self._decision.outcome is not Outcome.COMMITTED:
-            raise self._driver.module.ProgrammingError(
+        is_deciding = self.branch is None or self.branch.number == 0
+        if not is_deciding and self.decision.outcome is not Outcome.COMMITTED:
+            raise self.work.link.driver.module.ProgrammingError(
                 "The store that was prepared first is to be committed first: its commit is the "
                 "decision for all"
             )
@@ -93,7 +95,12 @@ class StoreConnection(ReconnectingConnection):
     the ``xid`` that it was begun with.
     """
 
-    __slots__ = ()
+    __slots__ = ("_branch",)
+
+    def _start(self, link: Link) -> None:
+        super()._start(link)
+        # Here, as a transaction has its data managers.
+        self._branch: StoreBranch | None = None
 
     def xid(self, format_id: int | None, gtrid: str, bqual: str | None) -> Xid:
         """PEP 249's transaction id. Without a ``format_id``, ``gtrid`` is the name that the server
@@ -105,17 +112,18 @@ class StoreConnection(ReconnectingConnection):
 
         Raises the driver's ProgrammingError inside a transaction and in autocommit mode.
         """
-        with self._in_turn():
-            self._check_outside_transaction("tpc_begin()")
-            if self._data_manager is not None:
-                raise self._driver.module.ProgrammingError("tpc_begin() was called already")
-            if self._settings.autocommit:
-                raise self._driver.module.ProgrammingError("tpc_begin() in autocommit mode")
-            self._data_manager = StoreBranch(self, xid[1])
+        with self.guard.in_turn():
+            self.work.ask(Request.SETTINGS, "tpc_begin()")
+            if self.work.member is not None:
+                raise self.ProgrammingError("tpc_begin() was called already")
+            if self.autocommit:
+                raise self.ProgrammingError("tpc_begin() in autocommit mode")
+            self._branch = StoreBranch(self, xid[1])
+            self.work.become_part(self._branch)
 
     def tpc_prepare(self) -> None:
         """Prepare the transaction; see `TwoPhaseDataManager.tpc_vote`."""
-        with self._in_turn():
+        with self.guard.in_turn():
             branch = self._need_branch()
             branch.tpc_vote(branch.transaction)
 
@@ -128,10 +136,10 @@ class StoreConnection(ReconnectingConnection):
         if xid is not None:
             self._end_recovered("tpc_commit", xid)
             return
-        with self._in_turn():
+        with self.guard.in_turn():
             branch = self._need_branch()
-            if self._state != PREPARED:
-                self._commit()
+            if self.state != PREPARED:
+                self.guard.commit()
             branch.tpc_finish(branch.transaction)
 
     def tpc_rollback(self, xid: Xid | None = None) -> None:
@@ -142,25 +150,26 @@ class StoreConnection(ReconnectingConnection):
         if xid is not None:
             self._end_recovered("tpc_rollback", xid)
             return
-        with self._in_turn():
+        with self.guard.in_turn():
             branch = self._need_branch()
             branch.abort(branch.transaction)
 
     def _need_branch(self) -> StoreBranch:
-        branch: StoreBranch | None = self._data_manager
+        branch: StoreBranch | None = self.work.member
         if branch is None:
-            raise self._driver.module.ProgrammingError("tpc_begin() was not called")
+            raise self.ProgrammingError("tpc_begin() was not called")
         return branch
 
     def _end_recovered(self, method: str, xid: Xid) -> None:
-        with self._in_turn():
-            self._check_outside_transaction(f"{method}() of another transaction")
-            self._need_session()
+        with self.guard.in_turn():
+            self.work.ask(Request.SETTINGS, f"{method}() of another transaction")
+            self.work.need_session()
+            raw = self.work.link.session.raw
             format_id, gtrid, _ = xid
             # psycopg2 takes a string for what the server knows the transaction by.
-            name = gtrid if format_id is None else self._raw.xid(*xid)
-            with self._guarded():
-                getattr(self._raw, method)(name)
+            name = gtrid if format_id is None else raw.xid(*xid)
+            with self.guard.asking():
+                getattr(raw, method)(name)
 
 
 class ReconnectingPostgresConnection(PostgresConnection):
@@ -190,7 +199,7 @@ class ReconnectingPostgres(Postgres):
         self,
         uri: URI,
         policy: RetryPolicy = PERSIST,
-        witness: Any = "xid",
+        witness: Witness | str | None = "xid",
         on_connect: Callable[[Any], object] | None = None,
         response_timeout: float | None = None,
     ) -> None:
@@ -214,7 +223,7 @@ class ReconnectingPostgres(Postgres):
         """The error of Storm's for one of psycopg2's; Storm has subclasses replace this."""
         if isinstance(exception, DisconnectionError):
             return StormDisconnectionError(str(exception), exception.getOriginalException())
-        if self._model._driver.is_transient(exception):
+        if self._model.guard.may_run_again(exception):
             wrapper_type = StormTransientError
         wrapped: BaseException = super()._wrap_exception(wrapper_type, exception)
         return wrapped
@@ -223,7 +232,7 @@ class ReconnectingPostgres(Postgres):
 def register(
     scheme: str = SCHEME,
     policy: RetryPolicy = PERSIST,
-    witness: Any = "xid",
+    witness: Witness | str | None = "xid",
     on_connect: Callable[[Any], object] | None = None,
     response_timeout: float | None = None,
 ) -> None:

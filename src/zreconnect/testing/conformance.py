@@ -459,7 +459,7 @@ class DriverConformance(TestCase):
             driver.in_failed_transaction(raw)
             driver.begins_read_only(raw, SessionSettings())
             driver.misses_target(raw, parameters)
-            driver.may_have_committed(cursor)
+            driver.is_commit(cursor)
             driver.looks_like_reading(cursor)
             driver.cursor(raw, None, {})
             driver.fileno(raw)
@@ -609,7 +609,7 @@ class DriverConformance(TestCase):
             self.driver.set_cursor_factory(session, None)
             self.assertNotIsInstance(self.driver.cursor(session, None, {}), self.cursor_class)
 
-    def test_a_statement_that_may_have_committed(self) -> None:
+    def test_a_statement_that_is_commit(self) -> None:
         self._need_sessions()
         raw = self._open()
         cursor = self.driver.cursor(raw, None, {})
@@ -622,7 +622,7 @@ class DriverConformance(TestCase):
             with self.subTest(statement):
                 self._begin(raw)
                 cursor.execute(statement)
-                self.assertIs(bool(self.driver.may_have_committed(cursor)), expected)
+                self.assertIs(bool(self.driver.is_commit(cursor)), expected)
                 cursor.close()
                 cursor = self.driver.cursor(raw, None, {})
                 self.driver.rollback(raw)

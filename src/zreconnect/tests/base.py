@@ -62,7 +62,7 @@ def policy_of(connection, **keywords):
 
     Where it is to succeed, a short timeout may pass on a busy machine.
     """
-    with mock.patch.object(connection, "_policy", RetryPolicy(**keywords)):
+    with mock.patch.object(connection.work.patience, "policy", RetryPolicy(**keywords)):
         yield
 
 

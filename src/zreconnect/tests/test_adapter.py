@@ -296,7 +296,7 @@ class TimeoutTests(AdapterTestCase):
 
     def waits(self, adapter):
         """What is left of the thread's time, in the next transaction."""
-        return adapter()._patience().timeout
+        return adapter().work.policy().timeout
 
     def lose_transaction(self, adapter, seconds):
         """Wait for the server for so long, then lose it."""
@@ -327,8 +327,9 @@ class TimeoutTests(AdapterTestCase):
 
     def leave(self, adapter, seconds):
         """Let so much be left of the thread's time."""
-        adapter()._waited = adapter()._policy.timeout - seconds
-        adapter()._waited_until = time.monotonic()
+        patience = adapter().work.patience
+        patience.waited = patience.policy.timeout - seconds
+        patience.waited_until = time.monotonic()
 
     def give_up(self, adapter):
         """How many attempts it took."""
@@ -345,9 +346,9 @@ class TimeoutTests(AdapterTestCase):
         self.assertEqual(self.give_up(adapter), 1)
         self.assertEqual(self.give_up(adapter), 1)
         # That is forgotten when nobody has asked for as long as the timeout.
-        adapter()._waited_until -= 60
+        adapter().work.patience.waited_until -= 60
         self.assertEqual(self.waits(adapter), 60)
-        self.assertIsNone(adapter()._patience().attempts)
+        self.assertIsNone(adapter().work.policy().attempts)
         self.leave(adapter, 2)
         self.assertGreater(self.give_up(adapter), 1)
 
@@ -356,11 +357,11 @@ class TimeoutTests(AdapterTestCase):
         self.leave(adapter, 0)
         self.forward.refuse()
         self.give_up(adapter)
-        self.assertEqual(adapter()._patience().attempts, 1)
+        self.assertEqual(adapter().work.policy().attempts, 1)
         self.forward.accept()
         self.in_thread(lambda: (self.read(adapter), transaction.commit()))
         self.assertEqual(self.waits(adapter), 60)
-        self.assertIsNone(adapter()._patience().attempts)
+        self.assertIsNone(adapter().work.policy().attempts)
 
     def test_after_giving_up_connecting_may_take_its_time(self):
         adapter = self.adapter(timeout=20)
@@ -504,7 +505,7 @@ class ManagementTests(AdapterTestCase):
     def test_the_witness_asks_at_commit(self):
         self.assertEqual(self.adapter()._witness, XidWitness(at_commit=True))
         self.assertEqual(self.adapter(witness=XidWitness())._witness, XidWitness())
-        self.assertEqual(self.adapter()()._response_timeout, 30)
+        self.assertEqual(self.adapter()().work.link.options.response_timeout, 30)
 
     def test_bad_arguments(self):
         for name, value in [

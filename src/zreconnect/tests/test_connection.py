@@ -28,6 +28,7 @@ from zreconnect import (
     RetryPolicy,
 )
 from zreconnect.events import ConnectionLost
+from zreconnect.states import Event
 from zreconnect.tests.base import DatabaseTestCase, wait_until
 
 
@@ -294,7 +295,7 @@ class DoomedTests(DatabaseTestCase):
 class InterruptedTests(DatabaseTestCase):
     """An interrupt may come while a lost session is let go of."""
 
-    def assert_rolls_back(self, connection, lose_it):
+    def assert_rolls_back(self, connection, lose_it, refusal=DisconnectionError):
         def interrupt(event):
             if isinstance(event, ConnectionLost):
                 raise KeyboardInterrupt
@@ -307,7 +308,7 @@ class InterruptedTests(DatabaseTestCase):
         finally:
             zope.event.subscribers.remove(interrupt)
         self.assertEqual(connection.state, "doomed")
-        with self.assertRaisesRegex(DisconnectionError, "Already disconnected"):
+        with self.assertRaises(refusal):
             connection.cursor().execute("SELECT 1")
         connection.rollback()
         self.assertEqual(connection.run(lambda: connection.state), "active")
@@ -321,7 +322,8 @@ class InterruptedTests(DatabaseTestCase):
     def test_at_commit(self):
         connection = self.connect()
         connection.cursor().execute("SELECT 1")
-        self.assert_rolls_back(connection, connection.commit)
+        # Nobody has looked yet what became of the COMMIT.
+        self.assert_rolls_back(connection, connection.commit, CommitOutcomeUnknown)
 
 
 class ReadingTests(DatabaseTestCase):
@@ -778,9 +780,8 @@ class ThreadTests(DatabaseTestCase):
         cursor.execute("SELECT 1")
         raw = connection.driver_connection
         raw.close()
-        connection._state = "closed"
-        with self.assertRaises(self.module.InterfaceError) as closed:
-            connection._check_lost(self.module.InterfaceError("closed"))
+        connection.work.note(Event.CLOSED)
+        with self.assertRaises(self.module.InterfaceError) as closed, connection.guard.asking():
             raise self.module.InterfaceError("closed")
         self.assertNotIsInstance(closed.exception, DisconnectionError)
 

@@ -50,14 +50,14 @@ class DriverTests(unittest.TestCase):
         self.install("acme = zreconnect_acme:driver\n")
         self.assertEqual(load_driver("acme").name, "acme")
         connection = zreconnect.connect("ACME:////tmp/acme.db")
-        self.assertIs(connection._driver, load_driver("acme"))
+        self.assertIs(connection.work.link.driver, load_driver("acme"))
         connection = zreconnect.ReconnectingConnection(lambda: None, driver="acme")
-        self.assertIs(connection._driver, load_driver("acme"))
+        self.assertIs(connection.work.link.driver, load_driver("acme"))
 
     def test_a_registered_driver_does_not_replace_one_of_ours(self):
         self.install("sqlite = zreconnect_acme:driver\n")
         self.assertEqual(load_driver("sqlite").name, "sqlite")
-        self.assertEqual(zreconnect.connect("sqlite://")._driver.name, "sqlite")
+        self.assertEqual(zreconnect.connect("sqlite://").work.link.driver.name, "sqlite")
 
     def test_what_is_registered_must_be_a_driver(self):
         self.install("acme = zreconnect_acme:no_driver\n")

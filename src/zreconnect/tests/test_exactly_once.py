@@ -211,8 +211,8 @@ class Lane:
             lambda: self.work(number),
             begin=(lambda: None) if self.begins_with_statement else connection.begin,
             commit=connection.commit,
-            abort=connection.rollback,
-            may_run_again=connection._may_run_again,
+            abort_after=connection.rollback_after,
+            may_run_again=connection.guard.may_run_again,
             attempts=5,
         )
 
@@ -283,9 +283,9 @@ class Lane:
         self.connection.rollback()
         self.runs = 0
         self.at_commit = at_commit
-        if isinstance(self.connection._observer, XidAtCommitObserver):
+        if isinstance(self.connection.work.link.observer, XidAtCommitObserver):
             # As before the first transaction.
-            self.connection._observer._reads_write = False
+            self.connection.work.link.observer._reads_write = False
         self.connection.raised.clear()
         self.connection.longest = 0.0
         self.events.clear()

@@ -446,7 +446,7 @@ class Tests(MysqlTestCase):
         }.items():
             with self.subTest(statement):
                 cursor.zreconnect_sent = statement
-                self.assertIs(self.driver.may_have_committed(cursor), expected)
+                self.assertIs(self.driver.is_commit(cursor), expected)
 
     def test_a_procedure_that_ends_the_transaction(self):
         self.query("CREATE PROCEDURE test.work() BEGIN COMMIT; INSERT INTO item VALUES (1, 1); END")
@@ -482,7 +482,7 @@ class Tests(MysqlTestCase):
             cursor = connection.cursor()
             cursor.execute("SELECT @@tx_isolation, @@tx_read_only")
             self.assertEqual(cursor.fetchone(), ("SERIALIZABLE", 1))
-            connection._drop_session()
+            connection.work.link.end()
 
     def test_a_cursor_class_as_the_modules_take_it(self):
         connection = self.connect()

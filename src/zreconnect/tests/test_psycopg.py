@@ -854,7 +854,7 @@ class NotifyTests(Psycopg, DatabaseTestCase):
         self.connection.add_notify_handler(seen.append)
         pid = self.connection.info.backend_pid
         self.notify()
-        wait_until(lambda: not self.connection._watch.is_quiet())
+        wait_until(lambda: not self.connection.work.link.session.watch.is_quiet())
         self.connection.execute("SELECT 1")
         self.assertEqual((len(seen), self.connection.info.backend_pid), (1, pid))
 
@@ -1103,7 +1103,9 @@ class BeginWithStatementTests(Psycopg, DatabaseTestCase):
                 lambda: [self.server.terminate_backend(pid) for pid in self.sessions()],
             ):
                 end()
-                wait_until(lambda connection=connection: not connection._watch.is_quiet())
+                wait_until(
+                    lambda connection=connection: not connection.work.link.session.watch.is_quiet()
+                )
                 self.insert(connection)
                 connection.commit()
                 self.assertEqual((self.executions(), self.names()), (1, ["one1"]))
@@ -1211,7 +1213,7 @@ class BeginWithStatementTests(Psycopg, DatabaseTestCase):
         raw = connection.driver_connection.pgconn
         raw.send_query(b"SELECT 1")
         # BEGIN goes first then, and is refused.
-        wait_until(lambda: not connection._watch.is_quiet())
+        wait_until(lambda: not connection.work.link.session.watch.is_quiet())
         self.assertEqual(self.busy(connection), (0, "idle"))
         while raw.get_result():
             pass
@@ -1329,7 +1331,7 @@ class BeginWithStatementTests(Psycopg, DatabaseTestCase):
 
     def test_not_without_an_implicit_begin(self):
         connection = self.ready()
-        connection._implicit_begin = False
+        connection.work.implicit_begin = False
         with self.assertRaisesRegex(psycopg.ProgrammingError, "call begin"):
             connection.execute("SELECT 1")
 

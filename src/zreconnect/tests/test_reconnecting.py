@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 import unittest
-from unittest import mock
 
 import psycopg2
 import zope.event
@@ -19,7 +18,7 @@ from zreconnect import (
 from zreconnect.drivers.base import Meaning
 from zreconnect.drivers.psycopg2 import driver
 from zreconnect.events import ConnectionAttemptFailed, ConnectionLost, GaveUp, Reconnected
-from zreconnect.server import server_from_dsn
+from zreconnect.server import AttemptFailed, server_from_dsn
 from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until, without_sleep
 
 
@@ -321,20 +320,19 @@ class DoorTests(DatabaseTestCase):
         def connect():
             try:
                 server.connect(30)
-            except psycopg2.OperationalError as error:
-                errors.append(error)
+            except AttemptFailed as failure:
+                errors.append(failure.error)
 
         threads = [threading.Thread(target=connect) for _ in range(2)]
         before = self.forward.count()
-        with mock.patch.object(server, "_wait", wraps=server._wait) as wait:
-            for thread in threads:
-                thread.start()
-            wait_until(lambda: wait.call_count == 2)
-            wait_until(lambda: (self.forward.count() - before).connections == 1)
-            self.forward.drop()
-            for thread in threads:
-                thread.join()
-        self.assertEqual(len(errors), 2)
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: server._latest._answers_to_others)
+        wait_until(lambda: (self.forward.count() - before).connections == 1)
+        self.forward.drop()
+        for thread in threads:
+            thread.join()
+        self.assertEqual([type(error) for error in errors], [psycopg2.OperationalError] * 2)
         self.assertLessEqual((self.forward.count() - before).connections, 2)
 
 

@@ -157,7 +157,7 @@ class AutocommitTests(DatabaseTestCase):
             with self.subTest(lose.__name__), self.events() as events:
                 lose()
                 # The end has to come through the forwarder.
-                wait_until(lambda: not self.connection._watch.is_quiet())
+                wait_until(lambda: not self.connection.work.link.session.watch.is_quiet())
                 self.cursor.execute("SELECT 2")
                 self.assertEqual(self.cursor.fetchone(), (2,))
                 self.assertEqual(
@@ -179,7 +179,7 @@ class AutocommitTests(DatabaseTestCase):
         self.cursor.execute("LISTEN news")
         raw = self.connection.driver_connection
         self.query("NOTIFY news")
-        wait_until(lambda: not self.connection._watch.is_quiet())
+        wait_until(lambda: not self.connection.work.link.session.watch.is_quiet())
         self.assertEqual(self.round_trips(lambda: self.cursor.execute("SELECT 1")), 2)
         self.assertIs(self.connection.driver_connection, raw)
         self.assertEqual(self.round_trips(lambda: self.cursor.execute("SELECT 1")), 1)
@@ -187,8 +187,8 @@ class AutocommitTests(DatabaseTestCase):
     def test_an_error_that_is_no_disconnect(self):
         self.cursor.execute("LISTEN news")
         self.query("NOTIFY news")
-        wait_until(lambda: not self.connection._watch.is_quiet())
-        driver = self.connection._driver
+        wait_until(lambda: not self.connection.work.link.session.watch.is_quiet())
+        driver = self.connection.work.link.driver
         error = self.module.ProgrammingError("in use")
         with (
             mock.patch.object(type(driver), "query", side_effect=error),

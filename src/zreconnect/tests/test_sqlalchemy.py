@@ -932,7 +932,9 @@ class Psycopg2Tests(SqlalchemyTestCase):
         def use():
             with engine.connect() as connection:
                 both.wait(PATIENCE)
-                return connection.connection.dbapi_connection._server, connection.scalar(ONE)
+                return connection.connection.dbapi_connection.work.link.server, connection.scalar(
+                    ONE
+                )
 
         with ThreadPoolExecutor(4) as executor:
             for _ in range(2):

@@ -612,7 +612,7 @@ class SessionTests(SqliteTestCase):
     def test_a_disconnect_is_not_looked_for(self):
         cursor = self.raw().cursor()
         cursor.execute("SELECT 1")
-        self.assertFalse(driver.may_have_committed(cursor))
+        self.assertFalse(driver.is_commit(cursor))
 
     def test_beginning_again_is_what_the_settings_say(self):
         raw = self.raw()

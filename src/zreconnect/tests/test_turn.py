@@ -215,7 +215,7 @@ class SharedTests:
 
         def work():
             with connection.transaction():
-                timeouts.append(connection._patience().timeout)
+                timeouts.append(connection.work.policy().timeout)
 
         work()
         finish = self.held_by_thread(connection)
@@ -419,13 +419,13 @@ class Psycopg2Tests(SharedTests, DatabaseTestCase):
 
     def test_two_phase_commit_keeps_the_turn_to_its_end(self):
         connection = self.connect(two_phase=True)
-        self.assertFalse(connection._turn.is_mine())
+        self.assertFalse(connection.work.turn.is_mine())
         connection.begin()
         connection.rollback()
         # The transaction manager's transaction goes on.
-        self.assertTrue(connection._turn.is_mine())
-        connection._data_manager.abort(None)
-        self.assertFalse(connection._turn.is_mine())
+        self.assertTrue(connection.work.turn.is_mine())
+        connection.work.member.abort(None)
+        self.assertFalse(connection.work.turn.is_mine())
 
     def test_a_forked_child_does_not_wait_for_the_parents_threads(self):
         connection = self.connect()

@@ -26,7 +26,9 @@ from zreconnect import (
     DisconnectionError,
     Ledger,
     RetryPolicy,
+    branch,
     recover,
+    recovery,
     twophase,
 )
 from zreconnect.drivers.psycopg2 import driver
@@ -114,12 +116,12 @@ class Side(Database):
 
     def vanish(self):
         # Only where nothing is to succeed: on a busy machine it may take longer.
-        self.connection._policy = IMPATIENT
+        self.connection.work.patience.policy = IMPATIENT
         super().vanish()
 
     def come_back(self):
         self.forward.accept()
-        self.connection._policy = PERSIST
+        self.connection.work.patience.policy = PERSIST
 
     def close(self):
         self.connection.close()
@@ -641,14 +643,14 @@ class LostDecisionTests(TwoPhaseTestCase):
     def test_an_interrupt(self):
         self.connect()
         self.insert()
-        end = twophase._end
+        end = twophase.end_branch
 
         def interrupted(*args):
             end(*args)
             raise KeyboardInterrupt
 
         with (
-            mock.patch.object(twophase, "_end", interrupted),
+            mock.patch.object(twophase, "end_branch", interrupted),
             self.left_behind("not known", "not known"),
             self.assertRaises(KeyboardInterrupt),
         ):
@@ -990,7 +992,7 @@ transaction.commit()
 
     def test_the_deciding_branch_is_in_a_database_that_was_not_given(self):
         self.leave()
-        branches = {twophase.Branch.from_gid(gid).number: dbname for gid, dbname in self.found()}
+        branches = {branch.Branch.from_gid(gid).number: dbname for gid, dbname in self.found()}
         (found,) = recover(self.server.dsn(dbname=branches[1]), older_than=0, settle=True)
         self.assertEqual((found.decision, found.settled), ("undecidable", False))
         self.assertIn(f"in the database {branches[0]}, is still prepared", found.reason)
@@ -1006,7 +1008,7 @@ transaction.commit()
         ((system_identifier,),) = self.server.query(
             "SELECT system_identifier FROM pg_control_system()"
         )
-        gid = twophase.Branch("0" * 32, 1, system_identifier, "00000001", 2**40 + 5, "first").gid
+        gid = branch.Branch("0" * 32, 1, system_identifier, "00000001", 2**40 + 5, "first").gid
         self.prepare(gid)
         self.assertEqual(self.recover(), ["rollback"])
 
@@ -1024,16 +1026,16 @@ transaction.commit()
 
     def test_somebody_else_ends_one_meanwhile(self):
         self.leave()
-        decide = twophase._decide
+        decide = recovery._decide
 
         def slowly(gid, *args):
             decided = decide(gid, *args)
-            if twophase.Branch.from_gid(gid).number == 0:
+            if branch.Branch.from_gid(gid).number == 0:
                 dbname = dict(self.found())[gid]
                 self.server.query(f"COMMIT PREPARED '{gid}'", dbname=dbname)
             return decided
 
-        with mock.patch.object(twophase, "_decide", slowly):
+        with mock.patch.object(recovery, "_decide", slowly):
             (other,) = recover(*self.dsns, older_than=0, settle=True)
         self.assertEqual((other.decision, other.settled), ("commit", True))
         self.check(rows=1)

@@ -1,11 +1,18 @@
 """Servers that go silent."""
 
+import contextlib
 import gc
 import io
 import os
+import signal
+import socket
+import sys
 import threading
 import time
+import unittest
+import warnings
 import weakref
+from collections import deque
 from unittest import mock
 
 import zope.event
@@ -13,7 +20,8 @@ import zope.event
 import zreconnect
 from zreconnect import DisconnectionError, Ledger, ReconnectTimeout, RetryPolicy, watchdog
 from zreconnect.events import CommitLookedUp, ConnectionAttemptFailed, ConnectionLost
-from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until
+from zreconnect.tests.base import PATIENCE, DatabaseTestCase, policy_of, wait_until
+from zreconnect.tests.steps import interrupted, moments
 
 # Seconds. No answer takes that long on the busiest machine.
 RESPONSE_TIMEOUT = 60
@@ -80,6 +88,8 @@ class SilenceTests(DatabaseTestCase):
             self.cursor.execute("SELECT 2")
         self.assertIn("within 60.0 seconds: the connection is cut", logs.output[0])
         self.assertIn(self.connection.server, logs.output[0])
+        # No handler can hold up the watchdog.
+        self.assertEqual(logs.records[0].thread, threading.get_ident())
         self.connection.rollback()
         self.cursor.execute("SELECT 3")
         self.assertEqual(self.cursor.fetchone(), (3,))
@@ -197,14 +207,14 @@ class ThreadTests(DatabaseTestCase):
     def test_a_forgotten_session_is_not_kept(self):
         connection = zreconnect.connect(self.dsn, driver=self.driver)
         connection.begin()
-        watch = weakref.ref(connection._watch)
+        watch = weakref.ref(connection.work.link.session.watch)
         del connection
         wait_until(lambda: watch() is None)
 
     def test_a_closed_watch_cuts_nothing(self):
         connection = self.connect()
         connection.begin()
-        watch = connection._watch
+        watch = connection.work.link.session.watch
         connection.close()
         watch.cut(1.0)
         watch.close()
@@ -243,3 +253,272 @@ class ThreadTests(DatabaseTestCase):
         except self.module.Error:
             return True
         return False
+
+
+class WatchTestCase(unittest.TestCase):
+    def setUp(self):
+        self.addCleanup(mock.patch.stopall)
+        mock.patch.object(watchdog, "INTERVAL", 0.01).start()
+        self.watch, self.peer = self.make()
+
+    def make(self, kind=watchdog.Watch):
+        """A watch of a socket, and the socket at the other end."""
+        ours, peer = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(peer.close)
+        peer.settimeout(PATIENCE)
+        watch = kind(ours.fileno(), "here")
+        self.addCleanup(watch.close)
+        return watch, peer
+
+    def assertCut(self, watch, peer, limit):
+        self.assertEqual(peer.recv(1), b"")
+        self.assertEqual(watch.cut_after, limit)
+
+    def assertWatched(self):
+        """A session that is made now has its time limits."""
+        watch, peer = self.make()
+        with watch.awaiting(0):
+            self.assertCut(watch, peer, 0)
+
+    def threads(self):
+        return [each for each in threading.enumerate() if each.name == "zreconnect watchdog"]
+
+
+class WaitTests(WatchTestCase):
+    def test_the_nearest_of_nested_deadlines_holds(self):
+        for limits, nearest in [
+            ((PATIENCE, 0.01), 0.01),
+            ((0.01, PATIENCE), 0.01),
+            ((0.01, None), 0.01),
+            ((None, 0.01), 0.01),
+            ((0.02, 0.01, PATIENCE), 0.01),
+        ]:
+            watch, peer = self.make()
+            with contextlib.ExitStack() as stack:
+                # All are seen at the same time.
+                with mock.patch.object(watchdog, "_look_at_all"):
+                    for limit in limits:
+                        stack.enter_context(watch.awaiting(limit))
+                self.assertCut(watch, peer, nearest)
+
+    def test_the_outer_one_goes_on_with_the_time_that_it_has_waited(self):
+        time = watchdogs_time(self)
+        with self.watch.awaiting(60):
+            self.watch.look()
+            time.go_on(40)
+            with self.watch.awaiting(60):
+                self.watch.look()
+                self.assertIsNone(self.watch.cut_after)
+            time.go_on(30)
+            self.assertCut(self.watch, self.peer, 60)
+
+    def test_a_request_has_a_time_of_its_own(self):
+        time = watchdogs_time(self)
+        for _ in range(3):
+            with self.watch.awaiting(60):
+                self.watch.look()
+                time.go_on(40)
+                self.watch.look()
+        self.assertIsNone(self.watch.cut_after)
+
+    def test_it_can_end_before_the_block(self):
+        time = watchdogs_time(self)
+        with self.watch.awaiting(60) as nothing, contextlib.ExitStack() as stack:
+            self.assertIsNone(nothing)
+            wait = self.watch.awaiting(30)
+            stack.enter_context(wait)
+            self.watch.look()
+            wait.end()
+            time.go_on(40)
+            self.watch.look()
+        self.assertIsNone(self.watch.cut_after)
+
+    def test_that_of_another_thread(self):
+        with self.watch.awaiting(PATIENCE):
+            thread = threading.Thread(target=self.wait_for_nothing)
+            thread.start()
+            thread.join()
+            with self.watch.awaiting(0):
+                self.assertCut(self.watch, self.peer, 0)
+
+    def wait_for_nothing(self):
+        with self.watch.awaiting(PATIENCE):
+            pass
+
+    def test_a_wait_that_an_interrupt_has_left_can_be_forgotten(self):
+        time = watchdogs_time(self)
+        for moment in moments():
+            is_interrupted, _ = interrupted(self.wait_for_nothing, watchdog, moment)
+            self.watch.look()
+            self.watch.reset()
+            if not is_interrupted:
+                break
+        time.go_on(2 * PATIENCE)
+        self.watch.look()
+        self.assertIsNone(self.watch.cut_after)
+        self.assertGreater(moment, 10)
+
+    def test_forgetting_inside_a_wait(self):
+        with self.watch.awaiting(PATIENCE):
+            self.watch.reset()
+
+    def test_three_python_calls(self):
+        for limit in (None, PATIENCE):
+            calls = []
+            before = sys.getprofile()
+            sys.setprofile(lambda frame, event, argument, calls=calls: calls.append(event))
+            try:
+                with self.watch.awaiting(limit):
+                    pass
+            finally:
+                sys.setprofile(before)
+            self.assertEqual(calls.count("call"), 3)
+
+    def test_no_watch(self):
+        watch = watchdog.NO_WATCH
+        with watch.awaiting(0):
+            self.assertFalse(watch.is_quiet())
+            watch.look()
+        watch.reset()
+        watch.close()
+        self.assertIsNone(watch.cut_after)
+
+    def test_quiet(self):
+        self.assertTrue(self.watch.is_quiet())
+        self.peer.sendall(b"news")
+        self.assertFalse(self.watch.is_quiet())
+        watch, _ = self.make()
+        watch.cut(0)
+        self.assertFalse(watch.is_quiet())
+
+
+class Broken(watchdog.Watch):
+    looks = 0
+
+    def look(self):
+        Broken.looks += 1
+        raise LookupError("no luck")
+
+
+class WatchdogTests(WatchTestCase):
+    def setUp(self):
+        super().setUp()
+        # As in a forked child: one that other tests have left ends.
+        watchdog._start_anew()
+
+    def test_it_survives_a_watch_that_is_broken(self):
+        broken, _ = self.make(Broken)
+        looks = Broken.looks
+        wait_until(lambda: Broken.looks > looks + 2)
+        self.assertWatched()
+        self.assertIsNone(broken.cut_after)
+
+    def test_a_thread_that_cannot_be_started(self):
+        ours, peer = socket.socketpair()
+        peer.settimeout(PATIENCE)
+        error = RuntimeError("can't start new thread")
+        with (
+            mock.patch.object(threading.Thread, "start", side_effect=error),
+            self.assertRaises(RuntimeError) as raised,
+        ):
+            watchdog.Watch(ours.fileno(), "here")
+        self.assertIs(raised.exception, error)
+        ours.close()
+        # There is no copy of it.
+        with peer:
+            self.assertEqual(peer.recv(1), b"")
+        self.assertWatched()
+
+    def test_an_interrupt_at_any_moment_leaves_a_process_with_a_watchdog(self):
+        for moment in moments():
+            watchdog._start_anew()
+            with warnings.catch_warnings():
+                # Just before a socket is closed, it leaves that to the garbage collector.
+                warnings.simplefilter("ignore", ResourceWarning)
+                is_interrupted, _ = interrupted(self.make, watchdog, moment)
+            self.assertWatched()
+            if not is_interrupted:
+                break
+        self.assertGreater(moment, 10)
+
+    def test_an_interrupt_when_it_has_been_started(self):
+        start = threading.Thread.start
+
+        def start_and_interrupt(thread):
+            start(thread)
+            raise KeyboardInterrupt
+
+        with (
+            mock.patch.object(threading.Thread, "start", start_and_interrupt),
+            self.assertRaises(KeyboardInterrupt),
+        ):
+            self.make()
+        self.assertWatched()
+
+    def test_it_ends_and_comes_back(self):
+        for _ in range(100):
+            watch, peer = self.make()
+            with watch.awaiting(0):
+                self.assertCut(watch, peer, 0)
+            self.doCleanups()
+            del watch
+            mock.patch.object(watchdog, "INTERVAL", 0.0001).start()
+        wait_until(lambda: len(self.threads()) <= 1)
+
+    def test_a_fork_at_any_moment_leaves_the_child_free(self):
+        has_ended = threading.Event()
+
+        def make_and_cut():
+            while not has_ended.is_set():
+                ours, peer = socket.socketpair()
+                with ours, peer, contextlib.closing(watchdog.Watch(ours.fileno(), "")) as watch:
+                    peer.settimeout(PATIENCE)
+                    watches.append(watch)
+                    with watch.awaiting(0):
+                        peer.recv(1)
+
+        watches = deque(maxlen=20)
+        threads = [threading.Thread(target=make_and_cut) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(30):
+                self.assertEqual(self.status_of_child(watches), 0)
+        finally:
+            has_ended.set()
+            for thread in threads:
+                thread.join()
+
+    def status_of_child(self, watches):
+        pid = os.fork()
+        if pid:
+            deadline = time.monotonic() + PATIENCE
+            while time.monotonic() < deadline:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    return os.waitstatus_to_exitcode(status)
+                time.sleep(0.005)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return "hangs"
+        status = 1
+        try:
+            for watch in [*watches, self.watch]:
+                watch.close()
+            self.assertWatched()
+            status = 0
+        finally:
+            os._exit(status)
+
+    def test_a_child_cuts_no_session_of_its_parents(self):
+        with self.watch.awaiting(PATIENCE):
+            pid = os.fork()
+            if pid == 0:
+                status = 1
+                try:
+                    status = len(watchdog._watches)
+                finally:
+                    os._exit(status)
+            self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0)
+        self.assertTrue(self.watch.is_quiet())

@@ -111,7 +111,7 @@ class BothTests(WitnessTestCase):
         for connection in self.connections():
             connection.run(lambda: None)
             self.insert(connection)
-            observer = connection._observer
+            observer = connection.work.link.observer
             asked = []
 
             class Interrupted(type(observer)):
@@ -225,7 +225,7 @@ class XidTests(WitnessTestCase):
     def test_an_id_that_the_server_does_not_know_was_not_committed(self):
         connection = self.connect()
         self.insert(connection)
-        connection._observer._xid += 1000
+        connection.work.link.observer._xid += 1000
         self.forward.drop()
         with self.assertRaises(DisconnectionError):
             connection.commit()
@@ -238,7 +238,7 @@ class XidTests(WitnessTestCase):
             (xid,) = cursor.fetchone()
         connection = self.connect()
         self.insert(connection)
-        connection._observer._xid = int(xid)
+        connection.work.link.observer._xid = int(xid)
         self.forward.drop()
         with self.assertRaises(CommitOutcomeUnknown):
             connection.commit()
@@ -246,8 +246,10 @@ class XidTests(WitnessTestCase):
     def test_another_system_knows_nothing_of_it(self):
         connection = self.connect()
         self.insert(connection)
-        history = connection._observer._history
-        connection._observer._history = type(history)(0, history.timeline, history.stats_reset)
+        history = connection.work.link.observer._history
+        connection.work.link.observer._history = type(history)(
+            0, history.timeline, history.stats_reset
+        )
         self.forward.drop()
         with self.assertRaises(CommitOutcomeUnknown):
             connection.commit()
@@ -319,11 +321,11 @@ class XidAtCommitTests(WitnessTestCase):
                 self.assertIn("committed", outcomes)
                 self.assertEqual((self.connection.state, self.names()), ("idle", ["one"]))
                 self.query("DELETE FROM item")
-                self.connection._observer._reads_write = number == 1
+                self.connection.work.link.observer._reads_write = number == 1
 
     def lose_answer_to_last_request(self):
         """Commit; the line is cut when the server has committed."""
-        observer = self.connection._observer
+        observer = self.connection.work.link.observer
         commit = observer._driver.commit
 
         def commit_without_answer(raw, rider=""):
@@ -362,7 +364,7 @@ class XidAtCommitTests(WitnessTestCase):
     def test_an_update_of_no_row_has_nothing_to_commit(self):
         self.execute("UPDATE item SET name = 'two'")
         self.connection.commit()
-        self.assertFalse(self.connection._observer.may_have_written)
+        self.assertFalse(self.connection.work.link.observer.may_have_written)
 
     def test_a_failed_transaction_is_not_committed(self):
         with self.assertRaises(self.module.errors.DivisionByZero):

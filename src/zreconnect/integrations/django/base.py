@@ -90,8 +90,8 @@ class DatabaseWrapper(base.DatabaseWrapper):
     def _commit(self) -> None:
         try:
             super()._commit()
-        except BaseException:
-            self.connection.rollback()
+        except BaseException as error:
+            self.connection.rollback_after(error)
             raise
 
     def is_usable(self) -> bool:

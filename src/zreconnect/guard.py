@@ -1,0 +1,442 @@
+"""What an error means at the moment at which it is met, and what follows from it.
+
+`Guard.meet` is the only handler. It is told what was raised and what was under way, a `Moment`;
+`zreconnect.states.verdict` says what the error means, and the table `CONSEQUENCES` what follows:
+what is noted, what becomes of the session, and how the error goes on.
+
+The other methods are a connection's requests, each with its moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from transaction.interfaces import TransientError
+
+from zreconnect import commits, events
+from zreconnect.exceptions import (
+    CommitOutcomeUnknown,
+    DisconnectionError,
+    ReconnectTimeout,
+    make_transient,
+    one_line,
+)
+from zreconnect.policy import RetryPolicy
+from zreconnect.session import NO_SESSION
+from zreconnect.states import (
+    CONSEQUENCES,
+    Answer,
+    Event,
+    Keeping,
+    Moment,
+    Request,
+    State,
+    Then,
+    leads_to_idle,
+    verdict,
+)
+from zreconnect.witness import Outcome
+from zreconnect.work import PATIENCE_OF_ROLLBACK, Work
+
+# For a thread that has the connection already.
+_MINE = contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a transaction whose COMMIT may have been sent.
+
+    problem: what has kept us from knowing better. was_looked_up: whether the server was asked.
+    """
+
+    outcome: Outcome
+    problem: BaseException | None = None
+    was_looked_up: bool = False
+
+    def tell(self, server: str) -> None:
+        if self.was_looked_up:
+            events.announce(events.CommitLookedUp(server, self.outcome.value))
+
+
+class Guard:
+    """A connection's requests, and what becomes of their errors.
+
+    work: what is known of the present transaction.
+    """
+
+    __slots__ = ("_driver", "_link", "work")
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self._link = work.link
+        self._driver = work.link.driver
+
+    # Errors
+
+    def meet(self, error: BaseException, moment: Moment, raw_cursor: Any = None) -> bool:
+        """Whether ``error`` is settled; if not, it is to be raised as it is.
+
+        raw_cursor: that of the statement that was under way, if there is one. Raises what takes the
+        error's place.
+        """
+        link, state = self._link, self.work.state
+        if state is State.CLOSED:
+            return self._meet_closed(moment, error)
+        if moment is Moment.STATEMENT:
+            moment = self._kind_of_statement(raw_cursor)
+        if self._driver.is_transient(error):
+            make_transient(error)
+        found = verdict(error, link.server, link.session.raw, link.needs_writes())
+        event, keeping, then = CONSEQUENCES[moment][found]
+        self._follow(event, keeping, error)
+        if then is Then.DISCONNECTION:
+            self.raise_lost(error, inside=state is not State.IDLE)
+        if then is Then.UNKNOWN:
+            request = "a statement in autocommit mode" if state is State.IDLE else "COMMIT"
+            raise CommitOutcomeUnknown(link.server.address, request) from error
+        return then is Then.SETTLED
+
+    def _follow(self, event: Event | None, keeping: Keeping, error: BaseException) -> None:
+        """Note the event, and do what is to be done about the session."""
+        work, shown = self.work, self.work.state.shown
+        if event is Event.NOT_BEGUN:
+            work.patience.has_failed(error)
+            if not work.is_explicit:
+                is_unreached = isinstance(error, (DisconnectionError, ReconnectTimeout))
+                if is_unreached or keeping is Keeping.TOLD:
+                    event = Event.NOT_REACHED_FOR_STATEMENT
+                else:
+                    event = Event.NOT_BEGUN_FOR_STATEMENT
+        # No session outlives the note that there is no transaction, and none is missing where the
+        # note is that there is one, whatever interrupts this.
+        is_last = event is not None and leads_to_idle(event, work.state)
+        if event is not None and not is_last:
+            work.note(event)
+        if keeping is Keeping.TOLD:
+            self._link.lost(error, shown)
+        elif keeping is Keeping.ENDED and self._link.session is not NO_SESSION:
+            self._link.end()
+            events.logger.info(
+                "A request to %s was interrupted, and its session is ended: %s",
+                self._link.server.address,
+                type(error).__name__,
+            )
+        if event is not None and is_last:
+            work.note(event)
+
+    def _kind_of_statement(self, raw_cursor: Any) -> Moment:
+        raw = self._link.session.raw
+        if self.work.state is State.IDLE:
+            return Moment.STATEMENT if raw_cursor is None else Moment.AUTOCOMMIT
+        if (raw_cursor is not None and self._driver.is_commit(raw_cursor)) or (
+            raw is not None and self._driver.has_committed(raw)
+        ):
+            return Moment.COMMITTING
+        return Moment.STATEMENT
+
+    def _meet_closed(self, moment: Moment, error: BaseException) -> bool:
+        """Another thread has closed the connection meanwhile."""
+        self._link.end()
+        if moment is Moment.COMMIT and isinstance(error, self._driver.module.Error):
+            raise CommitOutcomeUnknown(
+                self._link.server.address, evidence="Another thread has closed the connection."
+            ) from error
+        return False
+
+    def raise_lost(self, error: BaseException, inside: bool) -> NoReturn:
+        raise self._driver.disconnection_error(
+            f"The connection to {self._link.server.address} was lost"
+            + (" inside a transaction, and nothing of it is committed" if inside else "")
+            + f". Roll back (or abort) and run the work again. The driver said: {one_line(error)}",
+            (type(error), error, error.__traceback__),
+        ) from error
+
+    @contextlib.contextmanager
+    def asking(
+        self,
+        moment: Moment = Moment.STATEMENT,
+        raw_cursor: Any = None,
+        in_block: bool = False,
+        waits: bool = True,
+    ) -> Iterator[None]:
+        """For a block that asks the server, and for its errors.
+
+        in_block: whether this is within a ``with`` block of the driver's, at whose end it shows
+        whether the session is at rest. waits: whether an answer is waited for.
+        """
+        limit = self._link.options.response_timeout if waits else None
+        try:
+            with self._link.session.watch.awaiting(limit):
+                yield
+        except BaseException as error:
+            if in_block and not isinstance(error, self._driver.module.Error):
+                raise
+            if not self.meet(error, moment, raw_cursor):
+                raise
+
+    # Beginning
+
+    def need_transaction(self) -> None:
+        """Begin a transaction if a statement needs one; else see that there is a session.
+
+        Raises what `begin` raises, and what refuses the statement.
+        """
+        work = self.work
+        self.end_forgotten()
+        if work.ask(Request.STATEMENT) is Answer.GRANTED:
+            return
+        if work.is_autocommit():
+            self._need_live_session()
+            commits.note()
+        elif not work.implicit_begin:
+            raise self._driver.module.ProgrammingError(
+                "There is no transaction: call begin() first (implicitBegin is False)"
+            )
+        else:
+            self.begin(explicit=False)
+
+    def begin(self, explicit: bool) -> None:
+        """Begin a transaction; reconnect if need be. explicit: not for a statement.
+
+        Raises `DisconnectionError`, `ReconnectTimeout`, and the driver's errors.
+        """
+        work, started = self.work, time.monotonic()
+        if work.join is not None:
+            work.join()
+        policy = work.policy()
+        try:
+            if work.begin(explicit, policy):
+                return
+        except BaseException as error:
+            if not self.meet(error, Moment.BEGIN):
+                raise
+        try:
+            work.begin_in_new_session(policy.after(time.monotonic() - started))
+        except BaseException as error:
+            self.meet(error, Moment.CONNECT)
+            raise
+
+    def may_begin_with_statement(self) -> bool:
+        """Whether a statement begins a transaction, and BEGIN may travel along with it."""
+        work, session = self.work, self._link.session
+        return (
+            work.state is State.IDLE
+            and session is not NO_SESSION
+            and work.implicit_begin
+            and not work.is_autocommit()
+            # What has arrived can be the end of the session, and BEGIN finds that out.
+            and session.watch.is_quiet()
+        )
+
+    def begin_with_statement(self, raw_cursor: Any, execute: Callable[[], object]) -> bool:
+        """Begin a transaction along with its first statement, in one round trip.
+
+        execute: sends the statement. Whether that was done; else the statement has not been
+        executed, and there is no transaction.
+        """
+        work = self.work
+        if work.join is not None:
+            work.join()
+        try:
+            has_begun, error = work.begin_with(execute)
+        except BaseException as problem:
+            self.meet(problem, Moment.BEGIN_WITH)
+            raise
+        if error is not None:
+            try:
+                self.meet(error, Moment.STATEMENT, raw_cursor)
+                raise error
+            finally:
+                # Its traceback refers to this frame.
+                del error
+        return has_begun
+
+    def _need_live_session(self) -> None:
+        """Have a session for a statement in autocommit mode, which has no BEGIN to find out."""
+        session = self._link.session
+        # Only if something has arrived, such as the end of the session, is there a round trip.
+        if session is not NO_SESSION and self._driver.has_sessions and not session.watch.is_quiet():
+            try:
+                with session.watch.awaiting(self.work.limit_of_begin(self.work.policy())):
+                    self._driver.query(session.raw, "SELECT 1")
+            except BaseException as error:
+                if not self.meet(error, Moment.OUTSIDE):
+                    raise
+        self.work.need_session()
+
+    # Ending
+
+    def commit(self) -> None:
+        """Commit, also for a transaction manager; does nothing outside a transaction.
+
+        Raises what `IReconnectingConnection.commit` promises.
+        """
+        work, raw = self.work, self._link.session.raw
+        try:
+            if work.ask(Request.COMMIT) is Answer.NOTHING:
+                return
+        finally:
+            if work.state is State.ENDED or work.state is State.TORN:
+                work.note(Event.REFUSED)
+        try:
+            work.commit()
+        except BaseException as error:
+            if not self.meet(error, Moment.COMMIT):
+                raise
+            self._settle_lost_commit(error, raw)
+
+    def roll_back(self) -> None:
+        """Roll back, and be idle.
+
+        Raises `CommitOutcomeUnknown` if a COMMIT was interrupted before, and is not known to have
+        failed; the connection is idle nevertheless.
+        """
+        work = self.work
+        answer = work.ask(Request.ROLLBACK)
+        if answer is Answer.NOTHING:
+            self._tell()
+            return
+        if answer is Answer.SETTLES:
+            self._settle_interrupted_commit()
+            return
+        if answer is Answer.LETS_GO:
+            self._link.end()
+        else:
+            try:
+                work.roll_back()
+            except BaseException as error:
+                if not self.meet(error, Moment.ROLL_BACK):
+                    raise
+        work.rolled_back()
+
+    def roll_back_after(self, error: BaseException) -> None:
+        """Roll back because of ``error``, which is to be raised afterwards.
+
+        That a transaction may be committed must not hide an interrupt, but must be raised where the
+        error would have the work run again.
+        """
+        was_unknown = self.work.state is State.UNKNOWN
+        try:
+            self.roll_back()
+        except CommitOutcomeUnknown as unknown:
+            if self.may_run_again(error):
+                raise
+            events.logger.error("%s", unknown)
+        else:
+            if was_unknown and self.may_run_again(error):
+                raise CommitOutcomeUnknown(self._link.server.address) from error
+
+    def _tell(self) -> None:
+        """Raise `CommitOutcomeUnknown` if an interrupt has kept a program from learning that its
+        transaction is committed."""
+        if self.work.untold:
+            self.work.told()
+            raise CommitOutcomeUnknown(self._link.server.address, outcome="committed")
+
+    def _settle_lost_commit(self, error: BaseException, raw: Any) -> None:
+        """Return if the transaction was committed; else raise what became of it."""
+        work, server = self.work, self._link.server.address
+        evidence = self._link.observer.describe()
+        finding = self._find_out(raw, self.work.patience.policy)
+        if finding.outcome is Outcome.COMMITTED:
+            work.committed()
+        else:
+            aborted = finding.outcome is Outcome.ABORTED
+            work.note(Event.FOUND_ABORTED if aborted else Event.NOT_FOUND)
+        finding.tell(server)
+        if finding.outcome is Outcome.ABORTED:
+            self.raise_lost(error, inside=True)
+        if finding.outcome is Outcome.UNKNOWN:
+            raise CommitOutcomeUnknown(server, evidence=evidence) from (finding.problem or error)
+
+    def _settle_interrupted_commit(self) -> None:
+        """Be idle; raise `CommitOutcomeUnknown` unless the transaction was not committed."""
+        work, server = self.work, self._link.server.address
+        self._link.end()
+        evidence = self._link.observer.describe()
+        policy = self.work.patience.policy.within(PATIENCE_OF_ROLLBACK)
+        finding = self._find_out(work.committing, policy)
+        if finding.outcome is Outcome.ABORTED:
+            work.note(Event.FOUND_ABORTED)
+        work.rolled_back()
+        finding.tell(server)
+        if finding.outcome is not Outcome.ABORTED:
+            raise CommitOutcomeUnknown(
+                server, evidence=evidence, outcome=finding.outcome.value
+            ) from finding.problem
+
+    def _find_out(self, raw: Any, policy: RetryPolicy) -> Finding:
+        """What became of the transaction whose COMMIT may have been sent on ``raw``."""
+        if not self._link.observer.may_have_written:
+            return Finding(Outcome.ABORTED)
+        if self._link.options.witness is None or self._driver.has_committed(raw):
+            return Finding(Outcome.UNKNOWN)
+        outcome, problem = self.work.look_up(policy)
+        return Finding(outcome, problem, was_looked_up=True)
+
+    def may_run_again(self, error: BaseException) -> bool:
+        """Whether a unit of work that raised ``error`` was not committed and may succeed later."""
+        return isinstance(error, TransientError) or self._driver.is_transient(error)
+
+    # Threads
+
+    def in_turn(self) -> contextlib.AbstractContextManager[None]:
+        """Have the connection until the transaction ends, or else for this block."""
+        return _MINE if self.work.turn.is_mine() else self._turn_taken()
+
+    def take_turn(self) -> bool:
+        """As `Work.take_turn`; ends what a thread has under way that has ended."""
+        if not self.work.take_turn():
+            return False
+        self._end_what_a_thread_has_left()
+        return True
+
+    def try_turn(self) -> bool:
+        """Have the connection, unless it is another thread's now; whether the thread has it."""
+        turn = self.work.turn
+        if turn.is_for_good:
+            self.take_turn()
+        elif not turn.is_mine():
+            if not turn.take(0):
+                return False
+            self.work.told()
+            self._end_what_a_thread_has_left()
+        return True
+
+    def _end_what_a_thread_has_left(self) -> None:
+        if self.work.has_orphan():
+            try:
+                self._end_orphan("A thread has ended inside its transaction")
+            except BaseException:
+                self.work.give_turn()
+                raise
+
+    def end_forgotten(self) -> None:
+        """End what its transaction manager has forgotten, after an interrupt."""
+        if self.work.is_forgotten():
+            self._end_orphan("A transaction manager has forgotten its transaction")
+
+    @contextlib.contextmanager
+    def _turn_taken(self) -> Iterator[None]:
+        self.take_turn()
+        try:
+            yield
+        finally:
+            self.work.give_turn()
+
+    def _end_orphan(self, why: str) -> None:
+        work = self.work
+        if work.state is State.PREPARED:
+            return
+        if work.state is not State.IDLE:
+            server = self._link.server.address
+            events.logger.warning("%s on %s, which is rolled back", why, server)
+        try:
+            self.roll_back()
+        except CommitOutcomeUnknown as unknown:
+            events.logger.error("%s", unknown)
+        work.forget_member()

@@ -1,0 +1,112 @@
+"""A connection's sessions, one after the other, and what each of them gets from the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from zreconnect import events
+from zreconnect.drivers.base import SessionSettings
+from zreconnect.options import Options
+from zreconnect.policy import LONGEST_ATTEMPT, RetryPolicy
+from zreconnect.server import Server
+from zreconnect.session import NO_SESSION, Session, open_session, tell_if_cut
+
+
+class Link:
+    """What leads from a connection to its server.
+
+    server: where the sessions are. options: those of the connection.
+    session: the present one, or `NO_SESSION`.
+    settings: what the user has set, and each later session gets, too.
+    observer: the `IObserver` of the present session and, if that is lost, of its last transaction;
+    another one in another process.
+    """
+
+    def __init__(self, server: Server, options: Options) -> None:
+        self.server = server
+        self.driver = server.driver
+        self.options = options
+        self.session: Session = NO_SESSION
+        self.settings = SessionSettings()
+        self.observer = options.observer(self.driver)
+        # What the driver has kept of the last raw connection.
+        self._kept: Any = None
+        self._had_session = False
+
+    def fork(self) -> Link:
+        """For another connection with the same settings."""
+        raw = self.session.raw
+        forked = Link(self.server, self.options)
+        forked.settings = replace(self.settings)
+        forked._kept = self._kept if raw is None else self.driver.keep(raw)
+        return forked
+
+    def needs_writes(self) -> bool:
+        """Whether a server that takes no writes is of no use."""
+        return self.settings.readonly is not True
+
+    def answer_limit(self) -> float:
+        """The seconds that the answer may take to a request that must not wait for ever."""
+        return self.options.response_timeout or LONGEST_ATTEMPT
+
+    def open(self, first_use: Callable[[Any], object], policy: RetryPolicy) -> None:
+        """Open the next session; ``first_use`` of its raw connection is part of an attempt.
+
+        Raises what `open_session` raises.
+        """
+
+        def prepare(raw: Any) -> None:
+            if self._kept is not None:
+                self.driver.inherit(raw, self._kept)
+            if self.options.on_connect is not None:
+                self.options.on_connect(raw)
+            self.driver.restore(raw, self.settings)
+            # Until the orphan of the session before has ended, it can commit late, and holds locks.
+            self.observer.fence(raw)
+            first_use(raw)
+
+        self.session = open_session(self.server, policy, prepare, self._had_session)
+        self._had_session = True
+
+    def record_session(self, raw: Any) -> None:
+        """Have the observer know a new session. Raises the driver's errors."""
+        self.observer.new_session(raw, self.settings)
+
+    def end(self) -> None:
+        """End the present session, if there is one."""
+        session, self.session = self.session, NO_SESSION
+        if session.raw is not None:
+            self._kept = self.driver.keep(session.raw)
+            session.end(self.driver)
+
+    def lost(self, error: BaseException, state: str) -> None:
+        """End the present session, which is lost, and tell. state: the connection's."""
+        watch = self.session.watch
+        self.end()
+        self.server.lost()
+        tell_if_cut(watch)
+        events.announce(events.ConnectionLost(self.server.address, error, state))
+
+    def close(self) -> None:
+        """End the present session, in which nothing is under way, for good."""
+        session = self.session
+        if session.raw is not None:
+            try:
+                with session.watch.awaiting(self.answer_limit()):
+                    self.observer.close(session.raw)
+            except self.driver.module.Error as error:
+                events.logger.debug("The session had ended before it was closed: %s", error)
+        self.end()
+
+    def reset(self) -> None:
+        """End the present session, and forget what the user has set."""
+        self.settings = SessionSettings()
+        self.end()
+        self._kept = None
+
+    def renew_observer(self) -> None:
+        """End the present session; what is known of it and its transactions is for others."""
+        self.end()
+        self.observer = self.options.observer(self.driver)

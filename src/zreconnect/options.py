@@ -1,0 +1,49 @@
+"""What is chosen for a connection once and for all, and passed on to its forks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from zreconnect.policy import PERSIST, RetryPolicy, check_number
+from zreconnect.witness import NoObserver, Witness, choose_witness
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keywords of `connect` that are not about where the server is.
+
+    Raises TypeError or ValueError, naming the argument, for one that makes no sense.
+    """
+
+    policy: RetryPolicy = PERSIST
+    witness: Witness | str | None = "xid"
+    on_connect: Callable[[Any], object] | None = None
+    response_timeout: float | None = None
+    two_phase: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, RetryPolicy):
+            raise TypeError(f"policy must be a RetryPolicy, not {self.policy!r}")
+        if self.on_connect is not None and not callable(self.on_connect):
+            raise TypeError(f"on_connect must be callable, not {self.on_connect!r}")
+        if self.response_timeout is not None:
+            check_number("response_timeout", self.response_timeout, at_least=0)
+        object.__setattr__(self, "witness", choose_witness(self.witness))
+
+    def check(self, driver: Any) -> None:
+        """Raise ValueError for what is not possible with this `IDriver`."""
+        if self.two_phase and not driver.supports_two_phase:
+            raise ValueError(f"two_phase is not possible with the driver {driver.name}")
+
+    def observer(self, driver: Any) -> Any:
+        """A new `IObserver` for one connection of one process."""
+        if self.witness is None or not driver.has_sessions:
+            return NoObserver(driver)
+        witness: Any = self.witness
+        return witness.observer(driver)
+
+    def keywords(self) -> dict[str, Any]:
+        """For another connection with the same options."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}

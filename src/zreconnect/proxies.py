@@ -1,0 +1,152 @@
+"""Objects of the driver's that talk to the server, such as large objects and psycopg's COPY.
+
+What they raise when the session is lost is what a cursor raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Generator, Iterator
+from typing import Any
+
+from zreconnect.exceptions import CommitOutcomeUnknown
+from zreconnect.guard import Guard
+from zreconnect.session import NO_SESSION
+from zreconnect.states import Moment, Request, State
+
+# What next() returns at the end.
+_END = object()
+
+
+class Guarded:
+    """One of them.
+
+    guard: that of the connection. raw_cursor: that of the statement that it belongs to, if there is
+    one. in_block: whether it belongs to a ``with`` block of the driver's.
+    """
+
+    def __init__(
+        self, guard: Guard, wrapped: Any, raw_cursor: Any = None, in_block: bool = False
+    ) -> None:
+        self._guard = guard
+        self._wrapped = wrapped
+        self._raw_cursor = raw_cursor
+        self._in_block = in_block
+
+    def __getattr__(self, name: str) -> Any:
+        if self._guard.work.state is State.DOOMED:
+            self._guard.work.refuse_lost()
+        value = guarded_attribute(
+            self._guard, self._wrapped, name, self, self._raw_cursor, self._in_block
+        )
+        if callable(value):
+            # COPY calls one for each row.
+            setattr(self, name, value)
+        return value
+
+    def __iter__(self) -> Iterator[Any]:
+        return guarded_rows(self._guard, iter(self._wrapped), self._raw_cursor)
+
+    def __enter__(self) -> Guarded:
+        return self
+
+    def __exit__(self, error_type: object, error: BaseException | None, traceback: object) -> None:
+        if self._guard.work.state is State.ACTIVE:
+            try:
+                self.close()
+            except self._guard.work.link.driver.module.Error:
+                # That of the block goes first, and what is lost is noted.
+                if error is None:
+                    raise
+
+
+def guarded_attribute(
+    guard: Guard,
+    wrapped: Any,
+    name: str,
+    owner: Any,
+    raw_cursor: Any = None,
+    in_block: bool = False,
+) -> Any:
+    """``wrapped.name``; if it is a method, one whose errors are guarded.
+
+    owner: what it returns in the place of ``wrapped``. raw_cursor, in_block: as for `Guarded`.
+    """
+    value = getattr(wrapped, name)
+    if not callable(value):
+        return value
+    # cancel() is called while another thread's turn lasts.
+    is_connection = wrapped is guard.work.link.session.raw
+    turn = contextlib.nullcontext if is_connection else guard.in_turn
+
+    def call(*args: Any, **keywords: Any) -> Any:
+        if guard.work.state is State.DOOMED:
+            guard.work.refuse_lost()
+        with turn(), guard.asking(Moment.STATEMENT, raw_cursor, in_block):
+            result = value(*args, **keywords)
+        if isinstance(result, Generator):
+            rows = guarded_rows(guard, result, raw_cursor, waits=not is_connection)
+            return (owner if row is wrapped else row for row in rows)
+        return owner if result is wrapped else result
+
+    return call
+
+
+def guarded_rows(
+    guard: Guard, rows: Any, raw_cursor: Any = None, waits: bool = True
+) -> Iterator[Any]:
+    """What an iterator of the driver's gives.
+
+    waits: whether each is an answer of the server's, which can be overdue. Notifications are not.
+    """
+    with guarded_block(guard, contextlib.closing(rows), raw_cursor):
+        while True:
+            with guard.in_turn():
+                guard.work.ask(Request.LOOK)
+                with guard.asking(Moment.STATEMENT, raw_cursor, in_block=True, waits=waits):
+                    row = next(rows, _END)
+            if row is _END:
+                return
+            yield row
+
+
+@contextlib.contextmanager
+def guarded_block(guard: Guard, block: Any, raw_cursor: Any = None) -> Iterator[Any]:
+    """Enter one of the driver's context managers, and leave it."""
+    session = guard.work.link.session
+    with guard.asking(Moment.STATEMENT, raw_cursor):
+        value = block.__enter__()
+    try:
+        yield value
+    except BaseException as error:
+        _leave_after(guard, error, block, session, raw_cursor)
+        raise
+    _leave(guard, block, session, raw_cursor, None, None, None)
+
+
+def _leave(guard: Guard, block: Any, session: Any, raw_cursor: Any, *error: Any) -> None:
+    if session is not NO_SESSION and session is guard.work.link.session:
+        with guard.asking(Moment.STATEMENT, raw_cursor):
+            block.__exit__(*error)
+    else:
+        # It has ended with its session.
+        with contextlib.suppress(guard.work.link.driver.module.Error):
+            block.__exit__(*error)
+
+
+def _leave_after(
+    guard: Guard, error: BaseException, block: Any, session: Any, raw_cursor: Any
+) -> None:
+    """Leave it because of an error, which is raised afterwards."""
+    driver_error = guard.work.link.driver.module.Error
+    try:
+        _leave(guard, block, session, raw_cursor, *sys.exc_info())
+    except (driver_error, CommitOutcomeUnknown):
+        # What the driver has said in the block may come of it; what the program has raised does
+        # not, and what is lost is noted.
+        if isinstance(error, driver_error):
+            raise
+    if not isinstance(error, driver_error) and session is guard.work.link.session:
+        # What was left to be judged here: whether the session is at rest.
+        guard.meet(error, Moment.STATEMENT, raw_cursor)

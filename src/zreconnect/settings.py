@@ -1,0 +1,166 @@
+"""The settings of a connection's sessions, as the drivers spell them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from zreconnect.guard import Guard
+from zreconnect.session import NO_SESSION
+from zreconnect.states import Moment, Request
+from zreconnect.work import Work
+
+
+class DriverAttribute:
+    """An attribute of the raw connection that can be set, if the driver's has it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, connection: Any, owner: type) -> Any:
+        return self if connection is None else getattr(connection.driver_connection, self._name)
+
+    def __set__(self, connection: Any, value: Any) -> None:
+        setattr(connection.driver_connection, self._name, value)
+
+
+class SettingsOfSessions:
+    """The part of a `ReconnectingConnection` that sets up its sessions.
+
+    Each setting holds for the present session and for later ones.
+
+    work: what is known of the present transaction. guard: what becomes of errors.
+    """
+
+    __slots__ = ("guard", "work")
+
+    work: Work
+    guard: Guard
+
+    @property
+    def autocommit(self) -> bool:
+        return self.work.link.settings.autocommit
+
+    @autocommit.setter
+    def autocommit(self, value: bool) -> None:
+        self.set_session(autocommit=value)
+
+    @property
+    def isolation_level(self) -> int | None:
+        return self.work.link.settings.isolation_level
+
+    @isolation_level.setter
+    def isolation_level(self, level: int | str | None) -> None:
+        self._change_settings(isolation_level=self.work.link.driver.isolation_level(level))
+
+    @property
+    def readonly(self) -> bool | None:
+        return self.work.link.settings.readonly
+
+    @readonly.setter
+    def readonly(self, value: bool | str | None) -> None:
+        self._change_settings(readonly=_flag("readonly", value))
+
+    # psycopg 3's names.
+    read_only = readonly
+
+    def set_autocommit(self, value: bool) -> None:
+        self.autocommit = value
+
+    def set_read_only(self, value: bool | None) -> None:
+        self.readonly = value
+
+    def set_deferrable(self, value: bool | None) -> None:
+        self.deferrable = value
+
+    @property
+    def deferrable(self) -> bool | None:
+        return self.work.link.settings.deferrable
+
+    @deferrable.setter
+    def deferrable(self, value: bool | str | None) -> None:
+        self._change_settings(deferrable=_flag("deferrable", value))
+
+    @property
+    def cursor_factory(self) -> Any:
+        return self.work.link.settings.cursor_factory
+
+    @cursor_factory.setter
+    def cursor_factory(self, value: Any) -> None:
+        link = self.work.link
+        link.settings.cursor_factory = value
+        if link.session is not NO_SESSION:
+            link.driver.set_cursor_factory(link.session.raw, value)
+
+    def set_session(
+        self,
+        isolation_level: int | str | None = None,
+        readonly: bool | str | None = None,
+        deferrable: bool | str | None = None,
+        autocommit: bool | None = None,
+    ) -> None:
+        """Set what is given, as in psycopg2; None leaves a setting as it is.
+
+        Raises the driver's ProgrammingError inside a transaction, ValueError for an unknown value.
+        """
+        changes: dict[str, Any] = {}
+        if isolation_level is not None:
+            changes["isolation_level"] = self.work.link.driver.isolation_level(isolation_level)
+        if readonly is not None:
+            changes["readonly"] = _flag("readonly", readonly)
+        if deferrable is not None:
+            changes["deferrable"] = _flag("deferrable", deferrable)
+        if autocommit is not None:
+            changes["autocommit"] = bool(autocommit)
+        self._change_settings(**changes)
+
+    def set_isolation_level(self, level: int | str | None) -> None:
+        """Set the isolation level, as in psycopg2: 0 is autocommit mode, any other one ends it.
+
+        Raises the driver's ProgrammingError inside a transaction, ValueError for an unknown level.
+        """
+        if level == 0:
+            self._change_settings(autocommit=True)
+        else:
+            number = self.work.link.driver.isolation_level(level)
+            self._change_settings(isolation_level=number, autocommit=False)
+
+    def set_client_encoding(self, encoding: str) -> None:
+        """Set the encoding of this session and of later ones.
+
+        Raises the driver's ProgrammingError inside a transaction, since a rollback would undo it.
+        """
+        work = self.work
+        with self.guard.in_turn():
+            work.ask(Request.SETTINGS, "set_client_encoding()")
+            work.need_session()
+            with self.guard.asking():
+                work.link.driver.set_client_encoding(work.link.session.raw, encoding)
+            work.link.settings.client_encoding = encoding
+
+    def reset(self) -> None:
+        """Roll back, and forget all settings but those of ``on_connect``; the next transaction
+        gets a new session."""
+        self.guard.take_turn()
+        try:
+            self.guard.roll_back()
+            self.work.link.reset()
+        finally:
+            self.work.give_turn()
+
+    def _change_settings(self, **changes: Any) -> None:
+        link = self.work.link
+        with self.guard.in_turn():
+            self.work.ask(Request.SETTINGS, "Changing the session's settings")
+            link.settings = replace(link.settings, **changes)
+            if link.session is not NO_SESSION:
+                with self.guard.asking(Moment.OUTSIDE):
+                    link.driver.restore(link.session.raw, link.settings)
+
+
+def _flag(name: str, value: bool | str | None) -> bool | None:
+    if value is None or (isinstance(value, str) and value.upper() == "DEFAULT"):
+        return None
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be a truth value, None or 'DEFAULT', not {value!r}")
+    return bool(value)

@@ -1,0 +1,496 @@
+"""One unit of work at a time: what is known of a connection's present transaction.
+
+This is the only place where that is written. Everybody else asks: `rollback()`, what looks an
+outcome up, retry loops, the data managers of `transaction`, and sibling connections.
+
+Theory of operation
+-------------------
+
+`Work.state` is the truth. It has one writer, `Work.note`, which knows nothing but the table
+`zreconnect.states.NEXT`. A request that may change what is true is noted *before* it leaves:
+
+- ``begin()`` notes BEGIN_LEAVES, sends BEGIN, and notes BEGUN;
+- ``commit()`` notes COMMIT_LEAVES, sends COMMIT, and notes COMMITTED;
+- ``prepare()`` and ``roll_back()`` do the same with PREPARE TRANSACTION and ROLLBACK.
+
+Between the two notes the state says what may be true: BEGINNING, COMMITTING, PREPARING,
+ROLLING_BACK. So wherever KeyboardInterrupt or a signal handler's exception strikes, also in the
+handler of another error, what stays behind is no lie: it makes every request but ``rollback()``
+fail, and tells ``rollback()`` what there is to find out.
+
+Nothing here handles an error. What the methods raise, `zreconnect.guard` catches, decides what it
+means, and notes that. A session of which it is not certain that it is at rest is ended there, and
+never repaired; the server then rolls back. What was being committed meanwhile is looked up, in a
+new session, after the old one's server process has been ended.
+
+A transaction can be part of a larger one, of a transaction manager's: then ``member`` is the data
+manager that has joined it. `Work.losses` counts the transactions that were lost, so that a data
+manager knows whether one was lost since it joined, even if the program has rolled back meanwhile
+and gone on. If the larger transaction ends and the data manager is not told, because an interrupt
+came before the first line of its ``abort()``, that is noticed all the same, and what was under way
+is rolled back.
+
+Threads share a connection by taking turns; `Turn` says who has it. A thread has it from its first
+request to the end of its transaction, and of what the transaction is part of. Who gets the turn of
+a thread that has ended inside its transaction finds that transaction here, and ends it.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from zreconnect import commits, events
+from zreconnect.exceptions import (
+    CommitOutcomeUnknown,
+    DisconnectedConnectionError,
+    ReconnectTimeout,
+)
+from zreconnect.interfaces import DOOMED
+from zreconnect.link import Link
+from zreconnect.policy import Patience, RetryPolicy
+from zreconnect.session import NO_SESSION
+from zreconnect.states import NEXT, REQUESTS, Answer, Event, Request, State
+from zreconnect.turn import Turn
+from zreconnect.witness import Outcome
+
+# How many seconds a thread waits for the transaction of another one to end, if the policy has no
+# timeout.
+PATIENCE_WITH_THREADS = 60.0
+# How many seconds rollback() looks for the outcome of a COMMIT that was interrupted. Nobody waits
+# for ever for a rollback, whatever the policy is.
+PATIENCE_OF_ROLLBACK = 10.0
+
+
+# A part of what was done is not there, or perhaps not.
+_LOST = frozenset({State.DOOMED, State.UNKNOWN, State.TORN})
+_COMMIT_SENT = frozenset({State.COMMITTING, State.UNSETTLED})
+# After these the COMMIT that was sent is known to have committed nothing.
+_NOT_COMMITTED = frozenset({Event.REFUSED, Event.GOES_ON, Event.FOUND_ABORTED})
+
+_ROLLED_BACK_BY_THE_END_OF_THE_SESSION = frozenset(
+    {
+        State.BEGINNING,
+        State.TORN,
+        State.ACTIVE,
+        State.ENDED,
+        State.DOOMED,
+        State.UNKNOWN,
+        State.ROLLING_BACK,
+    }
+)
+
+
+class Work:
+    """The present transaction of a connection. See the module's theory of operation.
+
+    link: leads to the server. turn: whose turn it is. patience: how long transactions wait.
+    state: what is known. losses: how many transactions have been lost with their sessions.
+    member: the data manager of the larger transaction that this one is part of, or None.
+    join: called before a transaction begins, to make it part of a larger one, or None.
+    implicit_begin: whether a statement begins a transaction. is_explicit: whether the transaction
+    was begun by ``begin()`` and not by a statement. inside_with: whether the connection is in a
+    ``with`` block. committing: the raw connection on which COMMIT was sent last.
+    untold: whether the last transaction is committed and the program does not know it yet, so that
+    a ``rollback()`` after an interrupt has to say so.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_anchor",
+        "_waited",
+        "committing",
+        "implicit_begin",
+        "inside_with",
+        "is_explicit",
+        "join",
+        "link",
+        "losses",
+        "member",
+        "patience",
+        "state",
+        "turn",
+        "untold",
+    )
+
+    def __init__(self, link: Link, turn: Turn, patience: Patience) -> None:
+        self.link = link
+        self.turn = turn
+        self.patience = patience
+        self.state = State.IDLE
+        self.losses = 0
+        self.member: Any = None
+        self._anchor: weakref.ref[Any] | None = None
+        self.join: Callable[[], None] | None = None
+        self.implicit_begin = True
+        self.is_explicit = False
+        self.inside_with = False
+        self.committing: Any = None
+        self.untold = False
+        # The seconds that the present transaction has waited for its turn.
+        self._waited = 0.0
+
+    # What is known
+
+    def note(self, event: Event) -> None:
+        """Write down what has happened, or is about to."""
+        before = self.state
+        state = NEXT[event][before]
+        if state in _LOST and state is not before:
+            # First: an interrupt before the next line has one loss too many, which is harmless.
+            self.losses += 1
+        self.state = state
+        if before in _COMMIT_SENT and event in _NOT_COMMITTED:
+            commits.withdraw()
+
+    def is_autocommit(self) -> bool:
+        """Whether a statement would be a transaction of its own."""
+        return self.state is State.IDLE and self.link.settings.autocommit and not self.inside_with
+
+    def may_have_committed(self) -> bool:
+        """Whether the present transaction may be committed, as far as is known."""
+        return self.state in _COMMIT_SENT or self.state is State.UNKNOWN
+
+    # The larger transaction
+
+    def become_part(self, member: Any, anchor: Any = None) -> None:
+        """Be part of the larger transaction that the data manager ``member`` has joined.
+
+        anchor: what that transaction, and nobody else, refers to as long as it lasts; None if it is
+        certain to be told its end.
+        """
+        self.member = member
+        self._anchor = None if anchor is None else weakref.ref(anchor, self._forgotten)
+
+    def leave(self, member: Any) -> None:
+        """The larger transaction has ended, if it still is the one of this data manager."""
+        if self.member is member:
+            self.member = None
+            self.give_turn()
+
+    def is_forgotten(self) -> bool:
+        """Whether the larger transaction has ended without ending this one."""
+        return self.member is not None and self._anchor is not None and self._anchor() is None
+
+    def forget_member(self) -> None:
+        """Whoever was to end the transaction will not."""
+        self.member = None
+        self.inside_with = False
+
+    def _forgotten(self, anchor: Any) -> None:
+        if self.member is None or self._anchor is not anchor:
+            return
+        # What may be committed or prepared takes longer; `Guard.end_forgotten` is for that.
+        if self.state in _ROLLED_BACK_BY_THE_END_OF_THE_SESSION:
+            self.note(Event.LOST)
+            self.link.end()
+            self.note(Event.ROLLED_BACK)
+        if self.state is State.IDLE:
+            self.member = None
+            self.give_turn()
+
+    # Requests
+
+    def ask(self, request: Request, what: str = "") -> Answer:
+        """What becomes of a request; raises what refuses it. what: the request's name."""
+        answer = REQUESTS[self.state][request]
+        refuse = _REFUSALS.get(answer)
+        if refuse is not None:
+            refuse(self, what)
+        return answer
+
+    def _refuse_in_transaction(self, what: str) -> NoReturn:
+        raise self.link.driver.module.ProgrammingError(
+            f"{what} inside a transaction: commit() or rollback() first"
+        )
+
+    def _refuse_ended(self, what: str) -> NoReturn:
+        raise self.link.driver.module.InternalError(
+            f"The transaction ended on {self.link.server.address} with the error before, and what "
+            "follows would not be a part of it. Roll back (or abort) before the connection is used "
+            "again."
+        )
+
+    def _refuse_prepared(self, what: str) -> NoReturn:
+        raise self.link.driver.module.ProgrammingError(
+            "The connection's transaction is prepared: its transaction manager is about to "
+            "commit or abort it, and the connection can be used afterwards"
+        )
+
+    def refuse_lost(self, what: str = "") -> NoReturn:
+        """Raise the `DisconnectionError` of who goes on after the loss of a session."""
+        original = DisconnectedConnectionError("Already disconnected")
+        raise self.link.driver.disconnection_error(
+            f"Already disconnected from {self.link.server.address}, and nothing of the transaction "
+            "is committed. Roll back (or abort) before the connection is used again.",
+            (DisconnectedConnectionError, original, None),
+        )
+
+    def _refuse_unknown(self, what: str) -> NoReturn:
+        raise CommitOutcomeUnknown(
+            self.link.server.address,
+            evidence="Roll back (or abort) before the connection is used again.",
+        )
+
+    def _refuse_closed(self, what: str) -> NoReturn:
+        raise self.link.driver.module.InterfaceError("The connection is closed")
+
+    # Sessions
+
+    def need_session(self) -> None:
+        """Have a session, as what needs no transaction does.
+
+        Raises what opening one raises, and the driver's InterfaceError on a closed connection.
+        """
+        if self.link.session is NO_SESSION:
+            self.ask(Request.LOOK)
+            self.open(self.link.record_session, self.patience.policy)
+
+    def open(self, first_use: Callable[[Any], object], policy: RetryPolicy) -> None:
+        """Open the next session, unless the connection is closed meanwhile."""
+        self.link.open(first_use, policy)
+        if self.state is State.CLOSED:
+            self.link.end()
+
+    # Beginning
+
+    def policy(self) -> RetryPolicy:
+        """That of a transaction that begins now."""
+        return self.patience.begins(self._waited)
+
+    def begin(self, explicit: bool, policy: RetryPolicy) -> bool:
+        """Begin a transaction in the present session. Whether there was one.
+
+        explicit: whether ``begin()`` was called, and not a statement.
+        """
+        self.is_explicit = explicit
+        self.note(Event.BEGIN_LEAVES)
+        session = self.link.session
+        if session is NO_SESSION:
+            return False
+        session.watch.reset()
+        with session.watch.awaiting(self.limit_of_begin(policy)):
+            self._send_begin(session.raw)
+        self.check_target()
+        self.note(Event.BEGUN)
+        self.patience.has_begun()
+        return True
+
+    def begin_in_new_session(self, policy: RetryPolicy) -> None:
+        """Begin it in the next session."""
+        self.open(self._begin_first, policy)
+        self.note(Event.BEGUN)
+        if self.state is State.CLOSED:
+            self._refuse_closed("begin()")
+        self.patience.has_begun()
+
+    def begin_with(self, execute: Callable[[], object]) -> tuple[bool, Exception | None]:
+        """Begin a transaction along with its first statement, in one round trip.
+
+        execute: sends the statement. Returns whether there is a transaction now, if not, the
+        statement has not been executed; and what the statement has raised.
+        """
+        self.is_explicit = False
+        self.note(Event.BEGIN_LEAVES)
+        link, session = self.link, self.link.session
+        session.watch.reset()
+        wait_for_begin = session.watch.awaiting(self.limit_of_begin(self.policy()))
+        with session.watch.awaiting(link.options.response_timeout), wait_for_begin:
+            begun = link.driver.begin_with(
+                session.raw,
+                link.settings,
+                link.observer.rider(session.raw, link.settings),
+                execute,
+                wait_for_begin.end,
+            )
+        if begun is None:
+            self.note(Event.NOT_BEGUN)
+            return False, None
+        link.observer.began(begun.row)
+        self.check_target()
+        self.note(Event.BEGUN)
+        self.patience.has_begun()
+        return True, begun.error
+
+    def limit_of_begin(self, policy: RetryPolicy) -> float:
+        """The seconds that the answer to BEGIN may take in a session that there is."""
+        # Half of the time is left for connecting again.
+        limit = policy.longest_attempt((policy.timeout or 0) / 2)
+        return min(limit, self.link.options.response_timeout or limit)
+
+    def check_target(self) -> None:
+        """Raise the driver's OperationalError if the server has become one of another kind."""
+        link = self.link
+        if link.server.is_missed_by(link.session.raw):
+            raise link.driver.module.OperationalError(
+                "the server is no longer what target_session_attrs asks for"
+            )
+
+    def _begin_first(self, raw: Any) -> None:
+        self.link.record_session(raw)
+        self._send_begin(raw)
+
+    def _send_begin(self, raw: Any) -> None:
+        link = self.link
+        driver, observer, settings = link.driver, link.observer, link.settings
+        row = driver.begin(raw, settings, observer.rider(raw, settings))
+        if not observer.began(row):
+            # Somebody has emptied the ledger.
+            driver.rollback(raw)
+            link.record_session(raw)
+            observer.began(driver.begin(raw, settings, observer.rider(raw, settings)))
+
+    # Ending
+
+    def commit(self) -> None:
+        """Commit the transaction."""
+        session = self.link.session
+        self.committing = session.raw
+        self.note(Event.COMMIT_LEAVES)
+        commits.note()
+        with session.watch.awaiting(self.link.options.response_timeout):
+            self.link.observer.commit(session.raw)
+        self.committed()
+
+    def prepare(self, gid: str) -> None:
+        """Prepare the transaction for a two-phase commit, under that name."""
+        session = self.link.session
+        self.note(Event.PREPARE_LEAVES)
+        with session.watch.awaiting(self.link.options.response_timeout):
+            self.link.driver.prepare_transaction(session.raw, gid)
+        self.note(Event.PREPARED)
+
+    def roll_back(self) -> None:
+        """Roll back in the session, in which the transaction is under way."""
+        session = self.link.session
+        self.note(Event.ROLLBACK_LEAVES)
+        session.watch.reset()
+        # A session that does not answer is given up, which rolls back as well.
+        with session.watch.awaiting(self.link.answer_limit()):
+            self.link.driver.rollback(session.raw)
+
+    def rolled_back(self) -> None:
+        """It is rolled back: the server has said so, or its session has ended."""
+        self._end(Event.ROLLED_BACK)
+
+    def committed(self) -> None:
+        """It is committed: the server has said so, or it was found."""
+        self.untold = True
+        self._end(Event.COMMITTED)
+
+    def told(self) -> None:
+        """The program learns of the commit: this is the last that is done for it."""
+        self.untold = False
+
+    def branch_ended(self) -> None:
+        """What was prepared is no more of this connection's business."""
+        self._end(Event.BRANCH_ENDED)
+
+    def _end(self, event: Event) -> None:
+        self.patience.has_ended(lost=self.state.shown == DOOMED)
+        self.note(event)
+
+    def look_up(self, policy: RetryPolicy) -> tuple[Outcome, BaseException | None]:
+        """What became of the transaction whose COMMIT may have been sent, in the next session.
+
+        Returns it, with the error that keeps us from knowing better. Raises what is neither the
+        driver's nor the policy's error, such as an interrupt.
+        """
+        outcome: Outcome | None = None
+
+        def first_use(raw: Any) -> None:
+            nonlocal outcome
+            if outcome is None:
+                outcome = self.link.observer.outcome(raw)
+            self.link.record_session(raw)
+
+        problem: BaseException | None = None
+        try:
+            self.open(first_use, policy)
+        except self.lookup_errors() as error:
+            problem = error
+        return outcome or Outcome.UNKNOWN, problem
+
+    def lookup_errors(self) -> tuple[type[BaseException], ...]:
+        """What keeps a look-up from its answer. All else is the program's."""
+        return self.link.driver.module.Error, ReconnectTimeout
+
+    # Threads
+
+    def take_turn(self) -> bool:
+        """Have the connection, from now until `give_turn`. Whether the thread had it not before.
+
+        Raises the driver's OperationalError if another thread's transaction takes too long, and its
+        ProgrammingError if the connection is another thread's for good.
+        """
+        if self.turn.is_mine():
+            return False
+        if self.turn.is_for_good:
+            raise self.link.driver.module.ProgrammingError(
+                "The connection belongs to another thread: use a connection for each thread; "
+                "fork() makes one"
+            )
+        self._waited = 0.0 if self.turn.take(0) else self._wait_for_turn()
+        self.told()
+        return True
+
+    def give_turn(self) -> None:
+        """Let other threads have the connection, unless something of this one is under way."""
+        if (
+            (self.state is State.IDLE or self.state is State.CLOSED)
+            and self.member is None
+            and not self.inside_with
+        ):
+            self.turn.give()
+
+    def has_orphan(self) -> bool:
+        """Whether a thread has ended, without having ended what it had under way."""
+        return self.state is not State.CLOSED and (
+            self.state is not State.IDLE or self.member is not None or self.inside_with
+        )
+
+    def _wait_for_turn(self) -> float:
+        """Take it, and return the seconds that this took."""
+        started = time.monotonic()
+        server = self.link.server.address
+        events.logger.debug("A thread waits for another one's transaction on %s", server)
+        timeout = self.patience.policy.timeout
+        patience = PATIENCE_WITH_THREADS if timeout is None else timeout
+        if not self.turn.take(patience):
+            raise self.link.driver.module.OperationalError(
+                f"This thread has waited {patience:.1f} seconds for its turn: another one has a "
+                f"transaction on {server}. End transactions sooner, or use a connection for "
+                "each thread; fork() makes one"
+            )
+        return time.monotonic() - started
+
+    # Processes
+
+    def in_child(self) -> None:
+        """This is a forked child: the session, and a transaction in it, are the parent's."""
+        self.turn = self.turn.in_child()
+        self.told()
+        self.note(Event.FORKED)
+        self.link.renew_observer()
+
+    def close(self) -> None:
+        """Close the connection for good, from any thread."""
+        was_idle = self.state is State.IDLE
+        self.note(Event.CLOSED)
+        if was_idle:
+            self.link.close()
+        else:
+            self.link.end()
+        self.turn.end()
+
+
+_REFUSALS: dict[Answer, Callable[[Work, str], NoReturn]] = {
+    Answer.INSIDE: Work._refuse_in_transaction,
+    Answer.OVER: Work._refuse_ended,
+    Answer.PREPARED: Work._refuse_prepared,
+    Answer.LOST: Work.refuse_lost,
+    Answer.UNKNOWN: Work._refuse_unknown,
+    Answer.CLOSED: Work._refuse_closed,
+}
