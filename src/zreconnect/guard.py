@@ -264,7 +264,7 @@ class Guard:
                 with session.watch.awaiting(self.work.limit_of_begin(self.work.policy())):
                     self._driver.query(session.raw, "SELECT 1")
             except BaseException as error:
-                if not self.meet(error, Moment.OUTSIDE):
+                if not self.meet(error, Moment.OURS):
                     raise
         self.work.need_session()
 

@@ -154,7 +154,7 @@ class SettingsOfSessions:
             self.work.ask(Request.SETTINGS, "Changing the session's settings")
             link.settings = replace(link.settings, **changes)
             if link.session is not NO_SESSION:
-                with self.guard.asking(Moment.OUTSIDE):
+                with self.guard.asking(Moment.OURS):
                     link.driver.restore(link.session.raw, link.settings)
 
 

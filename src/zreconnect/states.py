@@ -107,7 +107,7 @@ class Moment(_Constant):
     STATEMENT = "a statement, a row, or anything else that asks the server"
     COMMITTING = "a statement that may commit"
     AUTOCOMMIT = "a statement in autocommit mode"
-    OUTSIDE = "a request of ours outside a transaction"
+    OURS = "a request of ours outside a transaction"
     COMMIT = "COMMIT"
     PREPARE = "PREPARE TRANSACTION"
     END_BRANCH = "COMMIT PREPARED or ROLLBACK PREPARED"
@@ -120,9 +120,10 @@ class Verdict(_Constant):
     LOST = "the session has ended"
     STANDBY = "the server takes no writes, or is not, or no longer, of the kind asked for"
     INTERRUPTED = "not the server's answer, and the session is not at rest"
-    STRAY = "not the server's answer; the session is at rest, outside a transaction"
+    INSIDE = "not the server's answer; the session is at rest, in a transaction"
+    OUTSIDE = "not the server's answer; the session is at rest, outside a transaction"
     ENDED = "the server's answer; there is no transaction, or no longer"
-    GOES_ON = "the session is at rest, and the transaction goes on"
+    GOES_ON = "the server's answer; the transaction goes on"
 
 
 class Keeping(_Constant):
@@ -246,18 +247,18 @@ _CONSEQUENCES = {
 # What became of a COMMIT that was interrupted, rollback() looks up. A session that is given up
 # rolls back as well. An error of ending a branch is told by who ends it.
 _ERRORS = """
-            LOST         STANDBY      INTERRUPTED  STRAY        ENDED      GOES_ON
-CONNECT     break_off    break_off    break_off    break_off    break_off  break_off
-BEGIN       settled      settled      break_off    not_begun    not_begun  break_off
-BEGIN_WITH  lost_first   lost_first   break_off    not_begun    not_begun  break_off
-STATEMENT   disconnect   disconnect   throw_away   ended        ended      pass
-COMMITTING  unknown      disconnect   unknown_too  ended        ended      pass
-AUTOCOMMIT  done_or_not  disconnect   throw_away   pass         pass       pass
-OUTSIDE     settled      settled      throw_away   throw_away   pass       pass
-COMMIT      settled      settled      throw_away   throw_away   refused    goes_on
-PREPARE     settled      settled      throw_away   throw_away   ended      goes_on
-END_BRANCH  settled      settled      throw_away   throw_away   answered   answered
-ROLL_BACK   settled      settled      rolled_back  rolled_back  settled    rolled_back
+            LOST         STANDBY     INTERRUPTED  INSIDE       OUTSIDE      ENDED      GOES_ON
+CONNECT     break_off    break_off   break_off    break_off    break_off    break_off  break_off
+BEGIN       settled      settled     break_off    break_off    not_begun    not_begun  break_off
+BEGIN_WITH  lost_first   lost_first  break_off    break_off    not_begun    not_begun  break_off
+STATEMENT   disconnect   disconnect  throw_away   pass         ended        ended      pass
+COMMITTING  unknown      disconnect  unknown_too  pass         ended        ended      pass
+AUTOCOMMIT  done_or_not  disconnect  throw_away   pass         pass         pass       pass
+OURS        settled      settled     throw_away   throw_away   throw_away   pass       pass
+COMMIT      settled      settled     throw_away   goes_on      throw_away   refused    goes_on
+PREPARE     settled      settled     throw_away   goes_on      throw_away   ended      goes_on
+END_BRANCH  settled      settled     throw_away   throw_away   throw_away   answered   answered
+ROLL_BACK   settled      settled     rolled_back  rolled_back  rolled_back  settled    settled
 """
 CONSEQUENCES: dict[Moment, dict[Verdict, Consequence]] = {
     moment: {verdict: _CONSEQUENCES[name] for verdict, name in cells.items()}
@@ -292,5 +293,5 @@ def verdict(error: BaseException, server: Any, raw: Any, needs_writes: bool) -> 
     ):
         return Verdict.STANDBY
     if driver.in_transaction(raw):
-        return Verdict.GOES_ON
-    return Verdict.ENDED if is_answer else Verdict.STRAY
+        return Verdict.GOES_ON if is_answer else Verdict.INSIDE
+    return Verdict.ENDED if is_answer else Verdict.OUTSIDE

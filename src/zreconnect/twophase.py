@@ -192,8 +192,9 @@ class TwoPhaseDataManager(ConnectionDataManager):
             self._link.end()
         decided = self.decision.outcome
         if decided is Outcome.COMMITTED:
-            # Another data manager has failed since.
+            # Another data manager has failed since, which its error tells.
             self._finish(branch)
+            self.work.told()
         elif decided is Outcome.UNKNOWN:
             self._leave(branch, "because it is not known whether the transaction is committed")
         else:

@@ -286,7 +286,7 @@ class Work:
             self._refuse_closed("begin()")
         self.patience.has_begun()
 
-    def begin_with(self, execute: Callable[[], object]) -> tuple[bool, Exception | None]:
+    def begin_with(self, execute: Callable[[], object]) -> tuple[bool, BaseException | None]:
         """Begin a transaction along with its first statement, in one round trip.
 
         execute: sends the statement. Returns whether there is a transaction now, if not, the
@@ -308,11 +308,15 @@ class Work:
         if begun is None:
             self.note(Event.NOT_BEGUN)
             return False, None
-        link.observer.began(begun.row)
-        self.check_target()
-        self.note(Event.BEGUN)
-        self.patience.has_begun()
-        return True, begun.error
+        try:
+            link.observer.began(begun.row)
+            self.check_target()
+            self.note(Event.BEGUN)
+            self.patience.has_begun()
+            return True, begun.error
+        finally:
+            # The traceback of its error refers to this frame.
+            del begun
 
     def limit_of_begin(self, policy: RetryPolicy) -> float:
         """The seconds that the answer to BEGIN may take in a session that there is."""

@@ -61,7 +61,7 @@ class Begun:
     """
 
     row: Any
-    error: Exception | None
+    error: BaseException | None
 
 
 @dataclass

@@ -169,21 +169,6 @@ class PsycopgDriver(PostgresqlDriver):
             pq.TransactionStatus.INERROR,
         )
 
-    def meaning(self, error: BaseException, raw: Any) -> Meaning:
-        found = super().meaning(error, raw)
-        if (
-            found is Meaning.USER
-            and isinstance(error, psycopg.OperationalError)
-            and self.sqlstate(error) is None
-            and not raw.lock.locked()
-            and not _is_in_pipeline(raw)
-            and raw.info.transaction_status == pq.TransactionStatus.ACTIVE
-        ):
-            # "another command is already in progress": an interrupt has left it behind, and it is
-            # never read to its end.
-            return Meaning.DISCONNECT
-        return found
-
     def in_transaction(self, raw: Any) -> bool:
         return raw.info.transaction_status in (
             pq.TransactionStatus.ACTIVE,
@@ -233,11 +218,11 @@ class PsycopgDriver(PostgresqlDriver):
         if rider:
             companion = trip.add(_failing_without_row(rider))
         trip.answer_so_far()
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             with trip:
                 execute()
-        except Exception as problem:
+        except BaseException as problem:
             error = problem
         try:
             if error is not None and not (

@@ -137,7 +137,7 @@ class ThreadObjects(threading.local):
 
     def update_lazily(self, instance: Any) -> None:
         """Have the update of ``instance`` that is about to be made written before COMMIT."""
-        self._manager.connection()._need_transaction()
+        self._manager.connection().guard.need_transaction()
         if instance.sqlmeta.expired:
             # The row, when it is read later, would hide the update.
             instance.sync()

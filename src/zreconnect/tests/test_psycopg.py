@@ -1166,7 +1166,8 @@ class BeginWithStatementTests(Psycopg, DatabaseTestCase):
         self.query("DROP TABLE zreconnect_ledger")
         with self.assertRaises(errors.UndefinedTable):
             self.insert(connection)
-        self.assertEqual((self.executions(), connection.state), (0, "idle"))
+        self.assertEqual((self.executions(), connection.state), (0, "doomed"))
+        connection.rollback()
         # The next session has it again.
         self.insert(connection)
         connection.commit()
@@ -1187,7 +1188,8 @@ class BeginWithStatementTests(Psycopg, DatabaseTestCase):
                 else:
                     with self.assertRaises(seen):
                         self.insert(connection)
-                    self.assertEqual((self.executions(), connection.state), (0, "idle"))
+                    self.assertEqual((self.executions(), connection.state), (0, "doomed"))
+                    connection.rollback()
             self.assertEqual(patched.call_count, 2)
         self.assertIs(psycopg_driver._begin, begin)
         self.assertEqual(self.names(), [])
@@ -1203,7 +1205,7 @@ class BeginWithStatementTests(Psycopg, DatabaseTestCase):
         with self.plain() as other:
             other.execute("LOCK TABLE item")
             connection.driver_connection.pgconn.send_query(b"SELECT * FROM item")
-            self.assertEqual(self.busy(connection), (0, "active"))
+            self.assertEqual(self.busy(connection), (0, "doomed"))
         connection.rollback()
         self.insert(connection)
         self.assertEqual((self.executions(), connection.state), (1, "active"))
@@ -1214,9 +1216,8 @@ class BeginWithStatementTests(Psycopg, DatabaseTestCase):
         raw.send_query(b"SELECT 1")
         # BEGIN goes first then, and is refused.
         wait_until(lambda: not connection.work.link.session.watch.is_quiet())
-        self.assertEqual(self.busy(connection), (0, "idle"))
-        while raw.get_result():
-            pass
+        self.assertEqual(self.busy(connection), (0, "doomed"))
+        connection.rollback()
         self.insert(connection)
         self.assertEqual((self.executions(), connection.state), (1, "active"))
 

@@ -911,7 +911,7 @@ class Psycopg2Tests(SqlalchemyTestCase):
     def test_in_a_forked_child(self):
         """The session is the parent's; the turn is whose it was."""
         engine = self.engine()
-        turn = self.pooled_connection(engine)._turn
+        turn = self.pooled_connection(engine).work.turn
         self.assertIs(turn.in_child(), turn)
 
     def test_two_engines(self):

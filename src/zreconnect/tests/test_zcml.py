@@ -192,7 +192,7 @@ class AdapterTests(ZCMLTestCase, DatabaseTestCase):
             with self.subTest(response_timeout):
                 zope.testing.cleanup.cleanUp()
                 configure(adapter(dsn=self.dsn, **response_timeout))
-                self.assertEqual(database()()._response_timeout, seconds)
+                self.assertEqual(database()().work.link.options.response_timeout, seconds)
         zope.testing.cleanup.cleanUp()
         configure(adapter(dsn=self.dsn, response_timeout="$SECONDS"))
         with self.assertRaises(DisconnectionError):
