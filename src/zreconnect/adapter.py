@@ -82,6 +82,8 @@ class PatienceOfRequests(Patience):
     waited: the seconds that the present request has waited, and waited_until: when.
     """
 
+    is_shared = True
+
     def __init__(self, policy: RetryPolicy, server: Server) -> None:
         super().__init__(policy, server)
         # How often the server had been reached when this thread gave up.

@@ -144,10 +144,15 @@ class ReconnectingConnection(SettingsOfSessions):
     # Transactions
 
     def begin(self) -> None:
-        with self.guard.in_turn():
-            self.guard.end_forgotten()
+        taken = not self.work.turn.is_mine() and self.guard.take_turn()
+        try:
+            if self.work.member is not None:
+                self.guard.end_forgotten()
             self.work.ask(Request.BEGIN, "begin()")
             self.guard.begin(explicit=True)
+        finally:
+            if taken:
+                self.work.give_turn()
 
     def commit(self) -> None:
         self._commit()
@@ -155,13 +160,16 @@ class ReconnectingConnection(SettingsOfSessions):
 
     def _commit(self) -> None:
         """Commit; `Work.told` is to follow, when nothing else has to be done."""
-        if self.work.turn.is_anothers():
-            raise self.work.link.driver.module.ProgrammingError(
-                "commit() of another thread's transaction: it belongs to the thread that began it"
-            )
-        self.guard.take_turn()
+        if not self.work.turn.is_mine():
+            if self.work.turn.is_anothers():
+                raise self.work.link.driver.module.ProgrammingError(
+                    "commit() of another thread's transaction: it belongs to the thread that began "
+                    "it"
+                )
+            self.guard.take_turn()
         try:
-            self.guard.end_forgotten()
+            if self.work.member is not None:
+                self.guard.end_forgotten()
             if self.work.member is not None:
                 self.work.ask(Request.LOOK)
                 raise self.work.link.driver.module.ProgrammingError(
@@ -301,20 +309,22 @@ class ReconnectingConnection(SettingsOfSessions):
     def cursor(
         self, name: str | None = None, cursor_factory: Any = None, **options: Any
     ) -> ReconnectingCursor:
-        self._look()
+        work, state = self.work, self.work.state
+        if (state is not State.IDLE and state is not State.ACTIVE) or (
+            work.turn.is_for_good and not work.turn.is_mine()
+        ):
+            self._look()
         return ReconnectingCursor(self, name, cursor_factory, options)
 
     def _look(self) -> None:
-        """Raise what refuses a cursor."""
+        """Raise what refuses a cursor, which asks the server nothing yet."""
         work = self.work
         if work.turn.is_mine():
-            if work.state is not State.ACTIVE and work.state is not State.IDLE:
-                self.guard.end_forgotten()
-                work.ask(Request.LOOK)
+            self.guard.end_forgotten()
+            work.ask(Request.LOOK)
         elif work.turn.is_for_good or not work.turn.is_anothers():
-            if work.turn.is_for_good or work.has_orphan():
-                self.guard.take_turn()
-                work.give_turn()
+            self.guard.take_turn()
+            work.give_turn()
             work.ask(Request.LOOK)
         elif work.state is State.CLOSED or work.state is State.PREPARED:
             # What else another thread's transaction has come to does not matter to this one.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from zope.interface import implementer
 
@@ -145,11 +145,14 @@ class ReconnectingCursor:
     def _begins_along(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
         """Have BEGIN travel along with the statement, if that can be; whether it was executed."""
         work, guard = self._work, self._guard
-        with guard.in_turn():
-            self._check_open()
+        taken = not work.turn.is_mine() and guard.take_turn()
+        try:
+            if self._closed:
+                self._refuse_closed()
             if not guard.may_begin_with_statement():
                 return False
-            self._open_in_session()
+            if self._session is not work.link.session:
+                self._open()
             if not work.link.driver.may_begin_with(self._raw, *arguments):
                 return False
             execute = partial(self._raw.execute, *arguments, **options)
@@ -158,15 +161,19 @@ class ReconnectingCursor:
             if work.link.observer.watches_statements:
                 work.link.observer.executed(self._raw)
             return True
+        finally:
+            if taken:
+                work.give_turn()
 
-    # The following two do what Guard.in_turn() and Guard.asking() do, without their Python calls.
+    # These do what Guard.in_turn() and Guard.asking() do, without their Python calls.
 
     def _statement(self, method: str, *args: Any, **keywords: Any) -> Any:
         work, guard, link = self._work, self._guard, self._work.link
         taken = not work.turn.is_mine() and guard.take_turn()
         try:
+            if self._closed:
+                self._refuse_closed()
             if work.state is not State.ACTIVE:
-                self._check_open()
                 guard.need_transaction()
             session = link.session
             if self._session is not session:
@@ -289,24 +296,19 @@ class ReconnectingCursor:
             if error is None:
                 raise
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise self._work.link.driver.module.InterfaceError("The cursor is closed")
+    def _refuse_closed(self) -> NoReturn:
+        raise self._work.link.driver.module.InterfaceError("The cursor is closed")
 
     def _raw_cursor(self) -> Any:
         """The raw cursor; results that were fetched into it can be read after its session."""
         if self._raw is None:
             self._work.need_session()
+            if self._closed:
+                self._refuse_closed()
             self._open()
         return self._raw
 
-    def _open_in_session(self) -> None:
-        """Have a raw cursor of the connection's present session."""
-        if self._session is not self._work.link.session:
-            self._open()
-
     def _open(self) -> None:
-        self._check_open()
         link = self._work.link
         session = link.session
         if self._raw is not None:

@@ -68,7 +68,7 @@ class ConnectionDataManager:
     def tpc_begin(self, transaction: ITransaction) -> None:
         # Also when the program rolled back the lost connection itself: a part of the transaction's
         # work is gone.
-        if self.disconnected or not self.is_present():
+        if self.work.losses != self._losses or self.work.member is not self:
             self.work.refuse_lost()
 
     def commit(self, transaction: ITransaction) -> None:

@@ -104,7 +104,8 @@ class Guard:
         """Note the event, and do what is to be done about the session."""
         work, shown = self.work, self.work.state.shown
         if event is Event.NOT_BEGUN:
-            work.patience.has_failed(error)
+            if work.patience.is_shared:
+                work.patience.has_failed(error)
             if not work.is_explicit:
                 is_unreached = isinstance(error, (DisconnectionError, ReconnectTimeout))
                 if is_unreached or keeping is Keeping.TOLD:
@@ -186,8 +187,9 @@ class Guard:
         Raises what `begin` raises, and what refuses the statement.
         """
         work = self.work
-        self.end_forgotten()
-        if work.ask(Request.STATEMENT) is Answer.GRANTED:
+        if work.member is not None:
+            self.end_forgotten()
+        if work.state is not State.IDLE and work.ask(Request.STATEMENT) is Answer.GRANTED:
             return
         if work.is_autocommit():
             self._need_live_session()
@@ -207,7 +209,7 @@ class Guard:
         work, started = self.work, time.monotonic()
         if work.join is not None:
             work.join()
-        policy = work.policy()
+        policy = work.patience.begins(work.waited)
         try:
             if work.begin(explicit, policy):
                 return
@@ -261,7 +263,9 @@ class Guard:
         # Only if something has arrived, such as the end of the session, is there a round trip.
         if session is not NO_SESSION and self._driver.has_sessions and not session.watch.is_quiet():
             try:
-                with session.watch.awaiting(self.work.limit_of_begin(self.work.policy())):
+                with session.watch.awaiting(
+                    self.work.limit_of_begin(self.work.patience.begins(self.work.waited))
+                ):
                     self._driver.query(session.raw, "SELECT 1")
             except BaseException as error:
                 if not self.meet(error, Moment.OURS):
@@ -276,12 +280,13 @@ class Guard:
         Raises what `IReconnectingConnection.commit` promises.
         """
         work, raw = self.work, self._link.session.raw
-        try:
-            if work.ask(Request.COMMIT) is Answer.NOTHING:
+        if work.state is not State.ACTIVE:
+            try:
+                work.ask(Request.COMMIT)
                 return
-        finally:
-            if work.state is State.ENDED or work.state is State.TORN:
-                work.note(Event.REFUSED)
+            finally:
+                if work.state is State.ENDED or work.state is State.TORN:
+                    work.note(Event.REFUSED)
         try:
             work.commit()
         except BaseException as error:
@@ -389,22 +394,27 @@ class Guard:
         return _MINE if self.work.turn.is_mine() else self._turn_taken()
 
     def take_turn(self) -> bool:
-        """As `Work.take_turn`; ends what a thread has under way that has ended."""
-        if not self.work.take_turn():
-            return False
-        self._end_what_a_thread_has_left()
+        """As `Work.take_turn`, which see; ends what a thread has under way that has ended.
+
+        True, for who has to know that the turn was taken.
+        """
+        work = self.work
+        work.take_turn()
+        if work.state is not State.IDLE or work.member is not None or work.inside_with:
+            self._end_what_a_thread_has_left()
         return True
 
     def try_turn(self) -> bool:
         """Have the connection, unless it is another thread's now; whether the thread has it."""
         turn = self.work.turn
+        if turn.is_mine():
+            return True
         if turn.is_for_good:
-            self.take_turn()
-        elif not turn.is_mine():
-            if not turn.take(0):
-                return False
-            self.work.told()
-            self._end_what_a_thread_has_left()
+            return self.take_turn()
+        if not turn.take(0):
+            return False
+        self.work.told()
+        self._end_what_a_thread_has_left()
         return True
 
     def _end_what_a_thread_has_left(self) -> None:

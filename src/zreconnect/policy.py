@@ -104,11 +104,11 @@ class RetryPolicy:
 class Patience:
     """How long the transactions of one connection may wait until they begin.
 
-    It is told what becomes of them, so that a subclass can have more than one transaction share its
-    time.
-
     policy: that of the connection. server: the `zreconnect.server.Server`.
     """
+
+    #: Whether several transactions share the time, so that it is to be told what becomes of them.
+    is_shared = False
 
     def __init__(self, policy: RetryPolicy, server: Any) -> None:
         self.policy = policy

@@ -141,7 +141,8 @@ class SettingsOfSessions:
     def reset(self) -> None:
         """Roll back, and forget all settings but those of ``on_connect``; the next transaction
         gets a new session."""
-        self.guard.take_turn()
+        if not self.work.turn.is_mine():
+            self.guard.take_turn()
         try:
             self.guard.roll_back()
             self.work.link.reset()

@@ -28,8 +28,9 @@ from zreconnect.witness import PATIENCE_WITH_ORPHANS, POLL_INTERVAL, Outcome
 
 # PostgreSQL takes less than 200 characters as a gid.
 LONGEST_DATABASE_NAME = 63
-# A connection that was closed meanwhile has its branch ended all the same.
-_IN_DOUBT = frozenset({State.PREPARING, State.PREPARED, State.CLOSED})
+# A connection that was closed meanwhile has its branch ended all the same. Of one that could not be
+# asked it is not certain that it is not prepared.
+_IN_DOUBT = frozenset({State.PREPARING, State.PREPARED, State.DOOMED, State.CLOSED})
 
 
 class Decision:
@@ -90,6 +91,8 @@ class TwoPhaseDataManager(ConnectionDataManager):
             work.prepare(branch.gid)
         except BaseException as error:
             if not self.guard.meet(error, Moment.PREPARE):
+                if work.state is not State.PREPARING:
+                    self.branch = None
                 raise
             self._settle_lost_prepare(branch, error)
 
@@ -134,7 +137,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
 
     def _settle_lost_prepare(self, branch: Branch, error: BaseException) -> None:
         """Return if the transaction is prepared nevertheless."""
-        found = False
+        found: bool | None = None
 
         def first_use(raw: Any) -> None:
             nonlocal found
@@ -149,6 +152,8 @@ class TwoPhaseDataManager(ConnectionDataManager):
         # the ledger's row locked.
         self._link.end()
         self.work.note(Event.PREPARED if found else Event.FOUND_UNPREPARED)
+        if found is False:
+            self.branch = None
         if not found:
             self.guard.raise_lost(error, inside=True)
 

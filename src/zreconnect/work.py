@@ -93,6 +93,7 @@ class Work:
     implicit_begin: whether a statement begins a transaction. is_explicit: whether the transaction
     was begun by ``begin()`` and not by a statement. inside_with: whether the connection is in a
     ``with`` block. committing: the raw connection on which COMMIT was sent last.
+    waited: the seconds that the thread has waited for its turn.
     untold: whether the last transaction is committed and the program does not know it yet, so that
     a ``rollback()`` after an interrupt has to say so.
     """
@@ -100,7 +101,6 @@ class Work:
     __slots__ = (
         "__weakref__",
         "_anchor",
-        "_waited",
         "committing",
         "implicit_begin",
         "inside_with",
@@ -113,6 +113,7 @@ class Work:
         "state",
         "turn",
         "untold",
+        "waited",
     )
 
     def __init__(self, link: Link, turn: Turn, patience: Patience) -> None:
@@ -129,8 +130,7 @@ class Work:
         self.inside_with = False
         self.committing: Any = None
         self.untold = False
-        # The seconds that the present transaction has waited for its turn.
-        self._waited = 0.0
+        self.waited = 0.0
 
     # What is known
 
@@ -167,7 +167,7 @@ class Work:
     def leave(self, member: Any) -> None:
         """The larger transaction has ended, if it still is the one of this data manager."""
         if self.member is member:
-            self.member = None
+            self.member = self._anchor = None
             self.give_turn()
 
     def is_forgotten(self) -> bool:
@@ -256,10 +256,6 @@ class Work:
 
     # Beginning
 
-    def policy(self) -> RetryPolicy:
-        """That of a transaction that begins now."""
-        return self.patience.begins(self._waited)
-
     def begin(self, explicit: bool, policy: RetryPolicy) -> bool:
         """Begin a transaction in the present session. Whether there was one.
 
@@ -273,9 +269,11 @@ class Work:
         session.watch.reset()
         with session.watch.awaiting(self.limit_of_begin(policy)):
             self._send_begin(session.raw)
-        self.check_target()
+        if self.link.server.is_missed_by(session.raw):
+            self._refuse_server()
         self.note(Event.BEGUN)
-        self.patience.has_begun()
+        if self.patience.is_shared:
+            self.patience.has_begun()
         return True
 
     def begin_in_new_session(self, policy: RetryPolicy) -> None:
@@ -284,7 +282,8 @@ class Work:
         self.note(Event.BEGUN)
         if self.state is State.CLOSED:
             self._refuse_closed("begin()")
-        self.patience.has_begun()
+        if self.patience.is_shared:
+            self.patience.has_begun()
 
     def begin_with(self, execute: Callable[[], object]) -> tuple[bool, BaseException | None]:
         """Begin a transaction along with its first statement, in one round trip.
@@ -296,7 +295,9 @@ class Work:
         self.note(Event.BEGIN_LEAVES)
         link, session = self.link, self.link.session
         session.watch.reset()
-        wait_for_begin = session.watch.awaiting(self.limit_of_begin(self.policy()))
+        wait_for_begin = session.watch.awaiting(
+            self.limit_of_begin(self.patience.begins(self.waited))
+        )
         with session.watch.awaiting(link.options.response_timeout), wait_for_begin:
             begun = link.driver.begin_with(
                 session.raw,
@@ -310,9 +311,11 @@ class Work:
             return False, None
         try:
             link.observer.began(begun.row)
-            self.check_target()
+            if link.server.is_missed_by(session.raw):
+                self._refuse_server()
             self.note(Event.BEGUN)
-            self.patience.has_begun()
+            if self.patience.is_shared:
+                self.patience.has_begun()
             return True, begun.error
         finally:
             # The traceback of its error refers to this frame.
@@ -324,13 +327,10 @@ class Work:
         limit = policy.longest_attempt((policy.timeout or 0) / 2)
         return min(limit, self.link.options.response_timeout or limit)
 
-    def check_target(self) -> None:
-        """Raise the driver's OperationalError if the server has become one of another kind."""
-        link = self.link
-        if link.server.is_missed_by(link.session.raw):
-            raise link.driver.module.OperationalError(
-                "the server is no longer what target_session_attrs asks for"
-            )
+    def _refuse_server(self) -> NoReturn:
+        raise self.link.driver.module.OperationalError(
+            "the server is no longer what target_session_attrs asks for"
+        )
 
     def _begin_first(self, raw: Any) -> None:
         self.link.record_session(raw)
@@ -382,7 +382,9 @@ class Work:
     def committed(self) -> None:
         """It is committed: the server has said so, or it was found."""
         self.untold = True
-        self._end(Event.COMMITTED)
+        if self.patience.is_shared:
+            self.patience.has_ended(lost=False)
+        self.note(Event.COMMITTED)
 
     def told(self) -> None:
         """The program learns of the commit: this is the last that is done for it."""
@@ -393,7 +395,8 @@ class Work:
         self._end(Event.BRANCH_ENDED)
 
     def _end(self, event: Event) -> None:
-        self.patience.has_ended(lost=self.state.shown == DOOMED)
+        if self.patience.is_shared:
+            self.patience.has_ended(lost=self.state.shown == DOOMED)
         self.note(event)
 
     def look_up(self, policy: RetryPolicy) -> tuple[Outcome, BaseException | None]:
@@ -423,22 +426,19 @@ class Work:
 
     # Threads
 
-    def take_turn(self) -> bool:
-        """Have the connection, from now until `give_turn`. Whether the thread had it not before.
+    def take_turn(self) -> None:
+        """Have the connection, which the thread has not yet, from now until `give_turn`.
 
         Raises the driver's OperationalError if another thread's transaction takes too long, and its
         ProgrammingError if the connection is another thread's for good.
         """
-        if self.turn.is_mine():
-            return False
         if self.turn.is_for_good:
             raise self.link.driver.module.ProgrammingError(
                 "The connection belongs to another thread: use a connection for each thread; "
                 "fork() makes one"
             )
-        self._waited = 0.0 if self.turn.take(0) else self._wait_for_turn()
-        self.told()
-        return True
+        self.waited = 0.0 if self.turn.take(0) else self._wait_for_turn()
+        self.untold = False
 
     def give_turn(self) -> None:
         """Let other threads have the connection, unless something of this one is under way."""

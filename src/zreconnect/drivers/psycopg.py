@@ -16,7 +16,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import psycopg
 from psycopg import IsolationLevel, generators, pq, sql
@@ -137,13 +137,14 @@ class PsycopgDriver(PostgresqlDriver):
     # Transactions
 
     def begin(self, raw: Any, settings: SessionSettings, rider: str = "") -> Any:
-        return self._execute(raw, _begin(raw, settings), *([rider] if rider else [])).row
+        return _first_row(self._execute(raw, _begin(raw, settings), *([rider] if rider else [])))
 
     def begins_read_only(self, raw: Any, settings: SessionSettings) -> bool:
         return bool(raw.read_only if settings.readonly is None else settings.readonly)
 
     def commit(self, raw: Any, rider: str = "") -> None:
-        if self._execute(raw, *([rider] if rider else []), "COMMIT").tag == "ROLLBACK":
+        answer = self._execute(raw, *([rider] if rider else []), "COMMIT")
+        if answer.command_status == b"ROLLBACK":
             raise psycopg.errors.InFailedSqlTransaction(
                 "Nothing was committed: a statement of the transaction had failed, so the server "
                 "rolled it back. Do not go on to commit after an error."
@@ -230,7 +231,7 @@ class PsycopgDriver(PostgresqlDriver):
             ):
                 raise error
             if companion.answer is not None:
-                return Begun(companion.answer.row, error)
+                return Begun(_first_row(companion.answer), error)
             if self.in_transaction(raw):
                 self.rollback(raw)
             return None
@@ -284,10 +285,10 @@ class PsycopgDriver(PostgresqlDriver):
         version: int = raw.info.server_version
         return version
 
-    def _execute(self, raw: Any, *statements: str) -> _Answer:
+    def _execute(self, raw: Any, *statements: str) -> Any:
         """Execute statements without parameters, in one round trip; the answer to the last."""
         if _is_in_pipeline(raw):
-            return _Answer(self._ask(raw, ";".join(statements)).pgresult)
+            return self._ask(raw, ";".join(statements)).pgresult
         _check_not_locked(raw)
         # A cursor would make many times the work of it.
         with raw.lock:
@@ -296,7 +297,7 @@ class PsycopgDriver(PostgresqlDriver):
         for result in results:
             if result.status == pq.ExecStatus.FATAL_ERROR:
                 raise psycopg.errors.error_from_result(result, raw.info.encoding)
-        return _Answer(results[-1])
+        return results[-1]
 
     def _ask(self, raw: Any, statement: str, parameters: Any = None) -> Any:
         """A cursor that has executed statements, at the result of the last one."""
@@ -314,14 +315,6 @@ class PsycopgDriver(PostgresqlDriver):
         return cursor
 
 
-class _Answer:
-    """What the server has answered to one statement."""
-
-    def __init__(self, result: Any) -> None:
-        self.tag = (result.command_status or b"").decode()
-        self.row = (result.get_value(0, 0).decode(),) if result.ntuples else None
-
-
 class _Companion:
     """A statement of ours that travels along with one of the user's.
 
@@ -329,7 +322,8 @@ class _Companion:
     """
 
     def __init__(self, answered: Callable[[], object] | None) -> None:
-        self.answer: _Answer | None = None
+        #: What the server has answered, if it has executed the statement.
+        self.answer: Any = None
         self._answered = answered
 
     def _check_results(self, results: list[Any]) -> None:
@@ -340,7 +334,11 @@ class _Companion:
 
     def _set_results(self, results: list[Any]) -> None:
         if results[0].status != pq.ExecStatus.PIPELINE_ABORTED:
-            self.answer = _Answer(results[0])
+            self.answer = results[0]
+
+
+def _first_row(result: Any) -> Any:
+    return (result.get_value(0, 0).decode(),) if result.ntuples else None
 
 
 class _SharedTrip(psycopg.Pipeline):
@@ -357,7 +355,8 @@ class _SharedTrip(psycopg.Pipeline):
     def add(self, statement: str, answered: Callable[[], object] | None = None) -> _Companion:
         companion = _Companion(answered)
         self.command_queue.append(partial(self.pgconn.send_query_params, statement.encode(), None))
-        self.result_queue.append((cast(Any, companion), None))
+        queue: Any = self.result_queue
+        queue.append((companion, None))
         return companion
 
     def answer_so_far(self) -> None:
@@ -370,9 +369,12 @@ class _SharedTrip(psycopg.Pipeline):
                 self._conn.wait(self._send_and_fetch())
         finally:
             self._conn._pipeline = None
-            with contextlib.suppress(psycopg.OperationalError):
-                # Not if an interrupted wait has left answers behind: the session is of no use.
+            # Not if an interrupted wait has left answers behind: the session is of no use then.
+            # A context manager would take three Python calls of each transaction.
+            try:  # noqa: SIM105
                 self.pgconn.exit_pipeline_mode()
+            except psycopg.OperationalError:
+                pass
 
     def _send_and_fetch(self) -> PQGen[None]:
         self._enqueue_sync()

@@ -296,7 +296,7 @@ class TimeoutTests(AdapterTestCase):
 
     def waits(self, adapter):
         """What is left of the thread's time, in the next transaction."""
-        return adapter().work.policy().timeout
+        return adapter().work.patience.begins(0).timeout
 
     def lose_transaction(self, adapter, seconds):
         """Wait for the server for so long, then lose it."""
@@ -348,7 +348,7 @@ class TimeoutTests(AdapterTestCase):
         # That is forgotten when nobody has asked for as long as the timeout.
         adapter().work.patience.waited_until -= 60
         self.assertEqual(self.waits(adapter), 60)
-        self.assertIsNone(adapter().work.policy().attempts)
+        self.assertIsNone(adapter().work.patience.begins(0).attempts)
         self.leave(adapter, 2)
         self.assertGreater(self.give_up(adapter), 1)
 
@@ -357,11 +357,11 @@ class TimeoutTests(AdapterTestCase):
         self.leave(adapter, 0)
         self.forward.refuse()
         self.give_up(adapter)
-        self.assertEqual(adapter().work.policy().attempts, 1)
+        self.assertEqual(adapter().work.patience.begins(0).attempts, 1)
         self.forward.accept()
         self.in_thread(lambda: (self.read(adapter), transaction.commit()))
         self.assertEqual(self.waits(adapter), 60)
-        self.assertIsNone(adapter().work.policy().attempts)
+        self.assertIsNone(adapter().work.patience.begins(0).attempts)
 
     def test_after_giving_up_connecting_may_take_its_time(self):
         adapter = self.adapter(timeout=20)

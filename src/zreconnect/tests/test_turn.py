@@ -215,7 +215,7 @@ class SharedTests:
 
         def work():
             with connection.transaction():
-                timeouts.append(connection.work.policy().timeout)
+                timeouts.append(connection.work.patience.begins(connection.work.waited).timeout)
 
         work()
         finish = self.held_by_thread(connection)
