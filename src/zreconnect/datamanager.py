@@ -62,8 +62,8 @@ class ConnectionDataManager:
                 self._connection.rollback()
         except CommitOutcomeUnknown as unknown:
             self._unknown = unknown
-        finally:
-            self.work.leave(self)
+        # Not after an interrupt: what is left undone is done when the transaction is forgotten.
+        self.work.leave(self)
 
     def tpc_begin(self, transaction: ITransaction) -> None:
         # Also when the program rolled back the lost connection itself: a part of the transaction's

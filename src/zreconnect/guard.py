@@ -10,6 +10,7 @@ The other methods are a connection's requests, each with its moment.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -338,7 +339,7 @@ class Guard:
     def _tell(self) -> None:
         """Raise `CommitOutcomeUnknown` if an interrupt has kept a program from learning that its
         transaction is committed."""
-        if self.work.untold:
+        if self.work.untold == threading.get_ident():
             self.work.told()
             raise CommitOutcomeUnknown(self._link.server.address, outcome="committed")
 
@@ -364,7 +365,11 @@ class Guard:
         self._link.end()
         evidence = self._link.observer.describe()
         policy = self.work.patience.policy.within(PATIENCE_OF_ROLLBACK)
-        finding = self._find_out(work.committing, policy)
+        if self._driver.has_sessions:
+            finding = self._find_out(work.committing, policy)
+        else:
+            # COMMIT was executed, and its answer not read.
+            finding = Finding(Outcome.UNKNOWN)
         if finding.outcome is Outcome.ABORTED:
             work.note(Event.FOUND_ABORTED)
         work.rolled_back()
@@ -413,7 +418,6 @@ class Guard:
             return self.take_turn()
         if not turn.take(0):
             return False
-        self.work.told()
         self._end_what_a_thread_has_left()
         return True
 

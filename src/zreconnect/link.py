@@ -76,10 +76,12 @@ class Link:
 
     def end(self) -> None:
         """End the present session, if there is one."""
-        session, self.session = self.session, NO_SESSION
-        if session.raw is not None:
+        session = self.session
+        if session is not NO_SESSION:
             self._kept = self.driver.keep(session.raw)
             session.end(self.driver)
+            # Last: what an interrupt keeps from being ended is ended by the next who tries.
+            self.session = NO_SESSION
 
     def lost(self, error: BaseException, state: str) -> None:
         """End the present session, which is lost, and tell. state: the connection's."""

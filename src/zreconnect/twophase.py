@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import threading
 import time
 import uuid
 from dataclasses import replace
@@ -237,7 +238,8 @@ class TwoPhaseDataManager(ConnectionDataManager):
                 self.work.open(first_use, self.work.patience.policy)
             except self.work.lookup_errors() as error:
                 problem = error
-        self.work.untold = outcome is Outcome.COMMITTED
+        if outcome is Outcome.COMMITTED:
+            self.work.untold = threading.get_ident()
         if outcome is not Outcome.UNKNOWN:
             self._release()
         return outcome, problem

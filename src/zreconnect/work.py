@@ -37,6 +37,7 @@ a thread that has ended inside its transaction finds that transaction here, and 
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -94,8 +95,8 @@ class Work:
     was begun by ``begin()`` and not by a statement. inside_with: whether the connection is in a
     ``with`` block. committing: the raw connection on which COMMIT was sent last.
     waited: the seconds that the thread has waited for its turn.
-    untold: whether the last transaction is committed and the program does not know it yet, so that
-    a ``rollback()`` after an interrupt has to say so.
+    untold: the number of the thread whose transaction is committed, and that does not know it yet,
+    so that a ``rollback()`` after an interrupt has to say so; None if all is said.
     """
 
     __slots__ = (
@@ -129,7 +130,7 @@ class Work:
         self.is_explicit = False
         self.inside_with = False
         self.committing: Any = None
-        self.untold = False
+        self.untold: int | None = None
         self.waited = 0.0
 
     # What is known
@@ -381,14 +382,14 @@ class Work:
 
     def committed(self) -> None:
         """It is committed: the server has said so, or it was found."""
-        self.untold = True
+        self.untold = threading.get_ident()
         if self.patience.is_shared:
             self.patience.has_ended(lost=False)
         self.note(Event.COMMITTED)
 
     def told(self) -> None:
         """The program learns of the commit: this is the last that is done for it."""
-        self.untold = False
+        self.untold = None
 
     def branch_ended(self) -> None:
         """What was prepared is no more of this connection's business."""
@@ -438,7 +439,7 @@ class Work:
                 "fork() makes one"
             )
         self.waited = 0.0 if self.turn.take(0) else self._wait_for_turn()
-        self.untold = False
+        self.untold = None
 
     def give_turn(self) -> None:
         """Let other threads have the connection, unless something of this one is under way."""
