@@ -10,12 +10,12 @@ from typing import Any
 
 import transaction
 from transaction.interfaces import ITransactionManager
-from zope.interface import implementer
 
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.datamanager import join_transactions
 from zreconnect.descriptor import HeldByThread
+from zreconnect.documented import implements
 from zreconnect.exceptions import ReconnectTimeout
 from zreconnect.interfaces import (
     CLOSED,
@@ -32,7 +32,7 @@ from zreconnect.witness import Witness, XidWitness
 RESPONSE_TIMEOUT = 30.0
 
 
-@implementer(IZopeCursor)
+@implements(IZopeCursor)
 class ZopeCursor(ReconnectingCursor):
     """See `IZopeCursor`. Rows that are no plain tuples stay as the cursor factory makes them."""
 
@@ -121,15 +121,14 @@ class PatienceOfRequests(Patience):
             self.waited = 0.0
 
 
-@implementer(IZopeConnection)
+@implements(IZopeConnection)
 class ZopeConnection(ReconnectingConnection):
     """See `IZopeConnection`."""
 
-    __slots__ = ("adapter",)
+    __slots__ = {"adapter": "The `ReconnectingDatabaseAdapter` that it belongs to."}
 
     patience_class = PatienceOfRequests
 
-    #: The adapter that it belongs to.
     adapter: ReconnectingDatabaseAdapter
 
     def cursor(
@@ -147,7 +146,7 @@ class ZopeConnection(ReconnectingConnection):
         return self.adapter
 
 
-@implementer(IManageableZopeDatabaseAdapter)
+@implements(IManageableZopeDatabaseAdapter)
 class ReconnectingDatabaseAdapter:
     """See `IManageableZopeDatabaseAdapter`.
 

@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 import transaction
-from zope.interface import implementer
 
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.datamanager import ConnectionDataManager, join_transactions
+from zreconnect.documented import implements
 from zreconnect.guard import Guard
 from zreconnect.interfaces import IReconnectingConnection, ISavepoint
 from zreconnect.link import Link
@@ -54,7 +54,7 @@ DBAPI_EXCEPTIONS = {
 }
 
 
-@implementer(IReconnectingConnection)
+@implements(IReconnectingConnection)
 class ReconnectingConnection(SettingsOfSessions):
     """A DB-API 2.0 connection that outlives its server sessions; see `IReconnectingConnection`.
 
@@ -383,7 +383,7 @@ class ReconnectingConnection(SettingsOfSessions):
                 self.work.need_session()
 
 
-@implementer(ISavepoint)
+@implements(ISavepoint)
 class Savepoint:
     """A savepoint inside a transaction of a `ReconnectingConnection`."""
 

@@ -7,8 +7,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from zope.interface import implementer
-
+from zreconnect.documented import implements
 from zreconnect.interfaces import IPipeliningDriver, IReconnectingCursor
 from zreconnect.proxies import Guarded, guarded_attribute, guarded_block, guarded_rows
 from zreconnect.session import NO_SESSION, Session
@@ -24,8 +23,10 @@ class _Setting:
     default: its value before there is a raw cursor; without one, reading it makes a raw cursor.
     """
 
-    def __init__(self, default: Any = None) -> None:
+    def __init__(self, default: Any = None, doc: str | None = None) -> None:
         self._default = default
+        if doc is not None:
+            self.__doc__ = doc
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -45,7 +46,7 @@ class _Setting:
         cursor._settings[self._name] = value
 
 
-@implementer(IReconnectingCursor)
+@implements(IReconnectingCursor)
 class ReconnectingCursor:
     """See `IReconnectingCursor`; made by `ReconnectingConnection.cursor`."""
 
@@ -66,13 +67,13 @@ class ReconnectingCursor:
 
     arraysize = _Setting(1)
     itersize = _Setting(2000)
-    binary_types = _Setting()
-    format = _Setting()
-    row_factory = _Setting()
-    scrollable = _Setting()
-    string_types = _Setting()
-    tzinfo_factory = _Setting()
-    withhold = _Setting()
+    binary_types = _Setting(doc="As in psycopg2.")
+    format = _Setting(doc="As in psycopg 3.")
+    row_factory = _Setting(doc="As in psycopg 3 and sqlite3.")
+    scrollable = _Setting(doc="As in psycopg2 and psycopg 3.")
+    string_types = _Setting(doc="As in psycopg2.")
+    tzinfo_factory = _Setting(doc="As in psycopg2.")
+    withhold = _Setting(doc="As in psycopg2 and psycopg 3.")
 
     def __init__(
         self,
@@ -254,14 +255,18 @@ class ReconnectingCursor:
 
     @property
     def closed(self) -> bool:
+        """Whether the cursor was closed."""
         return self._closed
 
     @property
     def description(self) -> Any:
+        """The columns of the last result, as in PEP 249; None if there was none."""
         return None if self._raw is None else self._raw.description
 
     @property
     def rowcount(self) -> int:
+        """How many rows the last statement has returned or changed, as in PEP 249; -1 if there was
+        none, or the driver does not know."""
         return -1 if self._raw is None else self._raw.rowcount
 
     def __getattr__(self, name: str) -> Any:

@@ -7,8 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from transaction.interfaces import ITransaction, ITransactionManager
-from zope.interface import implementer
 
+from zreconnect.documented import implements
 from zreconnect.exceptions import CommitOutcomeUnknown
 from zreconnect.interfaces import ITransactionDataManager
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from zreconnect.connection import ReconnectingConnection, Savepoint
 
 
-@implementer(ITransactionDataManager)
+@implements(ITransactionDataManager)
 class ConnectionDataManager:
     """One connection's part in one transaction of a transaction manager.
 

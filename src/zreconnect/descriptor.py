@@ -7,17 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import transaction
-from zope.interface import implementer
 
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.datamanager import join_transactions
+from zreconnect.documented import implements
 from zreconnect.interfaces import IConnectionDescriptor
 from zreconnect.policy import PERSIST, RetryPolicy
 from zreconnect.server import server_from_dsn
 from zreconnect.witness import Witness
 
 
-@implementer(IConnectionDescriptor)
+@implements(IConnectionDescriptor)
 class ConnectionDescriptor:
     """See `IConnectionDescriptor`.
 

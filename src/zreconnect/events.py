@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zope.event import notify
-from zope.interface import implementer
 
 from zreconnect import interfaces
+from zreconnect.documented import implements
 from zreconnect.exceptions import one_line
 
 logger = logging.getLogger("zreconnect")
@@ -29,8 +29,8 @@ class ConnectionEvent(Event):
     server: str
 
 
-@implementer(interfaces.IConnectionLost)
 @dataclass(frozen=True)
+@implements(interfaces.IConnectionLost)
 class ConnectionLost(ConnectionEvent):
     error: BaseException
     state: str
@@ -39,8 +39,8 @@ class ConnectionLost(ConnectionEvent):
         return f"Lost the connection to {self.server} while {self.state}: {one_line(self.error)}"
 
 
-@implementer(interfaces.IConnectionAttemptFailed)
 @dataclass(frozen=True)
+@implements(interfaces.IConnectionAttemptFailed)
 class ConnectionAttemptFailed(ConnectionEvent):
     level: ClassVar[int] = logging.INFO
     attempt: int
@@ -55,8 +55,8 @@ class ConnectionAttemptFailed(ConnectionEvent):
         )
 
 
-@implementer(interfaces.IReconnected)
 @dataclass(frozen=True)
+@implements(interfaces.IReconnected)
 class Reconnected(ConnectionEvent):
     attempts: int
     seconds: float
@@ -69,8 +69,8 @@ class Reconnected(ConnectionEvent):
         )
 
 
-@implementer(interfaces.ICommitLookedUp)
 @dataclass(frozen=True)
+@implements(interfaces.ICommitLookedUp)
 class CommitLookedUp(ConnectionEvent):
     outcome: str
 
@@ -78,8 +78,8 @@ class CommitLookedUp(ConnectionEvent):
         return f"The outcome of a COMMIT whose answer from {self.server} was lost: {self.outcome}"
 
 
-@implementer(interfaces.IGaveUp)
 @dataclass(frozen=True)
+@implements(interfaces.IGaveUp)
 class GaveUp(ConnectionEvent):
     level: ClassVar[int] = logging.ERROR
     attempts: int
@@ -94,8 +94,8 @@ class GaveUp(ConnectionEvent):
         )
 
 
-@implementer(interfaces.IRunAgain)
 @dataclass(frozen=True)
+@implements(interfaces.IRunAgain)
 class RunAgain(Event):
     function: str
     runs: int
@@ -110,8 +110,8 @@ class RunAgain(Event):
         )
 
 
-@implementer(interfaces.IGaveUpRunning)
 @dataclass(frozen=True)
+@implements(interfaces.IGaveUpRunning)
 class GaveUpRunning(Event):
     level: ClassVar[int] = logging.ERROR
     function: str

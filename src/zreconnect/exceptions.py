@@ -20,9 +20,10 @@ from types import TracebackType
 from typing import Any
 
 from transaction.interfaces import TransientError
-from zope.interface import alsoProvides, implementer
+from zope.interface import alsoProvides
 from zope.publisher.interfaces import Retry
 
+from zreconnect.documented import implements
 from zreconnect.interfaces import IDatabaseUnavailable, IDisconnectionError
 
 ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None]
@@ -60,7 +61,7 @@ class DisconnectedConnectionError(Exception):
     """A request was made on a connection that waits for ``rollback()`` after a disconnect."""
 
 
-@implementer(IDisconnectionError)
+@implements(IDisconnectionError)
 class DisconnectionError(Retry, TransientError):
     """The connection was lost, nothing was committed, and the unit of work may run again.
 
@@ -78,6 +79,10 @@ class DisconnectionError(Retry, TransientError):
             # zope.publisher has this one shown, in the end, and not the Retry.
             alsoProvides(original[1], IDatabaseUnavailable)
 
+    def getOriginalException(self) -> ExceptionInfo | None:
+        original: ExceptionInfo | None = super().getOriginalException()
+        return original
+
     def __str__(self) -> str:
         return str(self.args[0])
 
@@ -85,7 +90,7 @@ class DisconnectionError(Retry, TransientError):
         return type(self), self.args
 
 
-@implementer(IDatabaseUnavailable)
+@implements(IDatabaseUnavailable)
 class ReconnectTimeout(Exception):
     """The policy's patience ended before there was a transaction: nothing was begun.
 

@@ -735,7 +735,8 @@ class IDisconnectionError(IRetry, IDatabaseUnavailable):
 
     def getOriginalException():
         """The ``sys.exc_info()`` triple of the driver's error, or of
-        `DisconnectedConnectionError` for a request made on a doomed connection."""
+        `DisconnectedConnectionError` for a request made on a doomed connection; None after
+        unpickling."""
 
 
 class IConnectionEvent(Interface):

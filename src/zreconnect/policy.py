@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import tenacity
-from zope.interface import implementer
 
+from zreconnect.documented import implements
 from zreconnect.interfaces import IRetryPolicy
 
 # A host that swallows packets would otherwise hold one attempt for the kernel's TCP timeout of
@@ -19,7 +19,7 @@ LONGEST_ATTEMPT = 10.0
 SHORTEST_ATTEMPT = 0.5
 
 
-@implementer(IRetryPolicy)
+@implements(IRetryPolicy)
 @dataclass(frozen=True)
 class RetryPolicy:
     """How long and how often connecting is tried, and what lies between two attempts.

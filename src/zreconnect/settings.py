@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from zreconnect.documented import documented_by
 from zreconnect.guard import Guard
+from zreconnect.interfaces import IReconnectingConnection
 from zreconnect.session import NO_SESSION
 from zreconnect.states import Moment, Request
 from zreconnect.work import Work
@@ -16,6 +18,10 @@ class DriverAttribute:
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
+        self.__doc__ = (
+            f"The ``{name}`` of the driver's connection; it holds for later sessions, too.\n\n"
+            "Connects if there is no session. Raises AttributeError if the driver has none."
+        )
 
     def __get__(self, connection: Any, owner: type) -> Any:
         return self if connection is None else getattr(connection.driver_connection, self._name)
@@ -24,15 +30,17 @@ class DriverAttribute:
         setattr(connection.driver_connection, self._name, value)
 
 
+@documented_by(IReconnectingConnection)
 class SettingsOfSessions:
     """The part of a `ReconnectingConnection` that sets up its sessions.
 
     Each setting holds for the present session and for later ones.
-
-    work: what is known of the present transaction. guard: what becomes of errors.
     """
 
-    __slots__ = ("guard", "work")
+    __slots__ = {
+        "guard": "What becomes of errors, a `zreconnect.guard.Guard`.",
+        "work": "What is known of the present transaction, a `zreconnect.work.Work`.",
+    }
 
     work: Work
     guard: Guard
@@ -65,12 +73,24 @@ class SettingsOfSessions:
     read_only = readonly
 
     def set_autocommit(self, value: bool) -> None:
+        """Set ``autocommit``, as in psycopg 3.
+
+        Raises the driver's ProgrammingError inside a transaction.
+        """
         self.autocommit = value
 
     def set_read_only(self, value: bool | None) -> None:
+        """Set ``readonly``, as in psycopg 3; None stands for the server's default.
+
+        Raises the driver's ProgrammingError inside a transaction, ValueError for an unknown value.
+        """
         self.readonly = value
 
     def set_deferrable(self, value: bool | None) -> None:
+        """Set ``deferrable``, as in psycopg 3; None stands for the server's default.
+
+        Raises the driver's ProgrammingError inside a transaction, ValueError for an unknown value.
+        """
         self.deferrable = value
 
     @property

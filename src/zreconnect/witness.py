@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Protocol
 
-from zope.interface import implementer
-
+from zreconnect.documented import documented_by, implements
 from zreconnect.drivers.base import Condition, ServerSession, SessionSettings
 from zreconnect.interfaces import IObserver, IWitness
 
@@ -39,6 +38,7 @@ GO_ON = "ROLLBACK TO SAVEPOINT zreconnect_commit;"
 ASSIGNED_ID = "SELECT pg_current_xact_id_if_assigned()"
 
 
+@documented_by(IWitness)
 class Witness(Protocol):
     """`IWitness`, for type checkers."""
 
@@ -66,7 +66,7 @@ class History:
     stats_reset: Any
 
 
-@implementer(IWitness)
+@implements(IWitness)
 class XidWitness:
     """Takes the transaction id down, and asks the server what became of it.
 
@@ -99,7 +99,7 @@ class XidWitness:
         return XidAtCommitObserver(driver) if self.at_commit else XidObserver(driver)
 
 
-@implementer(IWitness)
+@implements(IWitness)
 class Ledger:
     """Keeps a row for each connection, which each transaction updates along with its work.
 
@@ -123,7 +123,7 @@ class Ledger:
         return LedgerObserver(driver, self.table)
 
 
-@implementer(IObserver)
+@implements(IObserver)
 class NoObserver:
     """For a connection without a witness: it knows nothing of any transaction."""
 
@@ -162,6 +162,7 @@ class NoObserver:
         """Nothing is to be taken away."""
 
 
+@documented_by(IObserver)
 class _SessionObserver:
     """What the witnesses have in common: which session, and which transaction."""
 
@@ -207,7 +208,7 @@ class _SessionObserver:
         return session
 
 
-@implementer(IObserver)
+@implements(IObserver)
 class XidObserver(_SessionObserver):
     """Knows the id of a connection's last transaction, and the history that the id belongs to."""
 
@@ -270,7 +271,7 @@ class XidObserver(_SessionObserver):
         return History(system_identifier, timeline, stats_reset)
 
 
-@implementer(IObserver)
+@implements(IObserver)
 class XidAtCommitObserver(XidObserver):
     """Asks for the id just before COMMIT, and only a transaction that has written."""
 
@@ -319,7 +320,7 @@ class XidAtCommitObserver(XidObserver):
         self._driver.commit(raw)
 
 
-@implementer(IObserver)
+@implements(IObserver)
 class LedgerObserver(_SessionObserver):
     """Knows a connection's row in the ledger, and the number of its last transaction there."""
 

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import transaction
 from transaction.interfaces import AlreadyInTransaction
-from zope.interface import implementer
 
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.descriptor import ConnectionDescriptor
+from zreconnect.documented import implements
 from zreconnect.exceptions import CommitOutcomeUnknown, ConflictingTransactionManagerError
 from zreconnect.interfaces import IDLE, IZopelessTransactionManager
 from zreconnect.policy import RetryPolicy
@@ -31,7 +31,7 @@ _lock = threading.Lock()
 _installed: ZopelessTransactionManager | None = None
 
 
-@implementer(IZopelessTransactionManager)
+@implements(IZopelessTransactionManager)
 class ZopelessTransactionManager:
     """See `IZopelessTransactionManager`; made and installed by `initZopeless`."""
 

@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
+from zreconnect.documented import documented_by
 from zreconnect.interfaces import IDriver, Meaning
 
 __all__ = ["BaseDriver", "Begun", "Condition", "Meaning", "ServerSession", "SessionSettings"]
@@ -79,6 +80,7 @@ class SessionSettings:
     cursor_factory: Any = None
 
 
+@documented_by(IDriver)
 class BaseDriver:
     """What most drivers do alike; those that know better replace it. See `IDriver`."""
 

@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from zreconnect import dsn as dsn_module
+from zreconnect.documented import documented_by
 from zreconnect.drivers.base import (
     BaseDriver,
     Condition,
@@ -30,7 +31,7 @@ from zreconnect.drivers.base import (
     SessionSettings,
     redirect_to_null,
 )
-from zreconnect.interfaces import Meaning
+from zreconnect.interfaces import IDriver, Meaning
 
 FORM = "mysql://user:password@host:port/dbname?option=value"
 
@@ -132,6 +133,7 @@ KEEPALIVE = {
 }
 
 
+@documented_by(IDriver)
 class MysqlDriver(BaseDriver):
     """The part of `zreconnect.interfaces.IDriver` that all modules for MySQL share."""
 

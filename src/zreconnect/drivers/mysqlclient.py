@@ -7,8 +7,8 @@ from typing import Any
 
 import MySQLdb
 from MySQLdb import connections, cursors
-from zope.interface import implementer
 
+from zreconnect.documented import implements
 from zreconnect.drivers.mysql import CR_SSL_CONNECTION_ERROR, MysqlDriver
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.interfaces import IDriver
@@ -21,8 +21,10 @@ class MysqlclientDisconnectionError(DisconnectionError, MySQLdb.OperationalError
     """A `DisconnectionError` for code that was written against mysqlclient."""
 
 
-@implementer(IDriver)
+@implements(IDriver)
 class MysqlclientDriver(MysqlDriver):
+    """The `IDriver` for mysqlclient."""
+
     name = "mysqlclient"
     module = MySQLdb
     disconnection_error = MysqlclientDisconnectionError

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from zreconnect import dsn as dsn_module
+from zreconnect.documented import documented_by
 from zreconnect.drivers.base import (
     Condition,
     ServerSession,
     SessionSettings,
     redirect_to_null,
 )
-from zreconnect.interfaces import Meaning
+from zreconnect.interfaces import IDriver, Meaning
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 CONNECTION_EXCEPTION_CLASS = "08"
@@ -94,6 +95,7 @@ ORPHAN = (
 )
 
 
+@documented_by(IDriver)
 class PostgresqlDriver:
     """The part of `zreconnect.interfaces.IDriver` that all modules for PostgreSQL share."""
 

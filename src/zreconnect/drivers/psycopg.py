@@ -24,8 +24,8 @@ from psycopg.abc import PQGen
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import tuple_row
-from zope.interface import implementer
 
+from zreconnect.documented import implements
 from zreconnect.drivers.base import Begun, SessionSettings
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
@@ -60,8 +60,10 @@ class PsycopgDisconnectionError(DisconnectionError, psycopg.OperationalError):
         super().__init__(message, original)
 
 
-@implementer(IPipeliningDriver)
+@implements(IPipeliningDriver)
 class PsycopgDriver(PostgresqlDriver):
+    """The `IPipeliningDriver` for psycopg 3."""
+
     name = "psycopg"
     module = psycopg
     disconnection_error = PsycopgDisconnectionError

@@ -14,8 +14,8 @@ from typing import Any
 import psycopg2
 import psycopg2.errors
 from psycopg2 import extensions
-from zope.interface import implementer
 
+from zreconnect.documented import implements
 from zreconnect.drivers.base import SessionSettings
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
@@ -44,8 +44,10 @@ class Psycopg2DisconnectionError(DisconnectionError, psycopg2.OperationalError):
     """A `DisconnectionError` for code that was written against psycopg2."""
 
 
-@implementer(IDriver)
+@implements(IDriver)
 class Psycopg2Driver(PostgresqlDriver):
+    """The `IDriver` for psycopg2."""
+
     name = "psycopg2"
     module = psycopg2
     disconnection_error = Psycopg2DisconnectionError

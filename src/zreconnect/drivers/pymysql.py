@@ -8,8 +8,8 @@ from typing import Any
 
 import pymysql
 from pymysql import cursors
-from zope.interface import implementer
 
+from zreconnect.documented import implements
 from zreconnect.drivers.mysql import MysqlDriver
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.interfaces import IDriver
@@ -27,8 +27,10 @@ class PymysqlDisconnectionError(DisconnectionError, pymysql.OperationalError):
     """A `DisconnectionError` for code that was written against PyMySQL."""
 
 
-@implementer(IDriver)
+@implements(IDriver)
 class PymysqlDriver(MysqlDriver):
+    """The `IDriver` for PyMySQL."""
+
     name = "pymysql"
     module = pymysql
     disconnection_error = PymysqlDisconnectionError

@@ -28,8 +28,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, unquote
 
-from zope.interface import implementer
-
+from zreconnect.documented import implements
 from zreconnect.drivers.base import BaseDriver, Condition, ServerSession, SessionSettings
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.interfaces import IDriver, Meaning
@@ -79,8 +78,10 @@ class Connection(sqlite3.Connection):
         return super().cursor(factory or self.cursor_factory)
 
 
-@implementer(IDriver)
+@implements(IDriver)
 class SqliteDriver(BaseDriver):
+    """The `IDriver` for Python's sqlite3."""
+
     name = "sqlite"
     module = sqlite3
     disconnection_error = SqliteDisconnectionError

@@ -15,8 +15,8 @@ from sqlobject.events import RowDestroySignal, RowUpdateSignal
 from sqlobject.main import instanceName
 from sqlobject.postgres.pgconnection import PostgresConnection
 from transaction.interfaces import ISynchronizer, TransientError
-from zope.interface import implementer
 
+from zreconnect.documented import implements
 from zreconnect.exceptions import DisconnectionError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class ZopelessConnection(PostgresConnection):
             raise
 
 
-@implementer(ISynchronizer)
+@implements(ISynchronizer)
 class ThreadObjects(threading.local):
     """The objects of the calling thread. Their values last until its next transaction.
 

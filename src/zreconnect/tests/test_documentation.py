@@ -1,13 +1,29 @@
-"""Docstrings are written once, in the interfaces."""
+"""What is public has a docstring, which is written once."""
 
 import inspect
+import pydoc
 import unittest
 from dataclasses import dataclass
 
 from zope.interface import Attribute, Interface
 from zope.interface.verify import verifyClass, verifyObject
 
+import zreconnect
+from zreconnect import adapter, datamanager, events, exceptions, interfaces, witness
+from zreconnect.connection import Savepoint
 from zreconnect.documented import documented_by, implements
+from zreconnect.drivers import base, mysql, postgresql, psycopg, psycopg2, sqlite
+
+# What the classes and functions of zreconnect's own names give and take.
+MODULES = (adapter, datamanager, events, exceptions, witness)
+DRIVERS = (
+    base.BaseDriver,
+    mysql.MysqlDriver,
+    postgresql.PostgresqlDriver,
+    psycopg.PsycopgDriver,
+    psycopg2.Psycopg2Driver,
+    sqlite.SqliteDriver,
+)
 
 
 class ISquare(Interface):
@@ -193,3 +209,88 @@ class DocumentedTests(unittest.TestCase):
 
         verifyObject(ISquare, Square())
         self.assertEqual(Square.area.__doc__, "The area, in square metres.")
+
+
+class PublicNamesTests(unittest.TestCase):
+    def test_have_docstrings(self):
+        for name in zreconnect.__all__:
+            with self.subTest(name):
+                value = getattr(zreconnect, name)
+                self.assertEqual(list(undocumented(name, value)), [])
+
+    def test_of_what_they_work_with_have_docstrings(self):
+        for module in MODULES:
+            for name, value in public(vars(module)):
+                if getattr(value, "__module__", None) == module.__name__:
+                    with self.subTest(f"{module.__name__}.{name}"):
+                        self.assertEqual(list(undocumented(name, value)), [])
+        self.assertEqual(list(undocumented("Savepoint", Savepoint)), [])
+
+    def test_of_drivers_that_the_interface_has_have_docstrings(self):
+        names = set(interfaces.IPipeliningDriver.names(all=True))
+        for driver in DRIVERS:
+            for name, value in vars(driver).items():
+                if name in names and hasattr(type(value), "__get__"):
+                    with self.subTest(f"{driver.__name__}.{name}"):
+                        self.assertTrue(has_docstring(value))
+
+    def test_of_interfaces_have_docstrings(self):
+        for name, interface in public(vars(interfaces)):
+            if getattr(interface, "__module__", None) == interfaces.__name__ and not isinstance(
+                interface, type
+            ):
+                with self.subTest(name):
+                    self.assertTrue(interface.__doc__)
+                    for each, element in interface.namesAndDescriptions():
+                        self.assertTrue(element.__doc__, each)
+
+    def test_help_shows_what_the_interface_says(self):
+        for cls, interface, names in [
+            (
+                zreconnect.ReconnectingConnection,
+                interfaces.IReconnectingConnection,
+                "commit run transaction state autocommit isolation_level readonly cursor_factory",
+            ),
+            (
+                zreconnect.ReconnectingCursor,
+                interfaces.IReconnectingCursor,
+                "execute fetchmany arraysize itersize connection name",
+            ),
+            (zreconnect.ReconnectingDatabaseAdapter, interfaces.IZopeDatabaseAdapter, "__call__"),
+            (zreconnect.ZopelessTransactionManager, interfaces.IZopelessTransactionManager, "run"),
+        ]:
+            text = squeezed(pydoc.plain(pydoc.render_doc(cls)))
+            for name in names.split():
+                with self.subTest(f"{cls.__name__}.{name}"):
+                    self.assertIn(squeezed(interface[name].__doc__), text)
+
+
+def undocumented(name, value):
+    """What has no docstring of a class or function, and of the public parts of a class."""
+    if inspect.isroutine(value) and not has_docstring(value):
+        yield name
+    if not isinstance(value, type):
+        return
+    # A dataclass without one has its signature there.
+    if value.__doc__ is None or value.__doc__.startswith(f"{value.__name__}("):
+        yield name
+    ours = [cls for cls in value.__mro__ if cls.__module__.partition(".")[0] == "zreconnect"]
+    for part in {part: None for cls in ours for part, _ in public(vars(cls))}:
+        found = inspect.getattr_static(value, part)
+        if hasattr(type(found), "__get__") and not has_docstring(getattr(value, part)):
+            yield f"{name}.{part}"
+
+
+def has_docstring(value):
+    """Whether it has one itself; other objects than functions show that of their class."""
+    docstring = inspect.getdoc(value)
+    return bool(docstring) and docstring != inspect.getdoc(type(value))
+
+
+def public(names):
+    return [(name, value) for name, value in names.items() if not name.startswith("_")]
+
+
+def squeezed(text):
+    # help() marks the lines of a class.
+    return " ".join(text.replace("|", " ").split())
