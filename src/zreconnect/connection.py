@@ -182,6 +182,8 @@ class ReconnectingConnection(SettingsOfSessions):
             self.work.give_turn()
 
     def rollback(self) -> None:
+        if self.work.member is not None and self.work.turn.is_mine():
+            self.guard.end_forgotten()
         if self._may_roll_back():
             try:
                 self.guard.roll_back()

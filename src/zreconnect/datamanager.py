@@ -51,19 +51,28 @@ class ConnectionDataManager:
     def abort(self, transaction: ITransaction | None) -> None:
         """Roll back. Raises `CommitOutcomeUnknown` if the commit was interrupted, and has, or may
         have, committed; again each time, because ``transaction`` only logs it in its own commit."""
-        if self.is_present():
-            self._roll_back()
+        try:
+            if self.is_present():
+                self._roll_back()
+            else:
+                self.guard.tell()
+        except CommitOutcomeUnknown as unknown:
+            self._unknown = unknown
         if self._unknown is not None:
             raise self._unknown
 
     def _roll_back(self) -> None:
+        unknown: CommitOutcomeUnknown | None = None
         try:
             if not self._connection.closed:
-                self._connection.rollback()
-        except CommitOutcomeUnknown as unknown:
-            self._unknown = unknown
+                self.guard.try_turn()
+                self.guard.roll_back()
+        except CommitOutcomeUnknown as error:
+            unknown = self._unknown = error
         # Not after an interrupt: what is left undone is done when the transaction is forgotten.
         self.work.leave(self)
+        if unknown is not None:
+            raise unknown
 
     def tpc_begin(self, transaction: ITransaction) -> None:
         # Also when the program rolled back the lost connection itself: a part of the transaction's

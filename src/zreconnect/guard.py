@@ -304,7 +304,7 @@ class Guard:
         work = self.work
         answer = work.ask(Request.ROLLBACK)
         if answer is Answer.NOTHING:
-            self._tell()
+            self.tell()
             return
         if answer is Answer.SETTLES:
             self._settle_interrupted_commit()
@@ -332,16 +332,19 @@ class Guard:
             if self.may_run_again(error):
                 raise
             events.logger.error("%s", unknown)
+            # For the program's own rollback().
+            self.work.leave_untold(Outcome(unknown.outcome))
         else:
             if was_unknown and self.may_run_again(error):
                 raise CommitOutcomeUnknown(self._link.server.address) from error
 
-    def _tell(self) -> None:
-        """Raise `CommitOutcomeUnknown` if an interrupt has kept a program from learning that its
-        transaction is committed."""
-        if self.work.untold == threading.get_ident():
+    def tell(self) -> None:
+        """Raise `CommitOutcomeUnknown` if an interrupt has kept the thread from learning that its
+        transaction is committed, or may be."""
+        untold = self.work.untold
+        if untold is not None and untold[0] == threading.get_ident():
             self.work.told()
-            raise CommitOutcomeUnknown(self._link.server.address, outcome="committed")
+            raise CommitOutcomeUnknown(self._link.server.address, outcome=untold[1].value)
 
     def _settle_lost_commit(self, error: BaseException, raw: Any) -> None:
         """Return if the transaction was committed; else raise what became of it."""
@@ -431,7 +434,10 @@ class Guard:
 
     def end_forgotten(self) -> None:
         """End what its transaction manager has forgotten, after an interrupt."""
-        if self.work.is_forgotten():
+        work = self.work
+        if work.is_forgotten():
+            if work.state is State.PREPARED or work.state is State.PREPARING:
+                work.member.abort(None)
             self._end_orphan("A transaction manager has forgotten its transaction")
 
     @contextlib.contextmanager

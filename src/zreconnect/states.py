@@ -188,8 +188,8 @@ REQUESTS: dict[State, dict[Request, Answer]] = {
 }
 
 # "ACTIVE>ENDED" leads from one to the other. In a state that stands alone the event changes
-# nothing; in one that is missing it must not happen. An interrupt can come just before the state is
-# written that a request needs, or just after that of its answer. A closed connection stays closed, whatever
+# nothing; in one that is missing it must not happen. An interrupt can come just before the state of
+# a request is written, or just after that of its answer. A closed connection stays closed, whatever
 # another thread finds out of what it had under way.
 _EVENTS = """
 BEGIN_LEAVES      IDLE>BEGINNING

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import threading
 import time
 import uuid
 from dataclasses import replace
@@ -23,9 +22,11 @@ from zreconnect import commits, events
 from zreconnect.branch import CLUSTER, Branch, decided, end_branch, is_prepared
 from zreconnect.datamanager import ConnectionDataManager
 from zreconnect.exceptions import CommitOutcomeUnknown, one_line
+from zreconnect.policy import RetryPolicy
 from zreconnect.session import NO_SESSION
 from zreconnect.states import Event, Moment, Request, State
 from zreconnect.witness import PATIENCE_WITH_ORPHANS, POLL_INTERVAL, Outcome
+from zreconnect.work import PATIENCE_OF_ROLLBACK
 
 # PostgreSQL takes less than 200 characters as a gid.
 LONGEST_DATABASE_NAME = 63
@@ -38,11 +39,12 @@ class Decision:
     """What the branches of one transaction share.
 
     outcome: None until COMMIT PREPARED of the deciding branch is about to be sent; UNKNOWN from
-    then on, until there is an answer to it.
+    then on, until there is an answer to it. is_told: whether the program was told the outcome.
     """
 
     def __init__(self, deciding: Branch) -> None:
         self.outcome: Outcome | None = None
+        self.is_told = False
         self._deciding = deciding
         self._numbers = itertools.count()
 
@@ -65,6 +67,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
         # What the transaction's branches share, and which of them this is, from the vote on.
         self.decision: Decision
         self.branch: Branch | None = None
+        self._is_finishing = False
         self._process = os.getpid()
 
     def in_doubt(self) -> Branch | None:
@@ -92,7 +95,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
             work.prepare(branch.gid)
         except BaseException as error:
             if not self.guard.meet(error, Moment.PREPARE):
-                if work.state is not State.PREPARING:
+                if work.state is not State.PREPARING and work.state is not State.PREPARED:
                     self.branch = None
                 raise
             self._settle_lost_prepare(branch, error)
@@ -105,6 +108,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
         """
         branch = self.in_doubt()
         if branch is not None:
+            self._is_finishing = True
             commits.note()
             self._finish(branch)
         super().tpc_finish(transaction)
@@ -168,6 +172,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
         self.decision.outcome = Outcome.UNKNOWN
         outcome, problem = self._end_prepared(branch, Outcome.COMMITTED)
         self.decision.outcome = outcome
+        self.decision.is_told = True
         if problem is not None or outcome is not Outcome.COMMITTED:
             events.announce(events.CommitLookedUp(self._connection.server, outcome.value))
         if outcome is Outcome.UNKNOWN:
@@ -198,9 +203,10 @@ class TwoPhaseDataManager(ConnectionDataManager):
             self._link.end()
         decided = self.decision.outcome
         if decided is Outcome.COMMITTED:
-            # Another data manager has failed since, which its error tells.
+            # Another data manager has failed since, or an interrupt has come.
             self._finish(branch)
-            self.work.told()
+        elif self._is_finishing and not self.decision.is_told:
+            self._finish_interrupted(branch)
         elif decided is Outcome.UNKNOWN:
             self._leave(branch, "because it is not known whether the transaction is committed")
         else:
@@ -208,12 +214,23 @@ class TwoPhaseDataManager(ConnectionDataManager):
             if outcome is Outcome.UNKNOWN:
                 self._leave(branch, "although the transaction is aborted", problem)
 
+    def _finish_interrupted(self, branch: Branch) -> None:
+        """Go on with COMMIT PREPARED of the deciding branch: it may have arrived."""
+        policy = self.work.patience.policy.within(PATIENCE_OF_ROLLBACK)
+        outcome, problem = self._end_prepared(branch, Outcome.COMMITTED, policy)
+        self.decision.outcome = outcome
+        if outcome is Outcome.UNKNOWN:
+            self._leave(
+                branch, "because it is not known whether the transaction is committed", problem
+            )
+
     def _end_prepared(
-        self, branch: Branch, wanted: Outcome
+        self, branch: Branch, wanted: Outcome, policy: RetryPolicy | None = None
     ) -> tuple[Outcome, BaseException | None]:
         """Commit or roll back what is prepared, reconnecting if need be.
 
-        Returns what became of it, and the last error that was met.
+        policy: how long; that of the connection without it. Returns what became of it, and the last
+        error that was met.
         """
         link, options = self._link, self._link.options
         outcome = Outcome.UNKNOWN
@@ -235,11 +252,11 @@ class TwoPhaseDataManager(ConnectionDataManager):
                 problem = error
         if link.session is NO_SESSION:
             try:
-                self.work.open(first_use, self.work.patience.policy)
+                self.work.open(first_use, policy or self.work.patience.policy)
             except self.work.lookup_errors() as error:
                 problem = error
         if outcome is Outcome.COMMITTED:
-            self.work.untold = threading.get_ident()
+            self.work.leave_untold(outcome)
         if outcome is not Outcome.UNKNOWN:
             self._release()
         return outcome, problem
@@ -288,7 +305,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
         self._release()
 
     def _release(self) -> None:
-        self.branch = None
         if self.work.state is State.CLOSED:
             self._link.end()
         self.work.branch_ended()
+        self.branch = None

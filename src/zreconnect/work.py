@@ -95,8 +95,8 @@ class Work:
     was begun by ``begin()`` and not by a statement. inside_with: whether the connection is in a
     ``with`` block. committing: the raw connection on which COMMIT was sent last.
     waited: the seconds that the thread has waited for its turn.
-    untold: the number of the thread whose transaction is committed, and that does not know it yet,
-    so that a ``rollback()`` after an interrupt has to say so; None if all is said.
+    untold: what became of a COMMIT, and the number of the thread that does not know it yet, so that
+    a ``rollback()`` after an interrupt has to say so; None if all is said.
     """
 
     __slots__ = (
@@ -130,7 +130,7 @@ class Work:
         self.is_explicit = False
         self.inside_with = False
         self.committing: Any = None
-        self.untold: int | None = None
+        self.untold: tuple[int, Outcome] | None = None
         self.waited = 0.0
 
     # What is known
@@ -263,6 +263,7 @@ class Work:
         explicit: whether ``begin()`` was called, and not a statement.
         """
         self.is_explicit = explicit
+        self.untold = None
         self.note(Event.BEGIN_LEAVES)
         session = self.link.session
         if session is NO_SESSION:
@@ -293,6 +294,7 @@ class Work:
         statement has not been executed; and what the statement has raised.
         """
         self.is_explicit = False
+        self.untold = None
         self.note(Event.BEGIN_LEAVES)
         link, session = self.link, self.link.session
         session.watch.reset()
@@ -382,10 +384,14 @@ class Work:
 
     def committed(self) -> None:
         """It is committed: the server has said so, or it was found."""
-        self.untold = threading.get_ident()
+        self.leave_untold(Outcome.COMMITTED)
         if self.patience.is_shared:
             self.patience.has_ended(lost=False)
         self.note(Event.COMMITTED)
+
+    def leave_untold(self, outcome: Outcome) -> None:
+        """The calling thread does not know yet what became of its COMMIT, or may not."""
+        self.untold = threading.get_ident(), outcome
 
     def told(self) -> None:
         """The program learns of the commit: this is the last that is done for it."""

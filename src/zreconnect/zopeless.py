@@ -92,13 +92,11 @@ class ZopelessTransactionManager:
 
     def commit(self) -> None:
         self._check_installed()
-        self._transaction_manager.commit()
-        self._begin_implicitly()
+        self._end(self._transaction_manager.commit)
 
     def abort(self) -> None:
         self._check_installed()
-        self._transaction_manager.abort()
-        self._begin_implicitly()
+        self._end(self._transaction_manager.abort)
 
     def run(self, function: Callable[[], Result], attempts: int = 3) -> Result:
         return run_unit_of_work(
@@ -160,6 +158,14 @@ class ZopelessTransactionManager:
             raise RuntimeError(
                 "This ZopelessTransactionManager is not installed (any more): call initZopeless()"
             )
+
+    def _end(self, end: Callable[[], object]) -> None:
+        if self.implicitBegin is False:
+            # The last that is done: an interrupt after it would hide that it was done.
+            end()
+        else:
+            end()
+            self._begin_implicitly()
 
     def _begin_implicitly(self) -> None:
         # The database learns of it with the first statement, so that an idle job has no

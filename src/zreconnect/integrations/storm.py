@@ -27,9 +27,10 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+from zreconnect import events
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.drivers.psycopg2 import Psycopg2DisconnectionError
-from zreconnect.exceptions import DisconnectionError
+from zreconnect.exceptions import CommitOutcomeUnknown, DisconnectionError
 from zreconnect.interfaces import PREPARED
 from zreconnect.link import Link
 from zreconnect.policy import PERSIST, RetryPolicy
@@ -152,7 +153,11 @@ class StoreConnection(ReconnectingConnection):
             return
         with self.guard.in_turn():
             branch = self._need_branch()
-            branch.abort(branch.transaction)
+            try:
+                branch.abort(branch.transaction)
+            except CommitOutcomeUnknown as unknown:
+                # Storm counts on a rollback that does not fail.
+                events.logger.error("%s", unknown)
 
     def _need_branch(self) -> StoreBranch:
         branch: StoreBranch | None = self.work.member
