@@ -79,7 +79,7 @@ class Link:
         session = self.session
         if session is not NO_SESSION:
             self._kept = self.driver.keep(session.raw)
-            session.end(self.driver)
+            session.end()
             # Last: what an interrupt keeps from being ended is ended by the next who tries.
             self.session = NO_SESSION
 

@@ -22,24 +22,32 @@ from zreconnect.watchdog import NO_WATCH, Watch
 class Session:
     """A raw connection with its watch. It is at rest, or it is ended: nobody repairs one.
 
-    raw: the driver's connection, or None if there is no session. process: the one that opened it.
+    driver: the `IDriver`. raw: the driver's connection, or None if there is no session.
+    process: the one that opened it.
     """
 
+    driver: Any
     raw: Any
     watch: Watch
     process: int
 
-    def end(self, driver: Any) -> None:
+    def end(self) -> None:
         """Close it, or leave it alone if it is the parent process's."""
         self.watch.close()
         if self.process == os.getpid():
-            driver.close(self.raw)
+            self.driver.close(self.raw)
         else:
-            driver.abandon(self.raw)
+            self.driver.abandon(self.raw)
+
+    def __del__(self) -> None:
+        # An interrupt can have come before anybody knew of it. What SQLite has locked stays locked
+        # until it is closed.
+        if self.raw is not None and self.process == os.getpid():
+            self.driver.close(self.raw)
 
 
 #: Stands where there is none.
-NO_SESSION = Session(None, NO_WATCH, 0)
+NO_SESSION = Session(None, None, NO_WATCH, 0)
 
 
 def open_session(
@@ -70,17 +78,24 @@ def open_session(
             )
         )
 
+    session = NO_SESSION
     try:
         for attempt in policy.retrying(AttemptFailed, announce_failure):
             with attempt:
                 attempts = attempt.retry_state.attempt_number
                 timeout = policy.longest_attempt(time.monotonic() - started)
                 session = _attempt(server, timeout, prepare)
+        if again or attempts > 1:
+            seconds = time.monotonic() - started
+            events.announce(events.Reconnected(server.address, attempts, seconds))
+        return session
     except AttemptFailed as failure:
         _give_up(server, policy, attempts, time.monotonic() - started, failure.error)
-    if again or attempts > 1:
-        events.announce(events.Reconnected(server.address, attempts, time.monotonic() - started))
-    return session
+    except BaseException:
+        # The garbage collector alone would find it: tenacity keeps errors with their frames.
+        if session is not NO_SESSION:
+            session.end()
+        raise
 
 
 def _attempt(server: Server, timeout: float, prepare: Callable[[Any], None]) -> Session:
@@ -102,7 +117,7 @@ def _attempt(server: Server, timeout: float, prepare: Callable[[Any], None]) -> 
         if passes:
             raise AttemptFailed(error) from error
         raise
-    return Session(raw, watch, os.getpid())
+    return Session(server.driver, raw, watch, os.getpid())
 
 
 def tell_if_cut(watch: Watch) -> None:
