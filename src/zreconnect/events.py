@@ -137,5 +137,8 @@ def announce(event: Event) -> None:
     logger.log(event.level, "%s", event)
     try:
         notify(event)
-    except Exception:
+    except Exception as error:
+        # What is raised right here is the program's, by a signal's handler.
+        if error.__traceback__ is not None and error.__traceback__.tb_next is None:
+            raise
         logger.exception("A subscriber failed on: %s", event)

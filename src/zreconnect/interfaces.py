@@ -342,9 +342,9 @@ class IWitness(Interface):
 
 
 class IObserver(Interface):
-    """Takes down what a connection does, for the case that it loses the answer to a COMMIT.
+    """Records what a connection does, for the case that it loses the answer to a COMMIT.
 
-    What it knows is of the last session and its last transaction, until `new_session` is called.
+    What it knows is of the last session and its last transaction, until `record_session` is called.
     """
 
     watches_statements = Attribute("Whether `executed` wants to know of each statement.")
@@ -353,20 +353,20 @@ class IObserver(Interface):
         "again, and `outcome` must not be asked."
     )
 
-    def new_session(raw, settings):
-        """Take down the session. Raises the driver's errors."""
+    def record_session(raw, settings):
+        """Record the session. Raises the driver's errors."""
 
     def rider(raw, settings):
         """The statement that goes along with BEGIN, or an empty string."""
 
     def began(row):
-        """Take down what the rider returned; whether the transaction can go on."""
+        """Record what the rider returned; whether the transaction can go on."""
 
     def executed(raw_cursor):
         """A statement of the transaction was executed."""
 
     def commit(raw):
-        """Commit, after taking down what is known only now. Raises the driver's errors."""
+        """Commit, after recording what is known only now. Raises the driver's errors."""
 
     def fence(raw):
         """End the session on the server, so that it can neither commit late nor hold locks; wait
@@ -391,8 +391,10 @@ class IReconnectingConnection(Interface):
     - ``active``: a transaction is under way;
     - ``prepared``: a two-phase commit is between its phases; what needs the server, and
       ``rollback()``, raises the driver's ProgrammingError;
-    - ``doomed``: the transaction's session was lost; everything but ``rollback()`` and
-      ``close()`` raises `DisconnectionError`;
+    - ``doomed``: the transaction's session was lost, or it could not begin for a statement;
+      everything but ``rollback()`` and ``close()`` raises: `DisconnectionError`;
+      `CommitOutcomeUnknown` if the transaction may be committed; or the driver's InternalError if
+      beginning was refused;
     - ``closed``: everything but ``close()`` raises the driver's InterfaceError.
 
     Threads can share it: a transaction belongs to the thread that began it, and statements of other
@@ -407,6 +409,11 @@ class IReconnectingConnection(Interface):
     transaction can raise `ReconnectTimeout`, and the driver's OperationalError if connecting is
     refused for good, as for a wrong password. The driver's other errors pass unchanged, but a
     serialization failure and a deadlock are ``transaction.interfaces.TransientError`` as well.
+
+    An exception that is not the server's answer, such as KeyboardInterrupt or that of a signal
+    handler, passes as it is, at whatever moment it comes. If it leaves the session in the middle of
+    an answer, the session is ended, and a transaction in it is doomed. After ``rollback()`` the
+    connection can be used as before.
 
     All that the driver's connection has and that is not listed here works too and is passed on
     to it.
@@ -453,7 +460,9 @@ class IReconnectingConnection(Interface):
         """Roll back and be idle, also after a disconnect. Does nothing if the thread has no
         transaction.
 
-        Never fails because of a lost connection.
+        Never fails because of a lost connection. Raises `CommitOutcomeUnknown`, and is idle all the
+        same, if an exception has interrupted ``commit()`` and the transaction is committed, or may
+        be. For that it asks the server, which takes 10 seconds at most if it cannot be reached.
         """
 
     def close():
@@ -586,7 +595,11 @@ class IZopelessTransactionManager(Interface):
         """
 
     def abort():
-        """Abort the current `transaction`. Never fails because of a lost connection."""
+        """Abort the current `transaction`. Never fails because of a lost connection.
+
+        Raises `CommitOutcomeUnknown` if an exception has interrupted ``commit()`` and the
+        transaction is committed, or may be.
+        """
 
     def run(function, attempts=3):
         """Begin, call ``function()``, commit, and return what it returned.

@@ -72,7 +72,7 @@ class Link:
 
     def record_session(self, raw: Any) -> None:
         """Have the observer know a new session. Raises the driver's errors."""
-        self.observer.new_session(raw, self.settings)
+        self.observer.record_session(raw, self.settings)
 
     def end(self) -> None:
         """End the present session, if there is one."""

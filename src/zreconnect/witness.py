@@ -1,4 +1,4 @@
-"""Did that commit happen? What is taken down before COMMIT, and asked when its answer is lost.
+"""Did that commit happen? What is recorded before COMMIT, and asked when its answer is lost.
 
 A witness is chosen for a connection and knows how to ask. Its observer belongs to one connection
 and knows what to ask for: it learns of each new session and each transaction, and a later session
@@ -68,7 +68,7 @@ class History:
 
 @implements(IWitness)
 class XidWitness:
-    """Takes the transaction id down, and asks the server what became of it.
+    """Records the transaction id, and asks the server what became of it.
 
     Needs no table. It proves a commit unless the server crashed or failed over since; then the
     outcome is unknown. That it was not committed, it proves always.
@@ -134,8 +134,8 @@ class NoObserver:
         # Without a server no answer is lost: a connection that was closed has not committed.
         self.may_have_written = driver.has_sessions
 
-    def new_session(self, raw: Any, settings: SessionSettings) -> None:
-        """Nothing is taken down."""
+    def record_session(self, raw: Any, settings: SessionSettings) -> None:
+        """Nothing is recorded."""
 
     def rider(self, raw: Any, settings: SessionSettings) -> str:
         return ""
@@ -144,7 +144,7 @@ class NoObserver:
         return True
 
     def executed(self, raw_cursor: Any) -> None:
-        """Nothing is taken down."""
+        """Nothing is recorded."""
 
     def commit(self, raw: Any) -> None:
         self._driver.commit(raw)
@@ -215,7 +215,7 @@ class XidObserver(_SessionObserver):
     _history: History | None = None
     _knows_status = False
 
-    def new_session(self, raw: Any, settings: SessionSettings) -> None:
+    def record_session(self, raw: Any, settings: SessionSettings) -> None:
         session = self._identify(raw)
         self._knows_status = self._driver.has_transaction_ids(raw)
         self._history = None
@@ -330,7 +330,7 @@ class LedgerObserver(_SessionObserver):
         self._id = str(uuid.uuid4())
         self._number = 0
 
-    def new_session(self, raw: Any, settings: SessionSettings) -> None:
+    def record_session(self, raw: Any, settings: SessionSettings) -> None:
         self._identify(raw)
         if self._can_write(raw, settings):
             self._open_row(raw)

@@ -14,7 +14,7 @@ from zreconnect.witness import Ledger, make_ledger
 CONNECT_TIMEOUT = 10.0
 
 DESCRIPTION = """\
-Make the table in which connections with witness=Ledger(...) take down their transactions, and
+Make the table in which connections with witness=Ledger(...) record their transactions, and
 let every role use it. A table that exists is kept.
 """
 

@@ -115,11 +115,11 @@ class BothTests(WitnessTestCase):
             asked = []
 
             class Interrupted(type(observer)):
-                def new_session(observer, raw, settings, asked=asked):
+                def record_session(observer, raw, settings, asked=asked):
                     asked.append(raw)
                     if len(asked) == 1:
                         self.forward.drop()
-                    super().new_session(raw, settings)
+                    super().record_session(raw, settings)
 
             observer.__class__ = Interrupted
             self.lose_answer_to_commit(connection)
