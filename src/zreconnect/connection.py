@@ -21,12 +21,13 @@ from zreconnect.cursor import ReconnectingCursor
 from zreconnect.datamanager import ConnectionDataManager, join_transactions
 from zreconnect.documented import implements
 from zreconnect.guard import Guard
-from zreconnect.interfaces import IReconnectingConnection, ISavepoint
+from zreconnect.interfaces import IReconnectingConnection
 from zreconnect.link import Link
 from zreconnect.options import Options
 from zreconnect.policy import PERSIST, Patience, RetryPolicy, check_attempts
 from zreconnect.proxies import Guarded, guarded_attribute, guarded_block
 from zreconnect.retry import check_function, run_unit_of_work
+from zreconnect.savepoint import Savepoint
 from zreconnect.server import Server, server_from_dsn, server_from_factory
 from zreconnect.session import NO_SESSION
 from zreconnect.settings import DriverAttribute, SettingsOfSessions
@@ -383,26 +384,6 @@ class ReconnectingConnection(SettingsOfSessions):
         if self.work.link.session is NO_SESSION:
             with self.guard.in_turn():
                 self.work.need_session()
-
-
-@implements(ISavepoint)
-class Savepoint:
-    """A savepoint inside a transaction of a `ReconnectingConnection`."""
-
-    def __init__(self, connection: ReconnectingConnection, name: str) -> None:
-        self._connection = connection
-        self._name = name
-        self._execute(f"SAVEPOINT {name}")
-
-    def rollback(self) -> None:
-        self._execute(f"ROLLBACK TO SAVEPOINT {self._name}")
-
-    def release(self) -> None:
-        self._execute(f"RELEASE SAVEPOINT {self._name}")
-
-    def _execute(self, statement: str) -> None:
-        with self._connection.cursor() as cursor:
-            cursor.execute(statement)
 
 
 def connect(

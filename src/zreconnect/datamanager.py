@@ -13,7 +13,8 @@ from zreconnect.exceptions import CommitOutcomeUnknown
 from zreconnect.interfaces import ITransactionDataManager
 
 if TYPE_CHECKING:
-    from zreconnect.connection import ReconnectingConnection, Savepoint
+    from zreconnect.connection import ReconnectingConnection
+    from zreconnect.savepoint import Savepoint
 
 
 @implements(ITransactionDataManager)

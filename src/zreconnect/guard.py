@@ -13,7 +13,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from transaction.interfaces import TransientError
@@ -26,7 +25,7 @@ from zreconnect.exceptions import (
     make_transient,
     one_line,
 )
-from zreconnect.policy import RetryPolicy
+from zreconnect.finding import Finding, find_out
 from zreconnect.session import NO_SESSION
 from zreconnect.states import (
     CONSEQUENCES,
@@ -45,22 +44,6 @@ from zreconnect.work import PATIENCE_OF_ROLLBACK, Work
 
 # For a thread that has the connection already.
 _MINE = contextlib.nullcontext()
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What became of a transaction whose COMMIT may have been sent.
-
-    problem: what has kept us from knowing better. was_looked_up: whether the server was asked.
-    """
-
-    outcome: Outcome
-    problem: BaseException | None = None
-    was_looked_up: bool = False
-
-    def tell(self, server: str) -> None:
-        if self.was_looked_up:
-            events.announce(events.CommitLookedUp(server, self.outcome.value))
 
 
 class Guard:
@@ -350,7 +333,7 @@ class Guard:
         """Return if the transaction was committed; else raise what became of it."""
         work, server = self.work, self._link.server.address
         evidence = self._link.observer.describe()
-        finding = self._find_out(raw, self.work.patience.policy)
+        finding = find_out(work, raw, work.patience.policy)
         if finding.outcome is Outcome.COMMITTED:
             work.committed()
         else:
@@ -369,7 +352,7 @@ class Guard:
         evidence = self._link.observer.describe()
         policy = self.work.patience.policy.within(PATIENCE_OF_ROLLBACK)
         if self._driver.has_sessions:
-            finding = self._find_out(work.committing, policy)
+            finding = find_out(work, work.committing, policy)
         else:
             # COMMIT was executed, and its answer not read.
             finding = Finding(Outcome.UNKNOWN)
@@ -381,15 +364,6 @@ class Guard:
             raise CommitOutcomeUnknown(
                 server, evidence=evidence, outcome=finding.outcome.value
             ) from finding.problem
-
-    def _find_out(self, raw: Any, policy: RetryPolicy) -> Finding:
-        """What became of the transaction whose COMMIT may have been sent on ``raw``."""
-        if not self._link.observer.may_have_written:
-            return Finding(Outcome.ABORTED)
-        if self._link.options.witness is None or self._driver.has_committed(raw):
-            return Finding(Outcome.UNKNOWN)
-        outcome, problem = self.work.look_up(policy)
-        return Finding(outcome, problem, was_looked_up=True)
 
     def may_run_again(self, error: BaseException) -> bool:
         """Whether a unit of work that raised ``error`` was not committed and may succeed later."""

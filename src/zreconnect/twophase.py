@@ -22,6 +22,7 @@ from zreconnect import commits, events
 from zreconnect.branch import CLUSTER, Branch, decided, end_branch, is_prepared
 from zreconnect.datamanager import ConnectionDataManager
 from zreconnect.exceptions import CommitOutcomeUnknown, one_line
+from zreconnect.finding import lookup_errors
 from zreconnect.policy import RetryPolicy
 from zreconnect.session import NO_SESSION
 from zreconnect.states import Event, Moment, Request, State
@@ -150,7 +151,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
 
         try:
             self.work.open(first_use, self.work.patience.policy)
-        except self.work.lookup_errors() as problem:
+        except lookup_errors(self.work) as problem:
             # Nothing but a COMMIT PREPARED of ours would commit it, so it counts as not prepared.
             events.logger.warning("Whether it is prepared is unknown: %s", one_line(problem))
         # The session is not kept: the observer cannot record it while the prepared transaction has
@@ -253,7 +254,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
         if link.session is NO_SESSION:
             try:
                 self.work.open(first_use, policy or self.work.patience.policy)
-            except self.work.lookup_errors() as error:
+            except lookup_errors(self.work) as error:
                 problem = error
         if outcome is Outcome.COMMITTED:
             self.work.leave_untold(outcome)

@@ -44,14 +44,10 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from zreconnect import commits, events
-from zreconnect.exceptions import (
-    CommitOutcomeUnknown,
-    DisconnectedConnectionError,
-    ReconnectTimeout,
-)
 from zreconnect.interfaces import DOOMED
 from zreconnect.link import Link
 from zreconnect.policy import Patience, RetryPolicy
+from zreconnect.refusals import REFUSED, refuse
 from zreconnect.session import NO_SESSION
 from zreconnect.states import NEXT, REQUESTS, Answer, Event, Request, State
 from zreconnect.turn import Turn
@@ -197,46 +193,13 @@ class Work:
     def ask(self, request: Request, what: str = "") -> Answer:
         """What becomes of a request; raises what refuses it. what: the request's name."""
         answer = REQUESTS[self.state][request]
-        refuse = _REFUSALS.get(answer)
-        if refuse is not None:
-            refuse(self, what)
+        if answer in REFUSED:
+            refuse(answer, self.link.driver, self.link.server.address, what)
         return answer
 
-    def _refuse_in_transaction(self, what: str) -> NoReturn:
-        raise self.link.driver.module.ProgrammingError(
-            f"{what} inside a transaction: commit() or rollback() first"
-        )
-
-    def _refuse_ended(self, what: str) -> NoReturn:
-        raise self.link.driver.module.InternalError(
-            f"The transaction ended on {self.link.server.address} with the error before, and what "
-            "follows would not be a part of it. Roll back (or abort) before the connection is used "
-            "again."
-        )
-
-    def _refuse_prepared(self, what: str) -> NoReturn:
-        raise self.link.driver.module.ProgrammingError(
-            "The connection's transaction is prepared: its transaction manager is about to "
-            "commit or abort it, and the connection can be used afterwards"
-        )
-
-    def refuse_lost(self, what: str = "") -> NoReturn:
+    def refuse_lost(self) -> NoReturn:
         """Raise the `DisconnectionError` of who goes on after the loss of a session."""
-        original = DisconnectedConnectionError("Already disconnected")
-        raise self.link.driver.disconnection_error(
-            f"Already disconnected from {self.link.server.address}, and nothing of the transaction "
-            "is committed. Roll back (or abort) before the connection is used again.",
-            (DisconnectedConnectionError, original, None),
-        )
-
-    def _refuse_unknown(self, what: str) -> NoReturn:
-        raise CommitOutcomeUnknown(
-            self.link.server.address,
-            evidence="Roll back (or abort) before the connection is used again.",
-        )
-
-    def _refuse_closed(self, what: str) -> NoReturn:
-        raise self.link.driver.module.InterfaceError("The connection is closed")
+        refuse(Answer.LOST, self.link.driver, self.link.server.address)
 
     # Sessions
 
@@ -283,7 +246,7 @@ class Work:
         self.open(self._begin_first, policy)
         self.note(Event.BEGUN)
         if self.state is State.CLOSED:
-            self._refuse_closed("begin()")
+            self.ask(Request.BEGIN)
         if self.patience.is_shared:
             self.patience.has_begun()
 
@@ -406,31 +369,6 @@ class Work:
             self.patience.has_ended(lost=self.state.shown == DOOMED)
         self.note(event)
 
-    def look_up(self, policy: RetryPolicy) -> tuple[Outcome, BaseException | None]:
-        """What became of the transaction whose COMMIT may have been sent, in the next session.
-
-        Returns it, with the error that keeps us from knowing better. Raises what is neither the
-        driver's nor the policy's error, such as an interrupt.
-        """
-        outcome: Outcome | None = None
-
-        def first_use(raw: Any) -> None:
-            nonlocal outcome
-            if outcome is None:
-                outcome = self.link.observer.outcome(raw)
-            self.link.record_session(raw)
-
-        problem: BaseException | None = None
-        try:
-            self.open(first_use, policy)
-        except self.lookup_errors() as error:
-            problem = error
-        return outcome or Outcome.UNKNOWN, problem
-
-    def lookup_errors(self) -> tuple[type[BaseException], ...]:
-        """What keeps a look-up from its answer. All else is the program's."""
-        return self.link.driver.module.Error, ReconnectTimeout
-
     # Threads
 
     def take_turn(self) -> None:
@@ -495,13 +433,3 @@ class Work:
         else:
             self.link.end()
         self.turn.end()
-
-
-_REFUSALS: dict[Answer, Callable[[Work, str], NoReturn]] = {
-    Answer.INSIDE: Work._refuse_in_transaction,
-    Answer.OVER: Work._refuse_ended,
-    Answer.PREPARED: Work._refuse_prepared,
-    Answer.LOST: Work.refuse_lost,
-    Answer.UNKNOWN: Work._refuse_unknown,
-    Answer.CLOSED: Work._refuse_closed,
-}

@@ -1,0 +1,61 @@
+"""What became of a transaction whose COMMIT may have been sent: asked in the next session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from zreconnect import events
+from zreconnect.exceptions import ReconnectTimeout
+from zreconnect.policy import RetryPolicy
+from zreconnect.witness import Outcome
+from zreconnect.work import Work
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of it.
+
+    problem: what has kept us from knowing better. was_looked_up: whether the server was asked.
+    """
+
+    outcome: Outcome
+    problem: BaseException | None = None
+    was_looked_up: bool = False
+
+    def tell(self, server: str) -> None:
+        """Announce it. server: the server's address."""
+        if self.was_looked_up:
+            events.announce(events.CommitLookedUp(server, self.outcome.value))
+
+
+def find_out(work: Work, raw: Any, policy: RetryPolicy) -> Finding:
+    """What became of the transaction whose COMMIT may have been sent on ``raw``.
+
+    policy: for how long the next session is tried. Raises what is neither the driver's nor the
+    policy's error, such as an interrupt.
+    """
+    link = work.link
+    if not link.observer.may_have_written:
+        return Finding(Outcome.ABORTED)
+    if link.options.witness is None or link.driver.has_committed(raw):
+        return Finding(Outcome.UNKNOWN)
+    outcome: Outcome | None = None
+
+    def first_use(raw: Any) -> None:
+        nonlocal outcome
+        if outcome is None:
+            outcome = link.observer.outcome(raw)
+        link.record_session(raw)
+
+    problem: BaseException | None = None
+    try:
+        work.open(first_use, policy)
+    except lookup_errors(work) as error:
+        problem = error
+    return Finding(outcome or Outcome.UNKNOWN, problem, was_looked_up=True)
+
+
+def lookup_errors(work: Work) -> tuple[type[BaseException], ...]:
+    """What keeps a look-up from its answer. All else is the program's."""
+    return work.link.driver.module.Error, ReconnectTimeout

@@ -1,0 +1,48 @@
+"""What a request is answered that must not be done now: the errors of `Answer`."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from zreconnect.exceptions import CommitOutcomeUnknown, DisconnectedConnectionError
+from zreconnect.states import Answer
+
+# The names of the driver's errors, and what they say.
+_DRIVERS = {
+    Answer.INSIDE: (
+        "ProgrammingError",
+        "{what} inside a transaction: commit() or rollback() first",
+    ),
+    Answer.OVER: (
+        "InternalError",
+        "The transaction ended on {server} with the error before, and what follows would not be a "
+        "part of it. Roll back (or abort) before the connection is used again.",
+    ),
+    Answer.PREPARED: (
+        "ProgrammingError",
+        "The connection's transaction is prepared: its transaction manager is about to commit or "
+        "abort it, and the connection can be used afterwards",
+    ),
+    Answer.CLOSED: ("InterfaceError", "The connection is closed"),
+}
+REFUSED = frozenset({*_DRIVERS, Answer.LOST, Answer.UNKNOWN})
+
+
+def refuse(answer: Answer, driver: Any, server: str, what: str = "") -> NoReturn:
+    """Raise what a refused request is answered.
+
+    server: the server's address. what: the request's name.
+    """
+    if answer is Answer.UNKNOWN:
+        raise CommitOutcomeUnknown(
+            server, evidence="Roll back (or abort) before the connection is used again."
+        )
+    if answer is Answer.LOST:
+        original = DisconnectedConnectionError("Already disconnected")
+        raise driver.disconnection_error(
+            f"Already disconnected from {server}, and nothing of the transaction is committed. "
+            "Roll back (or abort) before the connection is used again.",
+            (DisconnectedConnectionError, original, None),
+        )
+    name, message = _DRIVERS[answer]
+    raise getattr(driver.module, name)(message.format(what=what, server=server))

@@ -1,0 +1,28 @@
+"""A savepoint inside a connection's transaction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zreconnect.documented import implements
+from zreconnect.interfaces import ISavepoint
+
+
+@implements(ISavepoint)
+class Savepoint:
+    """A savepoint inside a transaction of a `ReconnectingConnection`."""
+
+    def __init__(self, connection: Any, name: str) -> None:
+        self._connection = connection
+        self._name = name
+        self._execute(f"SAVEPOINT {name}")
+
+    def rollback(self) -> None:
+        self._execute(f"ROLLBACK TO SAVEPOINT {self._name}")
+
+    def release(self) -> None:
+        self._execute(f"RELEASE SAVEPOINT {self._name}")
+
+    def _execute(self, statement: str) -> None:
+        with self._connection.cursor() as cursor:
+            cursor.execute(statement)
