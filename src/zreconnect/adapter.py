@@ -23,10 +23,11 @@ from zreconnect.interfaces import (
     IZopeConnection,
     IZopeCursor,
 )
+from zreconnect.options import Witness
 from zreconnect.policy import FAIL_FAST, Patience, RetryPolicy
 from zreconnect.server import Server, server_from_dsn
 from zreconnect.session import NO_SESSION
-from zreconnect.witness import Witness, XidWitness
+from zreconnect.witness import XidWitness
 
 # Nobody waits longer for a web page.
 RESPONSE_TIMEOUT = 30.0

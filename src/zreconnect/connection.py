@@ -23,7 +23,7 @@ from zreconnect.documented import implements
 from zreconnect.guard import Guard
 from zreconnect.interfaces import IReconnectingConnection
 from zreconnect.link import Link
-from zreconnect.options import Options
+from zreconnect.options import Options, Witness
 from zreconnect.policy import PERSIST, Patience, RetryPolicy, check_attempts
 from zreconnect.proxies import Guarded, guarded_attribute, guarded_block
 from zreconnect.retry import check_function, run_unit_of_work
@@ -34,7 +34,6 @@ from zreconnect.settings import DriverAttribute, SettingsOfSessions
 from zreconnect.states import Request, State
 from zreconnect.turn import Turn
 from zreconnect.twophase import TwoPhaseDataManager
-from zreconnect.witness import Witness
 from zreconnect.work import Work
 
 Parameters = ParamSpec("Parameters")
@@ -149,7 +148,8 @@ class ReconnectingConnection(SettingsOfSessions):
         try:
             if self.work.member is not None:
                 self.guard.end_forgotten()
-            self.work.ask(Request.BEGIN, "begin()")
+            if self.work.state is not State.IDLE:
+                self.work.ask(Request.BEGIN, "begin()")
             self.guard.begin(explicit=True)
         finally:
             if taken:

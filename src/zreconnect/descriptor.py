@@ -12,9 +12,9 @@ from zreconnect.connection import ReconnectingConnection
 from zreconnect.datamanager import join_transactions
 from zreconnect.documented import implements
 from zreconnect.interfaces import IConnectionDescriptor
+from zreconnect.options import Witness
 from zreconnect.policy import PERSIST, RetryPolicy
 from zreconnect.server import server_from_dsn
-from zreconnect.witness import Witness
 
 
 @implements(IConnectionDescriptor)

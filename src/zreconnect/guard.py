@@ -213,7 +213,7 @@ class Guard:
             work.state is State.IDLE
             and session is not NO_SESSION
             and work.implicit_begin
-            and not work.is_autocommit()
+            and (work.inside_with or not self._link.settings.autocommit)
             # What has arrived can be the end of the session, and BEGIN finds that out.
             and session.watch.is_quiet()
         )
@@ -424,7 +424,7 @@ class Guard:
 
     def _end_orphan(self, why: str) -> None:
         work = self.work
-        if work.state is State.PREPARED:
+        if work.state is State.PREPARED or work.state is State.PREPARING:
             return
         if work.state is not State.IDLE:
             server = self._link.server.address

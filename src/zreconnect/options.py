@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
+from zreconnect.documented import documented_by
+from zreconnect.interfaces import IWitness
 from zreconnect.policy import PERSIST, RetryPolicy, check_number
-from zreconnect.witness import NoObserver, Witness, choose_witness
+from zreconnect.witness import NoObserver, XidWitness
+
+
+@documented_by(IWitness)
+class Witness(Protocol):
+    """`IWitness`, for type checkers."""
+
+    def observer(self, driver: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -47,3 +56,19 @@ class Options:
     def keywords(self) -> dict[str, Any]:
         """For another connection with the same options."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def choose_witness(witness: Any) -> Any:
+    """The observer factory for the value of a ``witness`` keyword.
+
+    Raises TypeError or ValueError if it is neither "xid", nor None, nor an `IWitness`.
+    """
+    if witness is None:
+        return None
+    if isinstance(witness, str):
+        if witness != "xid":
+            raise ValueError(f'witness must be "xid", None or a Ledger, not {witness!r}')
+        return XidWitness()
+    if not IWitness.providedBy(witness):
+        raise TypeError(f'witness must be "xid", None or a Ledger, not {witness!r}')
+    return witness

@@ -12,6 +12,7 @@ from typing import Any
 
 from zreconnect.exceptions import CommitOutcomeUnknown
 from zreconnect.guard import Guard
+from zreconnect.interfaces import DOOMED
 from zreconnect.session import NO_SESSION
 from zreconnect.states import Moment, Request, State
 
@@ -35,8 +36,8 @@ class Guarded:
         self._in_block = in_block
 
     def __getattr__(self, name: str) -> Any:
-        if self._guard.work.state is State.DOOMED:
-            self._guard.work.refuse_lost()
+        if self._guard.work.state.shown == DOOMED:
+            self._guard.work.ask(Request.LOOK)
         value = guarded_attribute(
             self._guard, self._wrapped, name, self, self._raw_cursor, self._in_block
         )
@@ -81,8 +82,8 @@ def guarded_attribute(
     turn = contextlib.nullcontext if is_connection else guard.in_turn
 
     def call(*args: Any, **keywords: Any) -> Any:
-        if guard.work.state is State.DOOMED:
-            guard.work.refuse_lost()
+        if guard.work.state.shown == DOOMED:
+            guard.work.ask(Request.LOOK)
         with turn(), guard.asking(Moment.STATEMENT, raw_cursor, in_block):
             result = value(*args, **keywords)
         if isinstance(result, Generator):

@@ -176,7 +176,7 @@ ENDED         GRANTED   OVER       INSIDE    INSIDE    OVER      ROLLS_BACK
 COMMITTING    UNKNOWN   UNKNOWN    UNKNOWN   UNKNOWN   UNKNOWN   SETTLES
 UNSETTLED     UNKNOWN   UNKNOWN    UNKNOWN   UNKNOWN   UNKNOWN   SETTLES
 UNKNOWN       UNKNOWN   UNKNOWN    UNKNOWN   UNKNOWN   UNKNOWN   LETS_GO
-PREPARING     LOST      LOST       LOST      LOST      LOST      LETS_GO
+PREPARING     LOST      LOST       LOST      LOST      LOST      PREPARED
 PREPARED      PREPARED  PREPARED   PREPARED  PREPARED  PREPARED  PREPARED
 ROLLING_BACK  LOST      LOST       LOST      LOST      LOST      LETS_GO
 DOOMED        LOST      LOST       LOST      LOST      LOST      LETS_GO
@@ -189,25 +189,26 @@ REQUESTS: dict[State, dict[Request, Answer]] = {
 
 # "ACTIVE>ENDED" leads from one to the other. In a state that stands alone the event changes
 # nothing; in one that is missing it must not happen. An interrupt can come just before the state of
-# a request is written, or just after that of its answer. A closed connection stays closed, whatever
+# a request is written, or just after that of its answer; and a subscriber of an event can call
+# rollback() while a request is under way. A closed connection stays closed, whatever
 # another thread finds out of what it had under way.
 _EVENTS = """
 BEGIN_LEAVES      IDLE>BEGINNING
-BEGUN             BEGINNING>ACTIVE
+BEGUN             BEGINNING>ACTIVE IDLE>ACTIVE
 NOT_BEGUN         IDLE BEGINNING>IDLE ACTIVE>IDLE
 NOT_BEGUN_FOR_STATEMENT    IDLE>TORN BEGINNING>TORN ACTIVE>TORN
-NOT_REACHED_FOR_STATEMENT  IDLE>DOOMED BEGINNING>DOOMED ACTIVE>DOOMED
+NOT_REACHED_FOR_STATEMENT  BEGINNING>DOOMED
 ENDED             ACTIVE>ENDED PREPARING>ENDED
 ENDED             IDLE BEGINNING TORN ENDED COMMITTING UNSETTLED UNKNOWN PREPARED
 ENDED             ROLLING_BACK DOOMED
 LOST              ACTIVE>DOOMED ENDED>DOOMED COMMITTING>UNSETTLED
 LOST              IDLE BEGINNING TORN UNSETTLED UNKNOWN PREPARING PREPARED ROLLING_BACK DOOMED
 COMMIT_LEAVES     ACTIVE>COMMITTING
-COMMITTED         COMMITTING>IDLE UNSETTLED>IDLE
-REFUSED           ACTIVE>ENDED COMMITTING>IDLE ENDED>IDLE TORN>IDLE IDLE
+COMMITTED         COMMITTING>IDLE UNSETTLED>IDLE IDLE
+REFUSED           COMMITTING>IDLE ENDED>IDLE TORN>IDLE
 GOES_ON           ACTIVE COMMITTING>ACTIVE PREPARING>ACTIVE
-FOUND_ABORTED     COMMITTING>DOOMED UNSETTLED>DOOMED
-NOT_FOUND         ACTIVE>UNKNOWN ENDED>UNKNOWN BEGINNING>UNKNOWN UNSETTLED>UNKNOWN UNKNOWN
+FOUND_ABORTED     COMMITTING>DOOMED UNSETTLED>DOOMED IDLE
+NOT_FOUND         ACTIVE>UNKNOWN ENDED>UNKNOWN BEGINNING>UNKNOWN UNSETTLED>UNKNOWN UNKNOWN IDLE
 PREPARE_LEAVES    ACTIVE>PREPARING
 PREPARED          PREPARING>PREPARED
 FOUND_UNPREPARED  PREPARING>DOOMED
@@ -253,8 +254,8 @@ CONNECT     break_off    break_off   break_off    break_off    break_off    brea
 BEGIN       settled      settled     break_off    break_off    not_begun    not_begun  break_off
 BEGIN_WITH  lost_first   lost_first  break_off    break_off    not_begun    not_begun  break_off
 STATEMENT   disconnect   disconnect  throw_away   pass         ended        ended      pass
-COMMITTING  unknown      disconnect  unknown_too  pass         ended        ended      pass
-AUTOCOMMIT  done_or_not  disconnect  throw_away   pass         pass         pass       pass
+COMMITTING  unknown      unknown     unknown_too  pass         ended        ended      pass
+AUTOCOMMIT  done_or_not  done_or_not  throw_away   pass         pass         pass       pass
 OURS        settled      settled     throw_away   throw_away   throw_away   pass       pass
 COMMIT      settled      settled     throw_away   goes_on      throw_away   refused    goes_on
 PREPARE     settled      settled     throw_away   goes_on      throw_away   ended      goes_on

@@ -44,9 +44,13 @@ class Wait:
     def __exit__(self, *error: object) -> None:
         self.waits.discard(self)
 
-    def end(self) -> None:
-        """End it before the block does."""
-        self.waits.discard(self)
+    def renew(self, limit: float | None) -> None:
+        """From now on the answer may take so many seconds; None sets no limit."""
+        if limit is None:
+            self.waits.discard(self)
+        else:
+            self.limit = limit
+            self.since = None
 
 
 class Watch:

@@ -16,7 +16,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, Protocol
+from typing import Any
 
 from zreconnect.documented import documented_by, implements
 from zreconnect.drivers.base import Condition, ServerSession, SessionSettings
@@ -36,13 +36,6 @@ NOTHING_WRITTEN = (
 )
 GO_ON = "ROLLBACK TO SAVEPOINT zreconnect_commit;"
 ASSIGNED_ID = "SELECT pg_current_xact_id_if_assigned()"
-
-
-@documented_by(IWitness)
-class Witness(Protocol):
-    """`IWitness`, for type checkers."""
-
-    def observer(self, driver: Any) -> Any: ...
 
 
 class Outcome(enum.Enum):
@@ -442,19 +435,3 @@ def make_ledger(driver: Any, raw: Any, table: str) -> None:
             raise
         # Another session makes it at this moment, and IF NOT EXISTS is no lock.
         driver.query(raw, statement)
-
-
-def choose_witness(witness: Any) -> Any:
-    """The observer factory for the value of a ``witness`` keyword.
-
-    Raises TypeError or ValueError if it is neither "xid", nor None, nor an `IWitness`.
-    """
-    if witness is None:
-        return None
-    if isinstance(witness, str):
-        if witness != "xid":
-            raise ValueError(f'witness must be "xid", None or a Ledger, not {witness!r}')
-        return XidWitness()
-    if not IWitness.providedBy(witness):
-        raise TypeError(f'witness must be "xid", None or a Ledger, not {witness!r}')
-    return witness

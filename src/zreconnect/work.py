@@ -261,16 +261,14 @@ class Work:
         self.note(Event.BEGIN_LEAVES)
         link, session = self.link, self.link.session
         session.watch.reset()
-        wait_for_begin = session.watch.awaiting(
-            self.limit_of_begin(self.patience.begins(self.waited))
-        )
-        with session.watch.awaiting(link.options.response_timeout), wait_for_begin:
+        wait = session.watch.awaiting(self.limit_of_begin(self.patience.begins(self.waited)))
+        with wait:
             begun = link.driver.begin_with(
                 session.raw,
                 link.settings,
                 link.observer.rider(session.raw, link.settings),
                 execute,
-                wait_for_begin.end,
+                lambda: wait.renew(link.options.response_timeout),
             )
         if begun is None:
             self.note(Event.NOT_BEGUN)
@@ -318,8 +316,8 @@ class Work:
         """Commit the transaction."""
         session = self.link.session
         self.committing = session.raw
-        self.note(Event.COMMIT_LEAVES)
         commits.note()
+        self.note(Event.COMMIT_LEAVES)
         with session.watch.awaiting(self.link.options.response_timeout):
             self.link.observer.commit(session.raw)
         self.committed()
@@ -391,6 +389,7 @@ class Work:
             (self.state is State.IDLE or self.state is State.CLOSED)
             and self.member is None
             and not self.inside_with
+            and not self.turn.is_for_good
         ):
             self.turn.give()
 

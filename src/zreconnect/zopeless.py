@@ -16,10 +16,11 @@ from zreconnect.cursor import ReconnectingCursor
 from zreconnect.descriptor import ConnectionDescriptor
 from zreconnect.documented import implements
 from zreconnect.exceptions import CommitOutcomeUnknown, ConflictingTransactionManagerError
-from zreconnect.interfaces import IDLE, IZopelessTransactionManager
+from zreconnect.interfaces import IZopelessTransactionManager
+from zreconnect.options import Witness
 from zreconnect.policy import RetryPolicy
 from zreconnect.retry import run_unit_of_work
-from zreconnect.witness import Witness
+from zreconnect.states import State
 
 Result = TypeVar("Result")
 
@@ -64,7 +65,8 @@ class ZopelessTransactionManager:
             on_connect,
             response_timeout,
         )
-        self._transaction_manager = transaction.manager
+        #: Whose transactions its transactions are.
+        self.transaction_manager = transaction.manager
         #: Where each thread has its connection from.
         self.descriptor = ConnectionDescriptor(
             dsn,
@@ -73,30 +75,31 @@ class ZopelessTransactionManager:
             witness=witness,
             on_connect=on_connect,
             response_timeout=response_timeout,
-            transaction_manager=self._transaction_manager,
+            transaction_manager=self.transaction_manager,
             implicit_begin=implicitBegin is not False,
         )
         if isolation is not None:
             self.descriptor.set_isolation_level(isolation)
 
     def begin(self) -> None:
-        connection = self.connection()
-        if connection.state != IDLE:
+        self._check_installed()
+        connection = self.descriptor.connection()
+        if connection.work.state is not State.IDLE:
             raise AlreadyInTransaction("begin() inside a transaction: commit() or abort() it first")
-        self._transaction_manager.begin()
+        self.transaction_manager.begin()
         try:
             connection.begin()
         except BaseException:
-            self._transaction_manager.abort()
+            self.transaction_manager.abort()
             raise
 
     def commit(self) -> None:
         self._check_installed()
-        self._end(self._transaction_manager.commit)
+        self._end(self.transaction_manager.commit)
 
     def abort(self) -> None:
         self._check_installed()
-        self._end(self._transaction_manager.abort)
+        self._end(self.transaction_manager.abort)
 
     def run(self, function: Callable[[], Result], attempts: int = 3) -> Result:
         return run_unit_of_work(
@@ -119,7 +122,8 @@ class ZopelessTransactionManager:
         return self.descriptor.connection()
 
     def cursor(self) -> ReconnectingCursor:
-        return self.connection().cursor()
+        self._check_installed()
+        return self.descriptor.connection().cursor()
 
     def set_isolation_level(self, level: int | str | None) -> None:
         self._check_installed()
@@ -130,7 +134,7 @@ class ZopelessTransactionManager:
         self._check_installed()
         with _lock:
             _installed = None
-        self._transaction_manager.abort()
+        self.transaction_manager.abort()
         self.descriptor.close()
         if self.sqlClass is not None:
             del self.sqlClass._connection  # type: ignore[attr-defined]
@@ -171,7 +175,7 @@ class ZopelessTransactionManager:
         # The database learns of it with the first statement, so that an idle job has no
         # transaction open that a restart could end.
         if self.implicitBegin is not False:
-            self._transaction_manager.begin()
+            self.transaction_manager.begin()
 
 
 def initZopeless(

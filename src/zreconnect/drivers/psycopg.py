@@ -16,7 +16,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import psycopg
 from psycopg import IsolationLevel, generators, pq, sql
@@ -291,7 +291,8 @@ class PsycopgDriver(PostgresqlDriver):
         """Execute statements without parameters, in one round trip; the answer to the last."""
         if _is_in_pipeline(raw):
             return self._ask(raw, ";".join(statements)).pgresult
-        _check_not_locked(raw)
+        if raw.lock.locked():
+            _refuse_locked()
         # A cursor would make many times the work of it.
         with raw.lock:
             raw.pgconn.send_query(";".join(statements).encode())
@@ -451,12 +452,16 @@ def _is_in_pipeline(raw: Any) -> bool:
 
 
 def _check_not_locked(raw: Any) -> None:
-    # psycopg would wait for ever, for a generator of this very thread.
     if raw.lock.locked():
-        raise psycopg.ProgrammingError(
-            "stream(), notifies() or a copy() block is not finished: close it before the "
-            "transaction begins or ends"
-        )
+        _refuse_locked()
+
+
+def _refuse_locked() -> NoReturn:
+    # psycopg would wait for ever, for a generator of this very thread.
+    raise psycopg.ProgrammingError(
+        "stream(), notifies() or a copy() block is not finished: close it before the "
+        "transaction begins or ends"
+    )
 
 
 driver = PsycopgDriver()

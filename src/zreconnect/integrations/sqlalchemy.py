@@ -27,10 +27,10 @@ from zreconnect.exceptions import (
     one_line,
 )
 from zreconnect.interfaces import IDLE, Meaning
+from zreconnect.options import Witness
 from zreconnect.policy import PERSIST, RetryPolicy
 from zreconnect.server import Server
 from zreconnect.turn import Turn
-from zreconnect.witness import Witness
 
 try:
     from sqlalchemy import event

@@ -113,7 +113,7 @@ class ThreadObjects(threading.local):
         self._manager = manager
         self._lazily_updated: dict[int, Any] = {}
         self._destroyed: list[Any] = []
-        manager._transaction_manager.registerSynch(self)
+        manager.transaction_manager.registerSynch(self)
 
     def newTransaction(self, transaction: Any) -> None:
         self.expire_all()
@@ -142,7 +142,7 @@ class ThreadObjects(threading.local):
             # The row, when it is read later, would hide the update.
             instance.sync()
         if not self._lazily_updated:
-            self._manager._transaction_manager.get().addBeforeCommitHook(self._write)
+            self._manager.transaction_manager.get().addBeforeCommitHook(self._write)
         self._lazily_updated[id(instance)] = instance
 
     def destroy(self, instance: Any) -> None:

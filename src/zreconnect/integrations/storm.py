@@ -33,11 +33,12 @@ from zreconnect.drivers.psycopg2 import Psycopg2DisconnectionError
 from zreconnect.exceptions import CommitOutcomeUnknown, DisconnectionError
 from zreconnect.interfaces import PREPARED
 from zreconnect.link import Link
+from zreconnect.options import Witness
 from zreconnect.policy import PERSIST, RetryPolicy
 from zreconnect.server import server_from_dsn
 from zreconnect.states import Request
 from zreconnect.twophase import TwoPhaseDataManager
-from zreconnect.witness import Outcome, Witness
+from zreconnect.witness import Outcome
 
 SCHEME = "reconnecting-postgres"
 OTHER_BACKENDS = ("mysql", "sqlite")

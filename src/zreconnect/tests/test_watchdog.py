@@ -322,17 +322,34 @@ class WaitTests(WatchTestCase):
                 self.watch.look()
         self.assertIsNone(self.watch.cut_after)
 
-    def test_it_can_end_before_the_block(self):
+    def test_it_can_begin_anew_without_a_limit(self):
         time = watchdogs_time(self)
         with self.watch.awaiting(60) as nothing, contextlib.ExitStack() as stack:
             self.assertIsNone(nothing)
             wait = self.watch.awaiting(30)
             stack.enter_context(wait)
             self.watch.look()
-            wait.end()
+            wait.renew(None)
             time.go_on(40)
             self.watch.look()
         self.assertIsNone(self.watch.cut_after)
+
+    def test_it_can_begin_anew_with_another_limit(self):
+        time = watchdogs_time(self)
+        with self.watch.awaiting(30) as nothing, contextlib.ExitStack() as stack:
+            self.assertIsNone(nothing)
+            wait = self.watch.awaiting(30)
+            stack.enter_context(wait)
+            wait.renew(60)
+            self.watch.reset()
+            with wait:
+                self.watch.look()
+                time.go_on(50)
+                self.watch.look()
+                self.assertIsNone(self.watch.cut_after)
+                time.go_on(20)
+                self.watch.look()
+        self.assertEqual(self.watch.cut_after, 60)
 
     def test_that_of_another_thread(self):
         with self.watch.awaiting(PATIENCE):
