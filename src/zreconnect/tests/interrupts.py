@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dis
 import functools
+import importlib.util
 import os
 import signal
 import sys
@@ -16,7 +17,13 @@ from pathlib import Path
 import zreconnect
 
 HOME = str(Path(zreconnect.__file__).parent) + os.sep
-NOT_SWEPT = (f"{HOME}testing{os.sep}", f"{HOME}tests{os.sep}")
+# A measurement of coverage has a lock, which an interrupt would leave locked.
+_COVERAGE = importlib.util.find_spec("coverage")
+NOT_SWEPT = (
+    f"{HOME}testing{os.sep}",
+    f"{HOME}tests{os.sep}",
+    *(_COVERAGE.submodule_search_locations if _COVERAGE is not None else ()),
+)
 # Seconds after which a call is not expected to end by itself.
 LIMIT = 30.0
 # What begins the code of a with statement, and not the code that leaves its block.
