@@ -157,7 +157,7 @@ class ReconnectingConnection(SettingsOfSessions):
 
     def commit(self) -> None:
         self._commit()
-        self.work.told()
+        self.work.told(None)
 
     def _commit(self) -> None:
         """Commit; `Work.told` is to follow, when nothing else has to be done."""
@@ -224,10 +224,7 @@ class ReconnectingConnection(SettingsOfSessions):
             may_run_again=self.guard.may_run_again,
             attempts=attempts,
         )
-        try:
-            return result
-        finally:
-            self.work.told()
+        return self.work.told(result)
 
     def transactional(
         self, attempts: int = 3
@@ -277,7 +274,7 @@ class ReconnectingConnection(SettingsOfSessions):
             if error is not None:
                 self.rollback_after(error)
             self.work.give_turn()
-            self.work.told()
+            self.work.told(None)
 
     def fork(self) -> ReconnectingConnection:
         forked = type(self).__new__(type(self))

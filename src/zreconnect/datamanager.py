@@ -89,7 +89,7 @@ class ConnectionDataManager:
 
     def tpc_finish(self, transaction: ITransaction) -> None:
         self.work.leave(self)
-        self.work.told()
+        self.work.told(None)
 
     def tpc_abort(self, transaction: ITransaction) -> None:
         self.abort(transaction)

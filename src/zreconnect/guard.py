@@ -324,10 +324,9 @@ class Guard:
     def tell(self) -> None:
         """Raise `CommitOutcomeUnknown` if an interrupt has kept the thread from learning that its
         transaction is committed, or may be."""
-        untold = self.work.untold
-        if untold is not None and untold[0] == threading.get_ident():
-            self.work.told()
-            raise CommitOutcomeUnknown(self._link.server.address, outcome=untold[1].value)
+        outcome = self.work.untold.pop(threading.get_ident(), None)
+        if outcome is not None:
+            raise CommitOutcomeUnknown(self._link.server.address, outcome=outcome.value)
 
     def _settle_lost_commit(self, error: BaseException, raw: Any) -> None:
         """Return if the transaction was committed; else raise what became of it."""

@@ -105,6 +105,7 @@ def _attempt(server: Server, timeout: float, prepare: Callable[[Any], None]) -> 
         watch = Watch(server.driver.fileno(raw), server.address)
         with watch.awaiting(timeout):
             prepare(raw)
+        return Session(server.driver, raw, watch, os.getpid())
     except BaseException as error:
         # Asked before the connection is closed, for its state is what decides.
         passes = is_missing_thread(error) or (
@@ -117,7 +118,6 @@ def _attempt(server: Server, timeout: float, prepare: Callable[[Any], None]) -> 
         if passes:
             raise AttemptFailed(error) from error
         raise
-    return Session(server.driver, raw, watch, os.getpid())
 
 
 def tell_if_cut(watch: Watch) -> None:

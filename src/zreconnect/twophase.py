@@ -257,6 +257,8 @@ class TwoPhaseDataManager(ConnectionDataManager):
             except lookup_errors(self.work) as error:
                 problem = error
         if outcome is Outcome.COMMITTED:
+            # First: what interrupts the rest must not hide it from the other branches.
+            self.decision.outcome = outcome
             self.work.leave_untold(outcome)
         if outcome is not Outcome.UNKNOWN:
             self._release()

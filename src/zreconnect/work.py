@@ -41,7 +41,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from zreconnect import commits, events
 from zreconnect.interfaces import DOOMED
@@ -52,6 +52,8 @@ from zreconnect.session import NO_SESSION
 from zreconnect.states import NEXT, REQUESTS, Answer, Event, Request, State
 from zreconnect.turn import Turn
 from zreconnect.witness import Outcome
+
+Result = TypeVar("Result")
 
 # How many seconds a thread waits for the transaction of another one to end, if the policy has no
 # timeout.
@@ -91,8 +93,8 @@ class Work:
     was begun by ``begin()`` and not by a statement. inside_with: whether the connection is in a
     ``with`` block. committing: the raw connection on which COMMIT was sent last.
     waited: the seconds that the thread has waited for its turn.
-    untold: what became of a COMMIT, and the number of the thread that does not know it yet, so that
-    a ``rollback()`` after an interrupt has to say so; None if all is said.
+    untold: what became of a COMMIT, by the number of the thread that does not know it yet, so that
+    a ``rollback()`` after an interrupt has to say so.
     """
 
     __slots__ = (
@@ -126,7 +128,7 @@ class Work:
         self.is_explicit = False
         self.inside_with = False
         self.committing: Any = None
-        self.untold: tuple[int, Outcome] | None = None
+        self.untold: dict[int, Outcome] = {}
         self.waited = 0.0
 
     # What is known
@@ -226,7 +228,7 @@ class Work:
         explicit: whether ``begin()`` was called, and not a statement.
         """
         self.is_explicit = explicit
-        self.untold = None
+        self.untold.pop(threading.get_ident(), None)
         self.note(Event.BEGIN_LEAVES)
         session = self.link.session
         if session is NO_SESSION:
@@ -257,7 +259,7 @@ class Work:
         statement has not been executed; and what the statement has raised.
         """
         self.is_explicit = False
-        self.untold = None
+        self.untold.pop(threading.get_ident(), None)
         self.note(Event.BEGIN_LEAVES)
         link, session = self.link, self.link.session
         session.watch.reset()
@@ -352,11 +354,12 @@ class Work:
 
     def leave_untold(self, outcome: Outcome) -> None:
         """The calling thread does not know yet what became of its COMMIT, or may not."""
-        self.untold = threading.get_ident(), outcome
+        self.untold[threading.get_ident()] = outcome
 
-    def told(self) -> None:
-        """The program learns of the commit: this is the last that is done for it."""
-        self.untold = None
+    def told(self, result: Result) -> Result:
+        """``result``, with which the program learns of the commit: the last that is done for it."""
+        # In one step: what interrupts it comes before, and leaves it untold, or finds it told.
+        return (result, self.untold.pop(threading.get_ident(), None))[0]
 
     def branch_ended(self) -> None:
         """What was prepared is no more of this connection's business."""
@@ -381,7 +384,6 @@ class Work:
                 "fork() makes one"
             )
         self.waited = 0.0 if self.turn.take(0) else self._wait_for_turn()
-        self.untold = None
 
     def give_turn(self) -> None:
         """Let other threads have the connection, unless something of this one is under way."""
@@ -419,7 +421,7 @@ class Work:
     def in_child(self) -> None:
         """This is a forked child: the session, and a transaction in it, are the parent's."""
         self.turn = self.turn.in_child()
-        self.told()
+        self.untold.clear()
         self.note(Event.FORKED)
         self.link.renew_observer()
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import transaction
 from transaction.interfaces import AlreadyInTransaction
 
+from zreconnect import events
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.descriptor import ConnectionDescriptor
@@ -21,6 +22,7 @@ from zreconnect.options import Witness
 from zreconnect.policy import RetryPolicy
 from zreconnect.retry import run_unit_of_work
 from zreconnect.states import State
+from zreconnect.witness import Outcome
 
 Result = TypeVar("Result")
 
@@ -100,6 +102,7 @@ class ZopelessTransactionManager:
     def abort(self) -> None:
         self._check_installed()
         self._end(self.transaction_manager.abort)
+        self.connection().guard.tell()
 
     def run(self, function: Callable[[], Result], attempts: int = 3) -> Result:
         return run_unit_of_work(
@@ -112,10 +115,19 @@ class ZopelessTransactionManager:
         )
 
     def _abort_after(self, error: BaseException) -> None:
-        may_be_committed = self.connection().work.may_have_committed()
-        self.abort()
-        if may_be_committed and self.connection().guard.may_run_again(error):
-            raise CommitOutcomeUnknown(self.connection().server) from error
+        """As `ReconnectingConnection.rollback_after`."""
+        connection = self.connection()
+        may_be_committed = connection.work.may_have_committed()
+        try:
+            self.abort()
+        except CommitOutcomeUnknown as unknown:
+            if connection.guard.may_run_again(error):
+                raise
+            events.logger.error("%s", unknown)
+            connection.work.leave_untold(Outcome(unknown.outcome))
+        else:
+            if may_be_committed and connection.guard.may_run_again(error):
+                raise CommitOutcomeUnknown(connection.server) from error
 
     def connection(self) -> ReconnectingConnection:
         self._check_installed()
