@@ -191,6 +191,12 @@ class SqliteDriver(BaseDriver):
     def fileno(self, raw: Any) -> None:
         return None
 
+    def close(self, raw: Any) -> None:
+        # A cursor that somebody still has keeps SQLite's connection alive, with its locks.
+        with contextlib.suppress(sqlite3.Error):
+            raw.rollback()
+        super().close(raw)
+
     def abandon(self, raw: Any) -> None:
         global _forked_in_transaction
         # Closing it would roll back in the parent's file. So nobody may, not even the garbage
