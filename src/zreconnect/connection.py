@@ -144,15 +144,16 @@ class ReconnectingConnection(SettingsOfSessions):
     # Transactions
 
     def begin(self) -> None:
-        taken = not self.work.turn.is_mine() and self.guard.take_turn()
         try:
+            if not self.work.turn.is_mine():
+                self.guard.take_turn()
             if self.work.member is not None:
                 self.guard.end_forgotten()
             if self.work.state is not State.IDLE:
                 self.work.ask(Request.BEGIN, "begin()")
             self.guard.begin(explicit=True)
         finally:
-            if taken:
+            if self.work.state is not State.ACTIVE:
                 self.work.give_turn()
 
     def commit(self) -> None:
@@ -190,6 +191,8 @@ class ReconnectingConnection(SettingsOfSessions):
                 self.guard.roll_back()
             finally:
                 self.work.give_turn()
+        else:
+            self.guard.tell()
 
     def close(self) -> None:
         self.work.close()
@@ -204,8 +207,9 @@ class ReconnectingConnection(SettingsOfSessions):
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[ReconnectingCursor]:
-        self.begin()
+        self._check_idle()
         try:
+            self.begin()
             with self.cursor() as cursor:
                 yield cursor
             self.commit()
@@ -218,6 +222,7 @@ class ReconnectingConnection(SettingsOfSessions):
     ) -> Result:
         result = run_unit_of_work(
             functools.partial(function, *args, **keywords),
+            check_idle=self._check_idle,
             begin=self.begin,
             commit=self._commit,
             abort_after=self.rollback_after,
@@ -248,14 +253,21 @@ class ReconnectingConnection(SettingsOfSessions):
 
     def __enter__(self) -> ReconnectingConnection:
         """As in psycopg2: commit at the end, or roll back on an error; do not close."""
-        with self.guard.in_turn():
-            self.work.ask(Request.LOOK)
-            if self.work.inside_with:
-                raise self.work.link.driver.module.ProgrammingError(
+        work = self.work
+        try:
+            if not work.turn.is_mine():
+                self.guard.take_turn()
+            work.ask(Request.LOOK)
+            if work.block:
+                raise work.link.driver.module.ProgrammingError(
                     "The connection is already inside a with block"
                 )
-            self.work.inside_with = True
-        return self
+        except BaseException:
+            work.give_turn()
+            raise
+        # In one step with the return, because __exit__() is called only after that.
+        block: dict[str, ReconnectingConnection] = work.block
+        return block.setdefault("with", self)
 
     def __exit__(
         self,
@@ -270,7 +282,7 @@ class ReconnectingConnection(SettingsOfSessions):
             error = problem
             raise
         finally:
-            self.work.inside_with = False
+            self.work.block.clear()
             if error is not None:
                 self.rollback_after(error)
             self.work.give_turn()
@@ -289,11 +301,20 @@ class ReconnectingConnection(SettingsOfSessions):
         An interrupt is not hidden by what the rollback finds out of an interrupted COMMIT: that is
         logged. `CommitOutcomeUnknown` is raised where ``error`` would have the work run again.
         """
-        if self._may_roll_back():
-            try:
-                self.guard.roll_back_after(error)
-            finally:
-                self.work.give_turn()
+        if self.work.state is State.CLOSED:
+            return
+        has_turn = self._may_roll_back()
+        try:
+            self.guard.roll_back_after(error, self.guard.roll_back if has_turn else self.guard.tell)
+        finally:
+            self.work.give_turn()
+
+    def _check_idle(self) -> None:
+        """Raise what refuses ``begin()`` inside a transaction, which is not to be rolled back."""
+        if self.work.turn.is_mine():
+            if self.work.member is not None:
+                self.guard.end_forgotten()
+            self.work.ask(Request.BEGIN, "begin()")
 
     def _may_roll_back(self) -> bool:
         """Whether there can be something of this thread to roll back; has its turn then."""

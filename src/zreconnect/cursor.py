@@ -146,8 +146,9 @@ class ReconnectingCursor:
     def _begins_along(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
         """Have BEGIN travel along with the statement, if that can be; whether it was executed."""
         work, guard = self._work, self._guard
-        taken = not work.turn.is_mine() and guard.take_turn()
         try:
+            if not work.turn.is_mine():
+                guard.take_turn()
             if self._closed:
                 self._refuse_closed()
             if not guard.may_begin_with_statement():
@@ -163,15 +164,16 @@ class ReconnectingCursor:
                 work.link.observer.executed(self._raw)
             return True
         finally:
-            if taken:
+            if work.state is not State.ACTIVE:
                 work.give_turn()
 
     # These do what Guard.in_turn() and Guard.asking() do, without their Python calls.
 
     def _statement(self, method: str, *args: Any, **keywords: Any) -> Any:
         work, guard, link = self._work, self._guard, self._work.link
-        taken = not work.turn.is_mine() and guard.take_turn()
         try:
+            if not work.turn.is_mine():
+                guard.take_turn()
             if self._closed:
                 self._refuse_closed()
             if work.state is not State.ACTIVE:
@@ -192,13 +194,14 @@ class ReconnectingCursor:
                 link.observer.executed(raw)
             return self if result is raw else result
         finally:
-            if taken:
+            if work.state is not State.ACTIVE:
                 work.give_turn()
 
     def _answer(self, method: str, *args: Any) -> Any:
         work, guard, link = self._work, self._guard, self._work.link
-        taken = not work.turn.is_mine() and guard.take_turn()
         try:
+            if not work.turn.is_mine():
+                guard.take_turn()
             if work.state is not State.ACTIVE:
                 work.ask(Request.LOOK)
             raw = self._raw_cursor() if self._raw is None else self._raw
@@ -208,10 +211,12 @@ class ReconnectingCursor:
             except StopIteration:
                 raise
             except BaseException as error:
-                guard.meet(error, Moment.STATEMENT)
+                # Of an older session, it says nothing about the present one.
+                if self._session is link.session:
+                    guard.meet(error, Moment.STATEMENT)
                 raise
         finally:
-            if taken:
+            if work.state is not State.ACTIVE:
                 work.give_turn()
 
     # Results
@@ -231,8 +236,9 @@ class ReconnectingCursor:
             work.ask(Request.LOOK)
             rows = iter(self._raw_cursor())
         while True:
-            taken = not work.turn.is_mine() and guard.take_turn()
             try:
+                if not work.turn.is_mine():
+                    guard.take_turn()
                 if work.state is not State.ACTIVE:
                     work.ask(Request.LOOK)
                 try:
@@ -241,10 +247,11 @@ class ReconnectingCursor:
                 except StopIteration:
                     return
                 except BaseException as error:
-                    guard.meet(error, Moment.STATEMENT)
+                    if self._session is link.session:
+                        guard.meet(error, Moment.STATEMENT)
                     raise
             finally:
-                if taken:
+                if work.state is not State.ACTIVE:
                     work.give_turn()
             yield row
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from transaction.interfaces import TransientError
+
 from zreconnect import events
 from zreconnect.exceptions import ReconnectTimeout
 from zreconnect.policy import RetryPolicy
@@ -57,5 +59,9 @@ def find_out(work: Work, raw: Any, policy: RetryPolicy) -> Finding:
 
 
 def lookup_errors(work: Work) -> tuple[type[BaseException], ...]:
-    """What keeps a look-up from its answer. All else is the program's."""
-    return work.link.driver.module.Error, ReconnectTimeout
+    """What keeps a look-up from its answer. All else is the program's.
+
+    ``on_connect`` can use another connection and meet a disconnect of that one: as it is, it would
+    have the work run again.
+    """
+    return work.link.driver.module.Error, ReconnectTimeout, TransientError

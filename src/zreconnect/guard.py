@@ -213,7 +213,7 @@ class Guard:
             work.state is State.IDLE
             and session is not NO_SESSION
             and work.implicit_begin
-            and (work.inside_with or not self._link.settings.autocommit)
+            and (work.block or not self._link.settings.autocommit)
             # What has arrived can be the end of the session, and BEGIN finds that out.
             and session.watch.is_quiet()
         )
@@ -302,7 +302,9 @@ class Guard:
                     raise
         work.rolled_back()
 
-    def roll_back_after(self, error: BaseException) -> None:
+    def roll_back_after(
+        self, error: BaseException, roll_back: Callable[[], object] | None = None
+    ) -> None:
         """Roll back because of ``error``, which is to be raised afterwards.
 
         That a transaction may be committed must not hide an interrupt, but must be raised where the
@@ -310,7 +312,7 @@ class Guard:
         """
         was_unknown = self.work.state is State.UNKNOWN
         try:
-            self.roll_back()
+            (roll_back or self.roll_back)()
         except CommitOutcomeUnknown as unknown:
             if self.may_run_again(error):
                 raise
@@ -381,7 +383,7 @@ class Guard:
         """
         work = self.work
         work.take_turn()
-        if work.state is not State.IDLE or work.member is not None or work.inside_with:
+        if work.state is not State.IDLE or work.member is not None or work.block:
             self._end_what_a_thread_has_left()
         return True
 

@@ -84,6 +84,9 @@ def guarded_attribute(
     def call(*args: Any, **keywords: Any) -> Any:
         if guard.work.state.shown == DOOMED:
             guard.work.ask(Request.LOOK)
+        if is_connection and guard.work.turn.is_anothers():
+            # What it raises says nothing about the transaction of the other thread.
+            return value(*args, **keywords)
         with turn(), guard.asking(Moment.STATEMENT, raw_cursor, in_block):
             result = value(*args, **keywords)
         if isinstance(result, Generator):

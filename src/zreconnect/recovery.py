@@ -93,7 +93,7 @@ class _Database:
         server = server_from_dsn(dsn)
         self.driver = server.driver
         self.address = server.address
-        self.raw = server.connect(CONNECT_TIMEOUT)
+        self.raw = server.connect_once(CONNECT_TIMEOUT)
         stack.callback(self.driver.close, self.raw)
         ((self.system_identifier, _),) = self.driver.query(self.raw, CLUSTER)
         ((self.name,),) = self.driver.query(self.raw, "SELECT current_database()")

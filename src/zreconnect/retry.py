@@ -31,6 +31,7 @@ PAUSE = tenacity.wait_random_exponential(multiplier=0.02, max=1.0)
 def run_unit_of_work(
     function: Callable[[], Result],
     *,
+    check_idle: Callable[[], object],
     begin: Callable[[], object],
     commit: Callable[[], object],
     abort_after: Callable[[BaseException], object],
@@ -39,6 +40,7 @@ def run_unit_of_work(
 ) -> Result:
     """Begin, call ``function``, commit; abort and do it all again after an error that allows it.
 
+    check_idle: raises what refuses to begin, and leaves what is under way alone.
     abort_after: called with the error, to abort because of it; what it raises takes its place.
 
     Returns what ``function`` returned. Raises TypeError or ValueError if ``attempts`` is no whole
@@ -48,8 +50,9 @@ def run_unit_of_work(
     check_function(function)
 
     def unit_of_work() -> Result:
-        begin()
+        check_idle()
         try:
+            begin()
             result = function()
             commit()
         except BaseException as error:

@@ -156,6 +156,13 @@ class Server:
                 self._fail(outcome[1])
         return self._make_attempt(mine, timeout)
 
+    def connect_once(self, timeout: float) -> Any:
+        """As `connect`, for who makes but one attempt: raises what that has raised."""
+        try:
+            return self.connect(timeout)
+        except AttemptFailed as failure:
+            raise failure.error from None
+
     def passes(self, error: BaseException) -> bool:
         """Whether connecting may succeed later although it failed with this error."""
         return self.driver.connect_meaning(error, self._parameters) is Meaning.DISCONNECT

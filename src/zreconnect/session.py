@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -42,8 +43,9 @@ class Session:
     def __del__(self) -> None:
         # An interrupt can have come before anybody knew of it. What SQLite has locked stays locked
         # until it is closed.
-        if self.raw is not None and self.process == os.getpid():
-            self.driver.close(self.raw)
+        with contextlib.suppress(AttributeError):
+            if self.raw is not None and self.process == os.getpid():
+                self.driver.close(self.raw)
 
 
 #: Stands where there is none.

@@ -108,9 +108,9 @@ class SettingsOfSessions:
     @cursor_factory.setter
     def cursor_factory(self, value: Any) -> None:
         link = self.work.link
-        link.settings.cursor_factory = value
         if link.session is not NO_SESSION:
             link.driver.set_cursor_factory(link.session.raw, value)
+        link.settings.cursor_factory = value
 
     def set_session(
         self,

@@ -108,12 +108,18 @@ class Turn:
         try:
             while (seconds := deadline - time.monotonic()) > 0:
                 if self._slot.setdefault(_HOLDER, claim) is claim:
-                    return True
+                    break
                 waiting.listen(min(seconds, _LOOK_INTERVAL))
-        finally:
+            try:
+                self._queue.remove(waiting)
+            except ValueError:
+                # Somebody hands it over in this moment.
+                waiting.listen(_LOOK_INTERVAL)
+        except BaseException:
             with contextlib.suppress(ValueError):
                 self._queue.remove(waiting)
-        # It may have been handed over in this moment.
+            self._give_from(claim)
+            raise
         return self._slot.get(_HOLDER) is claim
 
     def _give_from(self, claim: Any) -> None:
@@ -122,10 +128,11 @@ class Turn:
             return
         # Handed over to who has waited longest: the thread that gives it may want it back at once,
         # and would be faster than any that has to wake up.
-        try:
-            waiting = self._queue.popleft()
-        except IndexError:
-            self._slot.pop(_HOLDER, None)
-        else:
-            self._slot[_HOLDER] = waiting.claim
-            waiting.ring()
+        while self._queue:
+            with contextlib.suppress(IndexError):
+                waiting = self._queue.popleft()
+                if waiting.claim() is not None:
+                    self._slot[_HOLDER] = waiting.claim
+                    waiting.ring()
+                    return
+        self._slot.pop(_HOLDER, None)

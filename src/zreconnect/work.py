@@ -90,8 +90,8 @@ class Work:
     member: the data manager of the larger transaction that this one is part of, or None.
     join: called before a transaction begins, to make it part of a larger one, or None.
     implicit_begin: whether a statement begins a transaction. is_explicit: whether the transaction
-    was begun by ``begin()`` and not by a statement. inside_with: whether the connection is in a
-    ``with`` block. committing: the raw connection on which COMMIT was sent last.
+    was begun by ``begin()`` and not by a statement. block: has an entry while the connection is
+    in a ``with`` block. committing: the raw connection on which COMMIT was sent last.
     waited: the seconds that the thread has waited for its turn.
     untold: what became of a COMMIT, by the number of the thread that does not know it yet, so that
     a ``rollback()`` after an interrupt has to say so.
@@ -100,9 +100,9 @@ class Work:
     __slots__ = (
         "__weakref__",
         "_anchor",
+        "block",
         "committing",
         "implicit_begin",
-        "inside_with",
         "is_explicit",
         "join",
         "link",
@@ -126,7 +126,7 @@ class Work:
         self.join: Callable[[], None] | None = None
         self.implicit_begin = True
         self.is_explicit = False
-        self.inside_with = False
+        self.block: dict[str, Any] = {}
         self.committing: Any = None
         self.untold: dict[int, Outcome] = {}
         self.waited = 0.0
@@ -146,7 +146,7 @@ class Work:
 
     def is_autocommit(self) -> bool:
         """Whether a statement would be a transaction of its own."""
-        return self.state is State.IDLE and self.link.settings.autocommit and not self.inside_with
+        return self.state is State.IDLE and self.link.settings.autocommit and not self.block
 
     def may_have_committed(self) -> bool:
         """Whether the present transaction may be committed, as far as is known."""
@@ -176,7 +176,7 @@ class Work:
     def forget_member(self) -> None:
         """Whoever was to end the transaction will not."""
         self.member = None
-        self.inside_with = False
+        self.block.clear()
 
     def _forgotten(self, anchor: Any) -> None:
         if self.member is None or self._anchor is not anchor:
@@ -390,7 +390,7 @@ class Work:
         if (
             (self.state is State.IDLE or self.state is State.CLOSED)
             and self.member is None
-            and not self.inside_with
+            and not self.block
             and not self.turn.is_for_good
         ):
             self.turn.give()
@@ -398,7 +398,7 @@ class Work:
     def has_orphan(self) -> bool:
         """Whether a thread has ended, without having ended what it had under way."""
         return self.state is not State.CLOSED and (
-            self.state is not State.IDLE or self.member is not None or self.inside_with
+            self.state is not State.IDLE or self.member is not None or bool(self.block)
         )
 
     def _wait_for_turn(self) -> float:

@@ -84,10 +84,8 @@ class ZopelessTransactionManager:
             self.descriptor.set_isolation_level(isolation)
 
     def begin(self) -> None:
-        self._check_installed()
+        self._check_idle()
         connection = self.descriptor.connection()
-        if connection.work.state is not State.IDLE:
-            raise AlreadyInTransaction("begin() inside a transaction: commit() or abort() it first")
         self.transaction_manager.begin()
         try:
             connection.begin()
@@ -107,12 +105,18 @@ class ZopelessTransactionManager:
     def run(self, function: Callable[[], Result], attempts: int = 3) -> Result:
         return run_unit_of_work(
             function,
+            check_idle=self._check_idle,
             begin=self.begin,
             commit=self.commit,
             abort_after=self._abort_after,
             may_run_again=self.connection().guard.may_run_again,
             attempts=attempts,
         )
+
+    def _check_idle(self) -> None:
+        self._check_installed()
+        if self.descriptor.connection().work.state is not State.IDLE:
+            raise AlreadyInTransaction("begin() inside a transaction: commit() or abort() it first")
 
     def _abort_after(self, error: BaseException) -> None:
         """As `ReconnectingConnection.rollback_after`."""

@@ -8,7 +8,7 @@ from typing import Any
 from zreconnect.cli.errors import CommandError
 from zreconnect.drivers.base import Condition
 from zreconnect.exceptions import one_line
-from zreconnect.server import AttemptFailed, Server, server_from_dsn
+from zreconnect.server import Server, server_from_dsn
 from zreconnect.witness import Ledger, make_ledger
 
 CONNECT_TIMEOUT = 10.0
@@ -62,10 +62,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _make(server: Server, table: str) -> None:
     driver = server.driver
-    try:
-        raw = server.connect(CONNECT_TIMEOUT)
-    except AttemptFailed as failure:
-        raise failure.error from None
+    raw = server.connect_once(CONNECT_TIMEOUT)
     try:
         exists = _exists(driver, raw, table)
         make_ledger(driver, raw, table)

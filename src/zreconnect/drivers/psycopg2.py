@@ -38,6 +38,11 @@ AT_REST = (
     extensions.TRANSACTION_STATUS_INTRANS,
     extensions.TRANSACTION_STATUS_INERROR,
 )
+IN_TRANSACTION = (
+    extensions.TRANSACTION_STATUS_ACTIVE,
+    extensions.TRANSACTION_STATUS_INTRANS,
+    extensions.TRANSACTION_STATUS_INERROR,
+)
 
 
 class Psycopg2DisconnectionError(DisconnectionError, psycopg2.OperationalError):
@@ -147,13 +152,12 @@ class Psycopg2Driver(PostgresqlDriver):
             del raw.notices[notices:]
 
     def is_at_rest(self, raw: Any) -> bool:
-        return bool(raw.get_transaction_status() in AT_REST)
+        # Between the lines of own_transaction() psycopg2 and the server are of two minds.
+        knows = raw.autocommit or raw.status != extensions.STATUS_READY
+        return bool(knows and raw.get_transaction_status() in AT_REST)
 
     def in_transaction(self, raw: Any) -> bool:
-        status = raw.get_transaction_status()
-        return bool(
-            status in (extensions.TRANSACTION_STATUS_INTRANS, extensions.TRANSACTION_STATUS_INERROR)
-        )
+        return bool(raw.get_transaction_status() in IN_TRANSACTION)
 
     def in_failed_transaction(self, raw: Any) -> bool:
         return bool(raw.get_transaction_status() == extensions.TRANSACTION_STATUS_INERROR)

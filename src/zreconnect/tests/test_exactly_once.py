@@ -209,6 +209,7 @@ class Lane:
         connection = self.connection
         run_unit_of_work(
             lambda: self.work(number),
+            check_idle=lambda: None,
             begin=(lambda: None) if self.begins_with_statement else connection.begin,
             commit=connection.commit,
             abort_after=connection.rollback_after,

@@ -51,7 +51,7 @@ COMMITTED                  =  .  .  .  .  ID ID .  .  .  .  .  =
 REFUSED                    .  .  ID .  ID ID .  .  .  .  .  .  =
 GOES_ON                    .  .  .  =  .  AC .  .  AC .  .  .  =
 FOUND_ABORTED              =  .  .  .  .  DO DO .  .  .  .  .  =
-NOT_FOUND                  =  UN .  UN UN .  UN =  .  .  .  .  =
+NOT_FOUND                  =  UN .  UN UN UN UN =  .  .  .  .  =
 PREPARE_LEAVES             .  .  .  PI .  .  .  .  .  .  .  .  =
 PREPARED                   .  .  .  .  .  .  .  .  PD .  .  .  =
 FOUND_UNPREPARED           .  .  .  .  .  .  .  .  DO .  .  .  =

@@ -1,0 +1,340 @@
+"""What a program does at the edges: in blocks, in other threads, with cursors of before."""
+
+import contextlib
+import gc
+import os
+import sqlite3
+import tempfile
+import threading
+import unittest
+from unittest import mock
+
+import psycopg
+import psycopg2
+import transaction
+import zope.event
+from transaction.interfaces import TransientError
+
+import zreconnect
+from zreconnect import CommitOutcomeUnknown, DisconnectionError, RetryPolicy, events
+from zreconnect.events import ConnectionLost
+from zreconnect.session import Session
+from zreconnect.tests.base import PATIENCE, DatabaseTestCase
+from zreconnect.turn import Turn
+from zreconnect.watchdog import NO_WATCH
+from zreconnect.witness import Outcome
+
+
+@contextlib.contextmanager
+def interrupted_by(kind, error=KeyboardInterrupt):
+    """Whoever announces an event of this kind is interrupted, once."""
+
+    def interrupt(event):
+        if isinstance(event, kind):
+            zope.event.subscribers.remove(interrupt)
+            raise error
+
+    zope.event.subscribers.append(interrupt)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            zope.event.subscribers.remove(interrupt)
+
+
+class Blocks:
+    def setUp(self):
+        super().setUp()
+        self.make_table()
+        self.connection = self.connect()
+
+    def insert(self, name="one"):
+        self.connection.cursor().execute("INSERT INTO item VALUES (%s)", (name,))
+
+    def blocks(self):
+        """Calls the function inside each kind of block."""
+
+        def with_connection(function):
+            with self.connection:
+                function()
+
+        def with_transaction(function):
+            with self.connection.transaction():
+                function()
+
+        return with_connection, with_transaction, self.connection.run
+
+    def test_an_interrupt_while_a_block_begins(self):
+        for block in self.blocks()[1:]:
+            self.connection.run(lambda: None)
+            self.forward.drop()
+            with interrupted_by(ConnectionLost), self.assertRaises(KeyboardInterrupt):
+                block(lambda: None)
+            self.assertEqual(self.connection.state, "idle")
+            block(lambda: None)
+            thread = threading.Thread(target=self.connection.run, args=[lambda: None])
+            thread.start()
+            thread.join(PATIENCE)
+            self.assertFalse(thread.is_alive())
+
+    def test_the_programs_own_end(self):
+        """A signal's handler closes the connection, and ends the program."""
+
+        def end():
+            self.insert()
+            self.connection.close()
+            raise SystemExit
+
+        for number in range(3):
+            with self.assertRaises(SystemExit):
+                self.blocks()[number](end)
+            self.assertEqual(self.names(), [])
+            self.connection = self.connect()
+
+    def test_a_block_inside_another_one_leaves_it_alone(self):
+        with self.connection:
+            self.insert()
+            with self.assertRaises(self.module.ProgrammingError), self.connection:
+                pass
+            with self.assertRaises(self.module.ProgrammingError), self.connection.transaction():
+                pass
+            with self.assertRaises(self.module.ProgrammingError):
+                self.connection.run(lambda: None)
+        self.assertEqual(self.names(), ["one"])
+
+    def test_an_unknown_outcome_is_not_hidden_by_what_the_program_raises_next(self):
+        connection = self.connect(witness=None)
+
+        def work():
+            runs.append(1)
+            connection.cursor().execute(f"INSERT INTO item VALUES ('{len(runs)}')")
+            self.forward.cut("to_client", 0)
+            with contextlib.suppress(CommitOutcomeUnknown):
+                connection.commit()
+            raise TransientError("once more")
+
+        runs = []
+        with self.assertRaises(CommitOutcomeUnknown):
+            connection.run(work)
+        self.assertEqual(len(runs), 1)
+        with self.assertRaises(CommitOutcomeUnknown), connection.transaction():
+            work()
+
+    def test_what_was_found_after_an_interrupt_is_logged_and_told_once_more(self):
+        def work():
+            self.insert()
+            self.forward.cut("to_client", 0)
+
+        with (
+            interrupted_by(ConnectionLost),
+            self.assertLogs("zreconnect", "ERROR") as logs,
+            self.assertRaises(KeyboardInterrupt),
+        ):
+            self.connection.run(work)
+        self.assertIn("had committed its work", logs.output[-1])
+        with self.assertRaises(CommitOutcomeUnknown) as found:
+            self.connection.rollback()
+        self.assertEqual(found.exception.outcome, "committed")
+        self.connection.rollback()
+        self.assertEqual(self.names(), ["one"])
+
+    def test_it_is_told_beside_another_threads_transaction(self):
+        self.connection.work.leave_untold(Outcome.COMMITTED)
+        began, end = threading.Event(), threading.Event()
+
+        def use():
+            with self.connection.transaction():
+                began.set()
+                end.wait(PATIENCE)
+
+        thread = threading.Thread(target=use)
+        thread.start()
+        began.wait(PATIENCE)
+        with self.assertRaises(CommitOutcomeUnknown):
+            self.connection.rollback()
+        self.connection.rollback()
+        end.set()
+        thread.join(PATIENCE)
+
+    def test_on_connect_that_meets_a_disconnect_of_another_connection(self):
+        armed = []
+
+        def on_connect(raw):
+            if armed:
+                raise self.connection.work.link.driver.disconnection_error("elsewhere", None)
+
+        connection = self.connect(on_connect=on_connect, policy=RetryPolicy(timeout=0.1))
+        connection.cursor().execute("INSERT INTO item VALUES ('one')")
+        armed.append(True)
+        self.forward.cut("to_client", 0)
+        with self.assertRaises(CommitOutcomeUnknown):
+            connection.commit()
+        armed.clear()
+        connection.rollback()
+
+    def test_errors_of_another_threads_look_do_not_touch_a_transaction(self):
+        self.insert()
+        raised = []
+
+        def look():
+            try:
+                self.look()
+            except TypeError as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join(PATIENCE)
+        self.assertEqual(len(raised), 1)
+        self.connection.commit()
+        self.assertEqual(self.names(), ["one"])
+
+    def test_a_cursor_of_a_lost_session_does_not_touch_the_present_transaction(self):
+        cursor = self.connection.cursor("numbers")
+        cursor.execute("SELECT generate_series(1, 1000)")
+        cursor.fetchone()
+        self.forward.drop()
+        with self.assertRaises(DisconnectionError):
+            self.insert()
+        self.connection.rollback()
+        self.insert()
+        with self.assertRaises(self.module.Error):
+            cursor.fetchmany(500)
+        self.connection.commit()
+        self.assertEqual(self.names(), ["one"])
+
+    def test_a_commit_under_way_in_a_manager_that_forgets_it(self):
+        descriptor = zreconnect.ConnectionDescriptor(self.dsn, driver=self.driver)
+        self.addCleanup(descriptor.close)
+        connection = descriptor.connection()
+        connection.cursor().execute("INSERT INTO item VALUES ('one')")
+        # As an interrupt before the first line of abort() has it.
+        with (
+            mock.patch.object(type(connection.work.member), "abort", side_effect=KeyboardInterrupt),
+            self.assertRaises(KeyboardInterrupt),
+        ):
+            transaction.abort()
+        self.assertEqual(connection.state, "idle")
+        self.assertEqual(self.names(), [])
+
+
+class Psycopg2Tests(Blocks, DatabaseTestCase):
+    def look(self):
+        self.connection.get_parameter_status(None)
+
+    def test_a_file_that_raises_the_modules_error(self):
+        class File:
+            def write(self, text):
+                raise psycopg2.OperationalError("of another connection")
+
+        self.insert()
+        with contextlib.suppress(psycopg2.Error):
+            self.connection.cursor().copy_expert("COPY (SELECT 1) TO STDOUT", File())
+        self.connection.commit()
+        self.assertEqual(self.names(), ["one"])
+
+
+class PsycopgTests(Blocks, DatabaseTestCase):
+    driver = "psycopg"
+    module = psycopg
+
+    def look(self):
+        self.connection.cancel_safe(timeout="x")
+
+
+class SqliteTests(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = os.path.join(directory.name, "base")
+
+    def test_a_cursor_factory_that_is_refused_is_not_kept(self):
+        connection = zreconnect.ReconnectingConnection(
+            lambda: sqlite3.connect(self.path, check_same_thread=False), driver="sqlite"
+        )
+        self.addCleanup(connection.close)
+        connection.begin()
+        connection.rollback()
+        with self.assertRaises(sqlite3.NotSupportedError):
+            connection.cursor_factory = sqlite3.Cursor
+        self.assertIsNone(connection.cursor_factory)
+
+    def test_a_session_that_nobody_knows_any_more_is_closed(self):
+        raw = sqlite3.connect(self.path)
+        driver = zreconnect.connect("sqlite://").work.link.driver
+        Session(driver, raw, NO_WATCH, os.getpid())
+        gc.collect()
+        with self.assertRaises(sqlite3.ProgrammingError):
+            raw.execute("SELECT 1")
+
+    def test_an_interrupt_where_a_commit_is_executed(self):
+        connection = zreconnect.connect(f"sqlite:///{self.path}")
+        self.addCleanup(connection.close)
+        connection.cursor().execute("CREATE TABLE item (name text)")
+        commit = connection.work.link.driver.commit
+
+        def interrupted(raw, rider=""):
+            commit(raw, rider)
+            raise KeyboardInterrupt
+
+        with (
+            mock.patch.object(
+                type(connection.work.link.driver), "commit", staticmethod(interrupted)
+            ),
+            self.assertRaises(KeyboardInterrupt),
+        ):
+            connection.commit()
+        with self.assertRaises(CommitOutcomeUnknown):
+            connection.rollback()
+        self.assertEqual(connection.state, "idle")
+
+
+class TurnTests(unittest.TestCase):
+    def test_who_is_interrupted_while_it_waits_does_not_keep_it(self):
+        turn = Turn()
+        turn.take(0)
+        errors = []
+
+        def wait():
+            with mock.patch("zreconnect.turn._Waiting.listen", side_effect=[turn_is_handed_over()]):
+                try:
+                    turn.take(PATIENCE)
+                except KeyboardInterrupt as error:
+                    errors.append(error)
+
+        def turn_is_handed_over():
+            return KeyboardInterrupt()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(PATIENCE)
+        self.assertEqual(len(errors), 1)
+        turn.give()
+        taken = []
+        other = threading.Thread(target=lambda: taken.append(turn.take(PATIENCE)))
+        other.start()
+        other.join(PATIENCE)
+        self.assertEqual(taken, [True])
+
+    def test_who_has_no_more_time_may_get_it_in_the_last_moment(self):
+        turn = Turn()
+        turn.take(0)
+        taken = []
+
+        def wait():
+            # It gives while the other one looks at the clock for the last time.
+            with mock.patch("zreconnect.turn._Waiting.listen", lambda waiting, seconds: None):
+                taken.append(turn.take(0.2))
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(PATIENCE)
+        self.assertEqual(taken, [False])
+        turn.give()
+        self.assertFalse(turn.is_anothers())
+
+
+class EventTests(unittest.TestCase):
+    def test_an_interrupt_is_not_taken_for_a_subscribers_failure(self):
+        with mock.patch.object(events, "notify", [].pop), self.assertRaises(TypeError):
+            events.announce(events.Reconnected("server", 1, 0.0))
