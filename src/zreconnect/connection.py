@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -207,6 +208,7 @@ class ReconnectingConnection(SettingsOfSessions):
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[ReconnectingCursor]:
+        thread = threading.get_ident()
         self._check_idle()
         try:
             self.begin()
@@ -214,7 +216,10 @@ class ReconnectingConnection(SettingsOfSessions):
                 yield cursor
             self.commit()
         except BaseException as error:
-            self.rollback_after(error)
+            # A block that a thread has left suspended may be closed by another one, which has a
+            # transaction of its own.
+            if thread == threading.get_ident():
+                self.rollback_after(error)
             raise
 
     def run(
@@ -275,6 +280,9 @@ class ReconnectingConnection(SettingsOfSessions):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if not self.work.block and error_type is GeneratorExit:
+            # The block was that of a thread that has ended, suspended in a generator.
+            return
         try:
             if error is None:
                 self._commit()

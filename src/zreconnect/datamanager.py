@@ -80,6 +80,10 @@ class ConnectionDataManager:
         # work is gone.
         if self.work.losses != self._losses or self.work.member is not self:
             self.work.refuse_lost()
+        turn = self.work.turn
+        if not turn.is_mine() and not turn.is_anothers():
+            # The thread has ended whose transaction this was.
+            self.work.refuse_lost()
 
     def commit(self, transaction: ITransaction) -> None:
         """Nothing is to be done between the first phase's begin and its vote."""

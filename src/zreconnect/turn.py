@@ -108,19 +108,25 @@ class Turn:
         try:
             while (seconds := deadline - time.monotonic()) > 0:
                 if self._slot.setdefault(_HOLDER, claim) is claim:
-                    break
+                    self._leave_queue(waiting)
+                    return True
                 waiting.listen(min(seconds, _LOOK_INTERVAL))
-            try:
-                self._queue.remove(waiting)
-            except ValueError:
+            if not self._leave_queue(waiting):
                 # Somebody hands it over in this moment.
                 waiting.listen(_LOOK_INTERVAL)
         except BaseException:
-            with contextlib.suppress(ValueError):
-                self._queue.remove(waiting)
+            self._leave_queue(waiting)
             self._give_from(claim)
             raise
         return self._slot.get(_HOLDER) is claim
+
+    def _leave_queue(self, waiting: _Waiting) -> bool:
+        """Whether it was still there."""
+        try:
+            self._queue.remove(waiting)
+        except ValueError:
+            return False
+        return True
 
     def _give_from(self, claim: Any) -> None:
         """Hand it over from the thread of this claim; also called when that thread has ended."""

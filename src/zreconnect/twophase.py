@@ -107,11 +107,14 @@ class TwoPhaseDataManager(ConnectionDataManager):
         Raises `CommitOutcomeUnknown` if it is the deciding branch and the server gives no answer
         within the policy's time, and the driver's OperationalError if somebody has rolled it back.
         """
+        self._is_finishing = True
         branch = self.in_doubt()
         if branch is not None:
-            self._is_finishing = True
             commits.note()
             self._finish(branch)
+        elif self.branch is not None:
+            # It is the parent process's.
+            self.work.refuse_lost()
         super().tpc_finish(transaction)
 
     def abort(self, transaction: ITransaction | None) -> None:
@@ -204,8 +207,10 @@ class TwoPhaseDataManager(ConnectionDataManager):
             self._link.end()
         decided = self.decision.outcome
         if decided is Outcome.COMMITTED:
-            # Another data manager has failed since, or an interrupt has come.
             self._finish(branch)
+            if not self._is_finishing:
+                # Another data manager has failed since, which its error tells.
+                self.work.told(None)
         elif self._is_finishing and not self.decision.is_told:
             self._finish_interrupted(branch)
         elif decided is Outcome.UNKNOWN:
