@@ -187,7 +187,7 @@ class ReconnectingConnection(SettingsOfSessions):
     def rollback(self) -> None:
         if self.work.member is not None and self.work.turn.is_mine():
             self.guard.end_forgotten()
-        if self._may_roll_back():
+        if self.guard.try_turn():
             try:
                 self.guard.roll_back()
             finally:
@@ -311,7 +311,7 @@ class ReconnectingConnection(SettingsOfSessions):
         """
         if self.work.state is State.CLOSED:
             return
-        has_turn = self._may_roll_back()
+        has_turn = self.guard.try_turn()
         try:
             self.guard.roll_back_after(error, self.guard.roll_back if has_turn else self.guard.tell)
         finally:
@@ -323,15 +323,6 @@ class ReconnectingConnection(SettingsOfSessions):
             if self.work.member is not None:
                 self.guard.end_forgotten()
             self.work.ask(Request.BEGIN, "begin()")
-
-    def _may_roll_back(self) -> bool:
-        """Whether there can be something of this thread to roll back; has its turn then."""
-        if self.guard.try_turn():
-            return True
-        # The transaction is another thread's, so there is none of this one.
-        if self.work.state is State.CLOSED or self.work.state is State.PREPARED:
-            self.work.ask(Request.ROLLBACK)
-        return False
 
     # Cursors and large objects
 
@@ -355,9 +346,7 @@ class ReconnectingConnection(SettingsOfSessions):
             self.guard.take_turn()
             work.give_turn()
             work.ask(Request.LOOK)
-        elif work.state is State.CLOSED or work.state is State.PREPARED:
-            # What else another thread's transaction has come to does not matter to this one.
-            work.ask(Request.LOOK)
+        # What another thread's transaction has come to does not matter to this one.
 
     def execute(self, query: Any, params: Any = None, **options: Any) -> ReconnectingCursor:
         """As in psycopg 3 and sqlite3: a new cursor, which has executed the statement."""

@@ -402,18 +402,18 @@ class Guard:
     def _end_what_a_thread_has_left(self) -> None:
         if self.work.has_orphan():
             try:
-                self._end_orphan("A thread has ended inside its transaction")
+                self._end_orphan()
             except BaseException:
                 self.work.give_turn()
                 raise
 
     def end_forgotten(self) -> None:
         """End what its transaction manager has forgotten, after an interrupt."""
-        work = self.work
-        if work.is_forgotten():
-            if work.state is State.PREPARED or work.state is State.PREPARING:
-                work.member.abort(None)
-            self._end_orphan("A transaction manager has forgotten its transaction")
+        if self.work.is_forgotten():
+            try:
+                self.work.member.abort(None)
+            except CommitOutcomeUnknown as unknown:
+                events.logger.error("%s", unknown)
 
     @contextlib.contextmanager
     def _turn_taken(self) -> Iterator[None]:
@@ -423,13 +423,15 @@ class Guard:
         finally:
             self.work.give_turn()
 
-    def _end_orphan(self, why: str) -> None:
+    def _end_orphan(self) -> None:
         work = self.work
         if work.state is State.PREPARED or work.state is State.PREPARING:
             return
         if work.state is not State.IDLE:
-            server = self._link.server.address
-            events.logger.warning("%s on %s, which is rolled back", why, server)
+            events.logger.warning(
+                "A thread has ended inside its transaction on %s, which is rolled back",
+                self._link.server.address,
+            )
         try:
             self.roll_back()
         except CommitOutcomeUnknown as unknown:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from zreconnect.documented import documented_by
@@ -52,10 +52,6 @@ class Options:
             return NoObserver(driver)
         witness: Any = self.witness
         return witness.observer(driver)
-
-    def keywords(self) -> dict[str, Any]:
-        """For another connection with the same options."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def choose_witness(witness: Any) -> Any:

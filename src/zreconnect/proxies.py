@@ -144,13 +144,9 @@ def _leave_after(
 ) -> None:
     """Leave it because of an error, which is raised afterwards."""
     driver_error = guard.work.link.driver.module.Error
-    try:
+    # The error of the block goes first, and what is lost is noted.
+    with contextlib.suppress(driver_error, CommitOutcomeUnknown):
         _leave(guard, block, session, raw_cursor, *sys.exc_info())
-    except (driver_error, CommitOutcomeUnknown):
-        # What the driver has said in the block may come of it; what the program has raised does
-        # not, and what is lost is noted.
-        if isinstance(error, driver_error):
-            raise
     if not isinstance(error, driver_error) and session is guard.work.link.session:
         # What was left to be judged here: whether the session is at rest.
         guard.meet(error, Moment.STATEMENT, raw_cursor)

@@ -211,24 +211,22 @@ class TwoPhaseDataManager(ConnectionDataManager):
             if not self._is_finishing:
                 # Another data manager has failed since, which its error tells.
                 self.work.told(None)
-        elif self._is_finishing and not self.decision.is_told:
-            self._finish_interrupted(branch)
-        elif decided is Outcome.UNKNOWN:
-            self._leave(branch, "because it is not known whether the transaction is committed")
-        else:
-            outcome, problem = self._end_prepared(branch, Outcome.ABORTED)
-            if outcome is Outcome.UNKNOWN:
-                self._leave(branch, "although the transaction is aborted", problem)
-
-    def _finish_interrupted(self, branch: Branch) -> None:
-        """Go on with COMMIT PREPARED of the deciding branch: it may have arrived."""
-        policy = self.work.patience.policy.within(PATIENCE_OF_ROLLBACK)
-        outcome, problem = self._end_prepared(branch, Outcome.COMMITTED, policy)
-        self.decision.outcome = outcome
+            return
+        wanted, why = Outcome.ABORTED, "although the transaction is aborted"
+        if decided is Outcome.UNKNOWN:
+            why = "because it is not known whether the transaction is committed"
+            if self.decision.is_told or not self._is_finishing:
+                self._leave(branch, why)
+                return
+            # COMMIT PREPARED was interrupted, and may have arrived.
+            wanted = Outcome.COMMITTED
+        policy = self.work.patience.policy
+        if wanted is Outcome.COMMITTED:
+            policy = policy.within(PATIENCE_OF_ROLLBACK)
+        outcome, problem = self._end_prepared(branch, wanted, policy)
+        self.decision.outcome = outcome if wanted is Outcome.COMMITTED else decided
         if outcome is Outcome.UNKNOWN:
-            self._leave(
-                branch, "because it is not known whether the transaction is committed", problem
-            )
+            self._leave(branch, why, problem)
 
     def _end_prepared(
         self, branch: Branch, wanted: Outcome, policy: RetryPolicy | None = None

@@ -177,7 +177,7 @@ def _watch_all() -> None:
         if not _watches:
             _watchdog = None
             # Who came before that relies on this one, and who comes after it starts another one.
-            if _watches:
+            if _watches:  # pragma: no cover
                 _watchdog = myself
             continue
         _look_at_all()

@@ -121,7 +121,6 @@ class ZopelessTransactionManager:
     def _abort_after(self, error: BaseException) -> None:
         """As `ReconnectingConnection.rollback_after`."""
         connection = self.connection()
-        may_be_committed = connection.work.may_have_committed()
         try:
             self.abort()
         except CommitOutcomeUnknown as unknown:
@@ -129,9 +128,6 @@ class ZopelessTransactionManager:
                 raise
             events.logger.error("%s", unknown)
             connection.work.leave_untold(Outcome(unknown.outcome))
-        else:
-            if may_be_committed and connection.guard.may_run_again(error):
-                raise CommitOutcomeUnknown(connection.server) from error
 
     def connection(self) -> ReconnectingConnection:
         self._check_installed()

@@ -26,7 +26,7 @@ from zreconnect.exceptions import (
     ReconnectTimeout,
     one_line,
 )
-from zreconnect.interfaces import IDLE, Meaning
+from zreconnect.interfaces import Meaning
 from zreconnect.options import Witness
 from zreconnect.policy import PERSIST, RetryPolicy
 from zreconnect.server import Server
@@ -129,12 +129,6 @@ class AnyThreadsTurn(Turn):
     def is_mine(self) -> bool:
         return True
 
-    def is_anothers(self) -> bool:
-        return False
-
-    def take(self, patience: float) -> bool:
-        return True
-
     def end(self) -> None:
         """It goes on."""
 
@@ -155,8 +149,7 @@ class PooledConnection(ReconnectingConnection):
         except BaseException as error:
             # SQLAlchemy sends no ROLLBACK after a COMMIT that has failed. It does not use the
             # connection any more, either, until it is told to roll back.
-            if self.state != IDLE:
-                self.rollback_after(error)
+            self.rollback_after(error)
             raise
 
 

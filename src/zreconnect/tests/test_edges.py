@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import os
 import sqlite3
 import tempfile
@@ -17,9 +18,11 @@ from transaction.interfaces import TransientError
 
 import zreconnect
 from zreconnect import CommitOutcomeUnknown, DisconnectionError, RetryPolicy, events
-from zreconnect.events import ConnectionLost
+from zreconnect.drivers.base import BaseDriver
+from zreconnect.events import ConnectionLost, Reconnected
+from zreconnect.server import _Attempt
 from zreconnect.session import Session
-from zreconnect.tests.base import PATIENCE, DatabaseTestCase
+from zreconnect.tests.base import PATIENCE, DatabaseTestCase, wait_until
 from zreconnect.turn import Turn
 from zreconnect.watchdog import NO_WATCH
 from zreconnect.witness import Outcome
@@ -217,6 +220,168 @@ class Blocks:
         self.assertEqual(connection.state, "idle")
         self.assertEqual(self.names(), [])
 
+    def test_a_closed_cursor(self):
+        cursor = self.connection.cursor()
+        cursor.execute("SELECT 1")
+        self.connection.commit()
+        cursor.close()
+        for execute in (cursor.execute, lambda statement: cursor.executemany(statement, [()])):
+            with self.assertRaises(self.module.InterfaceError):
+                execute("SELECT 2")
+            self.assertEqual(self.connection.state, "idle")
+
+    def test_a_loss_that_a_cursors_block_meets_at_its_end(self):
+        for error, raised in ((None, DisconnectionError), (KeyError, KeyError)):
+            with self.assertRaises(raised), self.connection.cursor("numbers") as cursor:
+                cursor.execute("SELECT generate_series(1, 1000)")
+                self.forward.drop()
+                if error is not None:
+                    raise error
+            self.assertEqual(self.connection.state, "doomed")
+            self.connection.rollback()
+
+    def test_a_transient_error_where_a_commit_is_executed(self):
+        def run(function):
+            manager.run(function)
+
+        manager = zreconnect.initZopeless(self.dsn, driver=self.driver, implicitBegin=False)
+        self.addCleanup(manager.uninstall)
+        for connection, run_it in (
+            (self.connection, self.connection.run),
+            (manager.connection(), run),
+        ):
+            connection.begin()
+            connection.rollback()
+            observer = connection.work.link.observer
+            commit = observer.commit
+
+            def interrupted(raw, commit=commit):
+                commit(raw)
+                raise TransientError("the program's own")
+
+            runs = []
+            with (
+                mock.patch.object(observer, "commit", interrupted),
+                self.assertRaises(CommitOutcomeUnknown),
+            ):
+                run_it(
+                    lambda runs=runs, c=connection: (runs.append(1), c.cursor().execute("SELECT 1"))
+                )
+            self.assertEqual(len(runs), 1)
+
+    def test_an_interrupted_commit_of_a_manager(self):
+        manager = zreconnect.initZopeless(self.dsn, driver=self.driver, implicitBegin=False)
+        self.addCleanup(manager.uninstall)
+
+        def work():
+            manager.cursor().execute("INSERT INTO item VALUES ('one')")
+            self.forward.cut("to_client", 0)
+
+        with (
+            interrupted_by(ConnectionLost),
+            self.assertLogs("zreconnect", "ERROR"),
+            self.assertRaises(KeyboardInterrupt),
+        ):
+            manager.run(work)
+        with self.assertRaises(CommitOutcomeUnknown):
+            manager.abort()
+        manager.abort()
+        self.assertEqual(self.names(), ["one"])
+
+    def test_rollback_of_another_threads_own_connection(self):
+        descriptor = zreconnect.ConnectionDescriptor(self.dsn, driver=self.driver)
+        self.addCleanup(descriptor.close)
+        connection = descriptor.connection()
+        raised = []
+
+        def roll_back():
+            for request in (connection.rollback, connection.cursor):
+                try:
+                    request()
+                except self.module.ProgrammingError as error:
+                    raised.append(error)
+
+        thread = threading.Thread(target=roll_back)
+        thread.start()
+        thread.join(PATIENCE)
+        self.assertEqual(len(raised), 2)
+
+    def leave(self, *, lost):
+        """A thread ends inside its transaction, perhaps with a COMMIT that was interrupted."""
+
+        def work():
+            self.insert()
+            if lost:
+                self.forward.cut("to_client", 0)
+                with interrupted_by(ConnectionLost), contextlib.suppress(KeyboardInterrupt):
+                    self.connection.commit()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(PATIENCE)
+
+    def test_an_interrupt_while_another_threads_transaction_is_ended(self):
+        self.leave(lost=False)
+        self.forward.drop()
+        with interrupted_by(ConnectionLost), self.assertRaises(KeyboardInterrupt):
+            self.insert("two")
+        self.connection.rollback()
+        self.connection.run(self.insert, "two")
+        self.assertEqual(self.names(), ["two"])
+
+    def test_a_thread_that_has_ended_with_an_interrupted_commit(self):
+        self.leave(lost=True)
+        with self.assertLogs("zreconnect", "ERROR") as logs:
+            self.connection.run(self.insert, "two")
+        self.assertIn("had committed its work", logs.output[-1])
+        self.assertEqual(self.names(), ["one", "two"])
+
+    def test_an_interrupted_commit_in_a_manager_that_forgets_it(self):
+        descriptor = zreconnect.ConnectionDescriptor(self.dsn, driver=self.driver)
+        self.addCleanup(descriptor.close)
+        connection = descriptor.connection()
+        connection.cursor().execute("INSERT INTO item VALUES ('one')")
+        self.forward.cut("to_client", 0)
+        member = type(connection.work.member)
+        with (
+            mock.patch.object(member, "abort", side_effect=KeyboardInterrupt),
+            interrupted_by(ConnectionLost),
+        ):
+            for end in (transaction.commit, transaction.abort):
+                with self.assertRaises(KeyboardInterrupt):
+                    end()
+        with self.assertLogs("zreconnect", "ERROR") as logs:
+            connection.cursor()
+        self.assertIn("had committed its work", logs.output[-1])
+        self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
+
+    def test_an_interrupt_when_there_is_a_session_again(self):
+        self.connection.run(lambda: None)
+        self.forward.drop()
+        with interrupted_by(Reconnected), self.assertRaises(KeyboardInterrupt):
+            self.connection.begin()
+        self.assertEqual(self.connection.state, "idle")
+        wait_until(lambda: not self.sessions())
+
+    def test_closed_while_it_begins(self):
+        connection = self.connect(on_connect=lambda raw: connection.close())
+        with self.assertRaises(self.module.InterfaceError):
+            connection.begin()
+        self.assertEqual(connection.state, "closed")
+        wait_until(lambda: not self.sessions())
+
+    def test_reset_inside_a_transaction(self):
+        self.insert()
+        self.connection.reset()
+        self.assertEqual((self.connection.state, self.names()), ("idle", []))
+
+    def test_an_adapters_requests(self):
+        adapter = zreconnect.ReconnectingDatabaseAdapter(self.dsn, driver=self.driver, timeout=60)
+        self.addCleanup(adapter.disconnect)
+        for _ in range(2):
+            adapter().cursor().execute("SELECT 1")
+            transaction.commit()
+
 
 class Psycopg2Tests(Blocks, DatabaseTestCase):
     def look(self):
@@ -233,6 +398,23 @@ class Psycopg2Tests(Blocks, DatabaseTestCase):
         self.connection.commit()
         self.assertEqual(self.names(), ["one"])
 
+    def test_a_loss_that_a_large_objects_block_meets_at_its_end(self):
+        for error, raised in ((None, DisconnectionError), (KeyError, KeyError)):
+            with self.assertRaises(raised), self.connection.lobject():
+                self.forward.drop()
+                if error is not None:
+                    raise error
+            self.connection.rollback()
+
+    def test_a_commit_that_is_lost_after_a_server_side_cursor(self):
+        cursor = self.connection.cursor("numbers")
+        cursor.execute("SELECT 1")
+        self.forward.drop()
+        with self.assertRaises(DisconnectionError):
+            self.connection.commit()
+        self.connection.rollback()
+        self.connection.run(self.insert)
+
 
 class PsycopgTests(Blocks, DatabaseTestCase):
     driver = "psycopg"
@@ -240,6 +422,30 @@ class PsycopgTests(Blocks, DatabaseTestCase):
 
     def look(self):
         self.connection.cancel_safe(timeout="x")
+
+    def copy(self):
+        return self.connection.cursor().copy("COPY item FROM STDIN")
+
+    def test_what_is_raised_in_a_block_of_the_drivers(self):
+        with self.assertRaises(KeyError), self.copy():
+            self.forward.drop()
+            raise KeyError
+        self.connection.rollback()
+        self.connection.run(self.insert)
+
+    def test_a_row_factory_that_raises(self):
+        def mistaken(cursor):
+            def make(values):
+                raise KeyError(values)
+
+            return make
+
+        self.insert()
+        cursor = self.connection.cursor(row_factory=mistaken)
+        with self.assertRaises(KeyError):
+            list(cursor.stream("SELECT 1"))
+        self.connection.commit()
+        self.assertEqual(self.names(), ["one"])
 
 
 class SqliteTests(unittest.TestCase):
@@ -334,7 +540,15 @@ class TurnTests(unittest.TestCase):
         self.assertFalse(turn.is_anothers())
 
 
-class EventTests(unittest.TestCase):
+class OtherTests(unittest.TestCase):
+    def test_a_driver_that_does_not_tell_whether_it_is_at_rest(self):
+        self.assertFalse(BaseDriver().is_at_rest(None))
+
+    def test_who_comes_when_an_attempt_has_just_ended(self):
+        attempt = _Attempt(math.inf)
+        attempt.end(None)
+        self.assertIsNone(attempt.shared_outcome(math.inf))
+
     def test_an_interrupt_is_not_taken_for_a_subscribers_failure(self):
         with mock.patch.object(events, "notify", [].pop), self.assertRaises(TypeError):
             events.announce(events.Reconnected("server", 1, 0.0))
