@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import os
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -108,7 +106,6 @@ class ReconnectingConnection(SettingsOfSessions):
         self.work = Work(link, self.turn_class(), patience)
         self.guard = Guard(self.work)
         self._savepoints = itertools.count(1)
-        _works.add(self.work)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.server} {self.state}>"
@@ -437,15 +434,3 @@ def connect(
         response_timeout=response_timeout,
         two_phase=two_phase,
     )
-
-
-# Of what is no more than a connection's, and so goes with it.
-_works: weakref.WeakSet[Work] = weakref.WeakSet()
-
-
-def _leave_sessions_to_parent() -> None:
-    for work in list(_works):
-        work.in_child()
-
-
-os.register_at_fork(after_in_child=_leave_sessions_to_parent)

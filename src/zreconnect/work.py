@@ -37,6 +37,7 @@ a thread that has ended inside its transaction finds that transaction here, and 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -129,6 +130,7 @@ class Work:
         self.block: dict[str, Any] = {}
         self.committing: Any = None
         self.untold: dict[int, Outcome] = {}
+        _works.add(self)
         self.waited = 0.0
 
     # What is known
@@ -434,3 +436,14 @@ class Work:
         else:
             self.link.end()
         self.turn.end()
+
+
+_works: weakref.WeakSet[Work] = weakref.WeakSet()
+
+
+def _leave_sessions_to_parent() -> None:
+    for work in list(_works):
+        work.in_child()
+
+
+os.register_at_fork(after_in_child=_leave_sessions_to_parent)
