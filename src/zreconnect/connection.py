@@ -317,8 +317,7 @@ class ReconnectingConnection(SettingsOfSessions):
     def _check_idle(self) -> None:
         """Raise what refuses ``begin()`` inside a transaction, which is not to be rolled back."""
         if self.work.turn.is_mine():
-            if self.work.member is not None:
-                self.guard.end_forgotten()
+            self.guard.end_forgotten()
             self.work.ask(Request.BEGIN, "begin()")
 
     # Cursors and large objects

@@ -150,10 +150,6 @@ class Work:
         """Whether a statement would be a transaction of its own."""
         return self.state is State.IDLE and self.link.settings.autocommit and not self.block
 
-    def may_have_committed(self) -> bool:
-        """Whether the present transaction may be committed, as far as is known."""
-        return self.state in _COMMIT_SENT or self.state is State.UNKNOWN
-
     # The larger transaction
 
     def become_part(self, member: Any, anchor: Any = None) -> None:

@@ -116,9 +116,11 @@ class Psycopg2Driver(PostgresqlDriver):
             self.query(raw, rider)
         try:
             raw.tpc_commit()
-        finally:
+        except psycopg2.Error:
             if raw.get_transaction_status() == extensions.TRANSACTION_STATUS_IDLE:
                 raw.autocommit = True
+            raise
+        raw.autocommit = True
 
     def prepare_transaction(self, raw: Any, gid: str) -> None:
         super().prepare_transaction(raw, gid)

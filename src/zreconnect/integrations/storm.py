@@ -27,10 +27,9 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from zreconnect import events
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.drivers.psycopg2 import Psycopg2DisconnectionError
-from zreconnect.exceptions import CommitOutcomeUnknown, DisconnectionError
+from zreconnect.exceptions import DisconnectionError
 from zreconnect.interfaces import PREPARED
 from zreconnect.link import Link
 from zreconnect.options import Witness
@@ -154,11 +153,7 @@ class StoreConnection(ReconnectingConnection):
             return
         with self.guard.in_turn():
             branch = self._need_branch()
-            try:
-                branch.abort(branch.transaction)
-            except CommitOutcomeUnknown as unknown:
-                # Storm counts on a rollback that does not fail.
-                events.logger.error("%s", unknown)
+            branch.abort(branch.transaction)
 
     def _need_branch(self) -> StoreBranch:
         branch: StoreBranch | None = self.work.member

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import math
 import os
+import socket
 import sqlite3
 import tempfile
 import threading
@@ -20,10 +21,10 @@ import zreconnect
 from zreconnect import CommitOutcomeUnknown, DisconnectionError, RetryPolicy, events
 from zreconnect.drivers.base import BaseDriver
 from zreconnect.events import ConnectionLost, Reconnected
-from zreconnect.server import _Attempt
+from zreconnect.server import _Attempt, server_from_dsn
 from zreconnect.session import Session
 from zreconnect.tests.base import PATIENCE, DatabaseTestCase, wait_until
-from zreconnect.turn import Turn
+from zreconnect.turn import Turn, _Waiting
 from zreconnect.watchdog import NO_WATCH
 from zreconnect.witness import Outcome
 
@@ -201,8 +202,9 @@ class Blocks:
             self.insert()
         self.connection.rollback()
         self.insert()
-        with self.assertRaises(self.module.Error):
-            cursor.fetchmany(500)
+        for read in (lambda: cursor.fetchmany(500), lambda: list(cursor)):
+            with self.assertRaises(self.module.Error):
+                read()
         self.connection.commit()
         self.assertEqual(self.names(), ["one"])
 
@@ -219,6 +221,32 @@ class Blocks:
             transaction.abort()
         self.assertEqual(connection.state, "idle")
         self.assertEqual(self.names(), [])
+
+    def test_rows_that_are_there_are_read_outside_a_transaction(self):
+        cursor = self.connection.cursor()
+        cursor.execute("SELECT generate_series(1, 3)")
+        self.connection.commit()
+        self.assertEqual([tuple(row) for row in cursor], [(1,), (2,), (3,)])
+
+    def test_a_cursor_beside_another_threads_doomed_transaction(self):
+        lost, end = threading.Event(), threading.Event()
+
+        def lose():
+            self.insert()
+            self.forward.drop()
+            with contextlib.suppress(DisconnectionError):
+                self.insert()
+            lost.set()
+            end.wait(PATIENCE)
+            self.connection.rollback()
+
+        thread = threading.Thread(target=lose)
+        thread.start()
+        lost.wait(PATIENCE)
+        cursor = self.connection.cursor()
+        end.set()
+        cursor.execute("SELECT 1")
+        thread.join(PATIENCE)
 
     def test_a_closed_cursor(self):
         cursor = self.connection.cursor()
@@ -522,6 +550,38 @@ class TurnTests(unittest.TestCase):
         other.join(PATIENCE)
         self.assertEqual(taken, [True])
 
+    def test_who_is_handed_it_when_its_time_is_up_has_it(self):
+        class LateTurn(Turn):
+            def _leave_queue(self, waiting):
+                self.end()
+                return super()._leave_queue(waiting)
+
+        turn = LateTurn()
+        turn.take(0)
+        taken = []
+        thread = threading.Thread(target=lambda: taken.append(turn.take(0.05)))
+        thread.start()
+        thread.join(PATIENCE)
+        self.assertEqual(taken, [True])
+
+    def test_it_is_not_handed_to_a_thread_that_has_ended(self):
+        turn = Turn()
+        turn.take(0)
+        thread = threading.Thread(
+            target=lambda: turn._queue.append(_Waiting(turn_of_this_thread()))
+        )
+
+        def turn_of_this_thread():
+            other = Turn()
+            other.take(0)
+            return other._slot["holder"]
+
+        thread.start()
+        thread.join(PATIENCE)
+        turn.give()
+        self.assertFalse(turn.is_anothers())
+        self.assertTrue(turn.take(0))
+
     def test_who_has_no_more_time_may_get_it_in_the_last_moment(self):
         turn = Turn()
         turn.take(0)
@@ -543,6 +603,15 @@ class TurnTests(unittest.TestCase):
 class OtherTests(unittest.TestCase):
     def test_a_driver_that_does_not_tell_whether_it_is_at_rest(self):
         self.assertFalse(BaseDriver().is_at_rest(None))
+
+    def test_one_attempt_raises_what_it_has_met(self):
+        with (
+            contextlib.closing(socket.create_server(("127.0.0.1", 0))) as closed,
+            self.assertRaises(psycopg2.OperationalError),
+        ):
+            port = closed.getsockname()[1]
+            closed.close()
+            server_from_dsn(f"host=127.0.0.1 port={port}").connect_once(PATIENCE)
 
     def test_who_comes_when_an_attempt_has_just_ended(self):
         attempt = _Attempt(math.inf)

@@ -641,6 +641,12 @@ class LostDecisionTests(TwoPhaseTestCase):
         self.check(rows=1)
 
     def test_an_interrupt(self):
+        self.check_an_interrupt(1)
+
+    def test_an_interrupt_in_the_other_branch(self):
+        self.check_an_interrupt(2)
+
+    def check_an_interrupt(self, number):
         self.connect()
         self.insert()
         end = twophase.end_branch
@@ -649,7 +655,7 @@ class LostDecisionTests(TwoPhaseTestCase):
         def interrupted(*args):
             end(*args)
             ended.append(args)
-            if len(ended) == 1:
+            if len(ended) == number:
                 raise KeyboardInterrupt
 
         with (
