@@ -267,14 +267,17 @@ def _database(
 @contextmanager
 def _logging(display: Display, verbose: bool) -> Iterator[None]:
     """Print what the library logs if that is wanted, and keep it from the terminal if not."""
-    logger = logging.getLogger("zreconnect")
+    # The second is transaction's, which logs what interrupts an abort.
+    loggers = [logging.getLogger(name) for name in ("zreconnect", "txn")]
     handler = display.log_handler() if verbose else logging.NullHandler()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 @contextmanager

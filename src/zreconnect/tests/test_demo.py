@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import unittest
 from pathlib import Path
@@ -212,6 +213,21 @@ class OwnServerTests(CommandTestCase):
         self.assertEqual(process.returncode, 130)
         self.assertEqual(list(self.temporary.iterdir()), [])
         self.assertEqual(processes_that_name(self.temporary), [])
+
+    def test_ctrl_c_during_an_abort(self):
+        make_tree(self.tree)
+        before = """
+            import os, signal
+            from zreconnect.datamanager import ConnectionDataManager
+            abort = ConnectionDataManager.abort
+            def interrupted(self, transaction):
+                os.kill(os.getpid(), signal.SIGINT)
+                abort(self, transaction)
+            ConnectionDataManager.abort = interrupted
+        """
+        arguments = ("demo", self.tree, "--dsn", self.direct_dsn, "--interruptions", 7)
+        _output, errors = self.run_command(*arguments, status=130, before=textwrap.dedent(before))
+        self.assertEqual(errors, "Interrupted.\n")
 
     def test_keep_leaves_the_directory_of_the_server(self):
         files, _definitions = make_tree(self.tree, plain_files=0)
