@@ -11,18 +11,16 @@ from typing import Any, TypeVar
 import transaction
 from transaction.interfaces import AlreadyInTransaction
 
-from zreconnect import events
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.descriptor import ConnectionDescriptor
 from zreconnect.documented import implements
-from zreconnect.exceptions import CommitOutcomeUnknown, ConflictingTransactionManagerError
+from zreconnect.exceptions import ConflictingTransactionManagerError
 from zreconnect.interfaces import IZopelessTransactionManager
 from zreconnect.options import Witness
 from zreconnect.policy import RetryPolicy
 from zreconnect.retry import run_unit_of_work
 from zreconnect.states import State
-from zreconnect.witness import Outcome
 
 Result = TypeVar("Result")
 
@@ -103,13 +101,14 @@ class ZopelessTransactionManager:
         self.connection().guard.tell()
 
     def run(self, function: Callable[[], Result], attempts: int = 3) -> Result:
+        guard = self.connection().guard
         return run_unit_of_work(
             function,
             check_idle=self._check_idle,
             begin=self.begin,
             commit=self.commit,
-            abort_after=self._abort_after,
-            may_run_again=self.connection().guard.may_run_again,
+            abort_after=lambda error: guard.roll_back_after(error, self.abort),
+            may_run_again=guard.may_run_again,
             attempts=attempts,
         )
 
@@ -117,17 +116,6 @@ class ZopelessTransactionManager:
         self._check_installed()
         if self.descriptor.connection().work.state is not State.IDLE:
             raise AlreadyInTransaction("begin() inside a transaction: commit() or abort() it first")
-
-    def _abort_after(self, error: BaseException) -> None:
-        """As `ReconnectingConnection.rollback_after`."""
-        connection = self.connection()
-        try:
-            self.abort()
-        except CommitOutcomeUnknown as unknown:
-            if connection.guard.may_run_again(error):
-                raise
-            events.logger.error("%s", unknown)
-            connection.work.leave_untold(Outcome(unknown.outcome))
 
     def connection(self) -> ReconnectingConnection:
         self._check_installed()
