@@ -10,7 +10,7 @@ from zope.event import notify
 
 from zreconnect import interfaces
 from zreconnect.documented import implements
-from zreconnect.exceptions import one_line
+from zreconnect.exceptions import attempts_made, one_line
 
 logger = logging.getLogger("zreconnect")
 
@@ -62,9 +62,8 @@ class Reconnected(ConnectionEvent):
     seconds: float
 
     def __str__(self) -> str:
-        tries = "attempt" if self.attempts == 1 else "attempts"
         return (
-            f"Connected again to {self.server} after {self.attempts} {tries} "
+            f"Connected again to {self.server} after {attempts_made(self.attempts)} "
             f"and {self.seconds:.1f} seconds"
         )
 
@@ -87,9 +86,8 @@ class GaveUp(ConnectionEvent):
     error: BaseException
 
     def __str__(self) -> str:
-        tries = "attempt" if self.attempts == 1 else "attempts"
         return (
-            f"Gave up connecting to {self.server} after {self.attempts} {tries} "
+            f"Gave up connecting to {self.server} after {attempts_made(self.attempts)} "
             f"and {self.seconds:.1f} seconds: {one_line(self.error)}"
         )
 

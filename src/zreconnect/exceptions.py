@@ -34,6 +34,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def attempts_made(number: int) -> str:
+    """For a message: that so many attempts were made."""
+    return "1 attempt" if number == 1 else f"{number} attempts"
+
+
 def make_transient(error: BaseException) -> None:
     """Make a driver's error a `transaction.interfaces.TransientError` as well.
 
@@ -110,9 +115,8 @@ class ReconnectTimeout(Exception):
         self.last_error = last_error
 
     def __str__(self) -> str:
-        tries = "attempt" if self.attempts == 1 else "attempts"
         return (
-            f"No connection to {self.server} after {self.attempts} {tries} in "
+            f"No connection to {self.server} after {attempts_made(self.attempts)} in "
             f"{self.seconds:.1f} seconds; no transaction was begun. Start the server or begin "
             f"again later. The last error was: {one_line(self.last_error)}"
         )

@@ -69,18 +69,8 @@ _LOST = frozenset({State.DOOMED, State.UNKNOWN, State.TORN})
 _COMMIT_SENT = frozenset({State.COMMITTING, State.UNSETTLED})
 # After these the COMMIT that was sent is known to have committed nothing.
 _NOT_COMMITTED = frozenset({Event.REFUSED, Event.GOES_ON, Event.FOUND_ABORTED})
-
-_ROLLED_BACK_BY_THE_END_OF_THE_SESSION = frozenset(
-    {
-        State.BEGINNING,
-        State.TORN,
-        State.ACTIVE,
-        State.ENDED,
-        State.DOOMED,
-        State.UNKNOWN,
-        State.ROLLING_BACK,
-    }
-)
+# The end of the session rolls back what these answer.
+_ROLLING_BACK = frozenset({Answer.ROLLS_BACK, Answer.LETS_GO})
 
 
 class Work:
@@ -180,7 +170,7 @@ class Work:
         if self.member is None or self._anchor is not anchor:
             return
         # What may be committed or prepared takes longer; `Guard.end_forgotten` is for that.
-        if self.state in _ROLLED_BACK_BY_THE_END_OF_THE_SESSION:
+        if REQUESTS[self.state][Request.ROLLBACK] in _ROLLING_BACK:
             self.note(Event.LOST)
             self.link.end()
             self.note(Event.ROLLED_BACK)

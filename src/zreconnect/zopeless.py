@@ -54,29 +54,22 @@ class ZopelessTransactionManager:
             raise TypeError(f"sqlClass must be a class, not {sqlClass!r}")
         self.implicitBegin = implicitBegin
         self.sqlClass = sqlClass
-        self._settings = (
-            dsn,
-            sqlClass,
-            implicitBegin,
-            timeout,
-            isolation,
-            driver,
-            witness,
-            on_connect,
-            response_timeout,
-        )
+        options: dict[str, Any] = {
+            "driver": driver,
+            "witness": witness,
+            "on_connect": on_connect,
+            "response_timeout": response_timeout,
+        }
+        self._settings = (dsn, sqlClass, implicitBegin, timeout, isolation, options)
         #: Whose transactions its transactions are.
         self.transaction_manager = transaction.manager
         #: Where each thread has its connection from.
         self.descriptor = ConnectionDescriptor(
             dsn,
-            driver=driver,
             policy=RetryPolicy(timeout=timeout),
-            witness=witness,
-            on_connect=on_connect,
-            response_timeout=response_timeout,
             transaction_manager=self.transaction_manager,
             implicit_begin=implicitBegin is not False,
+            **options,
         )
         if isolation is not None:
             self.descriptor.set_isolation_level(isolation)
