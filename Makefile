@@ -19,8 +19,10 @@ made_of := $(shell cat .venv/made-of 2>/dev/null | tr '\n' '|')
 ifneq ($(made_of),$(python_id)|$(CURDIR)|)
 stale := yes
 endif
-debian_packages := mariadb-server-core default-libmysqlclient-dev gcc openssl pkg-config python3-dev
-has_server := PATH="$$PATH:/usr/sbin" command -v mariadbd mariadb-install-db >/dev/null
+debian_packages := mariadb-server-core mariadb-client-core default-libmysqlclient-dev gcc openssl \
+    pkg-config python3-dev
+has_server := (PATH="$$PATH:/usr/sbin"; for program in mariadbd mariadb-install-db my_print_defaults; do \
+    command -v $$program || exit 1; done) >/dev/null
 compiles := command -v cc >/dev/null && \
     $(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null
 # mysqlclient has no wheels for Linux.
@@ -65,7 +67,7 @@ lint: .venv/built
 	bin/ruff format --check
 	bin/mypy
 
-# The first package has MariaDB's programs without the service. The others are for building
+# The first two packages have MariaDB's programs without the service. The others are for building
 # mysqlclient, after which bin/ is to be made anew.
 services:
 	@if $(has_server) && $(builds_mysqlclient); then \

@@ -11,7 +11,8 @@ from typing import Any
 
 from zreconnect.testing.embedded import EmbeddedServer, EmbeddedServerError
 
-_PROGRAMS = ("mariadbd", "mariadb-install-db")
+# The second one runs the third, which Debian has in another package.
+_PROGRAMS = ("mariadbd", "mariadb-install-db", "my_print_defaults")
 # Debian keeps servers where an ordinary user's PATH does not lead.
 _PLACES = "/usr/local/sbin:/usr/sbin:/usr/local/bin:/usr/bin"
 _SMALL_LOG = "--innodb-log-file-size=8M"
@@ -26,7 +27,8 @@ class EmbeddedMariaDBError(EmbeddedServerError):
 
 
 class EmbeddedMariaDB(EmbeddedServer):
-    """A MariaDB server of one's own, from Debian's package mariadb-server-core or its like.
+    """A MariaDB server of one's own, from Debian's packages mariadb-server-core and
+    mariadb-client-core or their like.
 
     See `EmbeddedServer`. `settings` are options of mariadbd, with underscores. Sessions are threads
     of one process: it is the whole server that is suspended. Connecting to it needs PyMySQL.
@@ -100,7 +102,8 @@ class EmbeddedMariaDB(EmbeddedServer):
         if missing:
             raise FileNotFoundError(
                 f"EmbeddedMariaDB needs {' and '.join(missing)}: install MariaDB's server, on "
-                "Debian and Ubuntu the package mariadb-server-core (make services does it)"
+                "Debian and Ubuntu the packages mariadb-server-core and mariadb-client-core (make "
+                "services does it)"
             )
 
     def _make_data(self, password_file: Path) -> None:

@@ -139,6 +139,19 @@ class EmbeddedMariaDBTests(unittest.TestCase):
 
 
 class WithoutProgramsTests(unittest.TestCase):
+    def test_each_program_is_needed(self):
+        programs = {"mariadbd", "mariadb-install-db", "my_print_defaults"}
+        for program in sorted(programs):
+            found = dict.fromkeys(programs - {program}, "/usr/bin/true")
+            with (
+                self.subTest(missing=program),
+                mock.patch(
+                    "zreconnect.testing.mariadb.shutil.which",
+                    side_effect=lambda name, path=None, found=found: found.get(name),
+                ),
+            ):
+                self.assertFalse(EmbeddedMariaDB.installed())
+
     def test_says_what_to_install(self):
         server = EmbeddedMariaDB()
         with (
