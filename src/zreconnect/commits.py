@@ -42,15 +42,15 @@ def are_watched() -> bool:
     return _watched.get() is not None
 
 
-def note() -> None:
-    """A transaction is about to be committed."""
+def note() -> Commits | None:
+    """A transaction is about to be committed. Returns what `withdraw` is to be called with."""
     commits = _watched.get()
     if commits is not None:
         commits.sent += 1
+    return commits
 
 
-def withdraw() -> None:
-    """The transaction that was noted last is not committed."""
-    commits = _watched.get()
-    if commits is not None:
-        commits.sent -= 1
+def withdraw(noted: Commits | None) -> None:
+    """A transaction is not committed that was noted before, perhaps by an earlier call."""
+    if noted is not None:
+        noted.sent -= 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -205,17 +204,17 @@ class ReconnectingConnection(SettingsOfSessions):
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[ReconnectingCursor]:
-        thread = threading.get_ident()
+        number = None
         self._check_idle()
         try:
             self.begin()
+            number = self.work.number
             with self.cursor() as cursor:
                 yield cursor
             self.commit()
         except BaseException as error:
-            # A block that a thread has left suspended may be closed by another one, which has a
-            # transaction of its own.
-            if thread == threading.get_ident():
+            # A block that was left suspended may be closed inside another transaction.
+            if number is None or number == self.work.number:
                 self.rollback_after(error)
             raise
 
@@ -224,11 +223,11 @@ class ReconnectingConnection(SettingsOfSessions):
     ) -> Result:
         result = run_unit_of_work(
             functools.partial(function, *args, **keywords),
+            guard=self.guard,
             check_idle=self._check_idle,
             begin=self.begin,
             commit=self._commit,
             abort_after=self.rollback_after,
-            may_run_again=self.guard.may_run_again,
             attempts=attempts,
         )
         return self.work.told(result)
@@ -267,6 +266,7 @@ class ReconnectingConnection(SettingsOfSessions):
         except BaseException:
             work.give_turn()
             raise
+        work.block_began_after = work.number
         # In one step with the return, because __exit__() is called only after that.
         block: dict[str, ReconnectingConnection] = work.block
         return block.setdefault("with", self)
@@ -277,8 +277,7 @@ class ReconnectingConnection(SettingsOfSessions):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not self.work.block and error_type is GeneratorExit:
-            # The block was that of a thread that has ended, suspended in a generator.
+        if error_type is GeneratorExit and self._is_late():
             return
         try:
             if error is None:
@@ -291,7 +290,19 @@ class ReconnectingConnection(SettingsOfSessions):
             if error is not None:
                 self.rollback_after(error)
             self.work.give_turn()
-            self.work.told(None)
+        self.work.told(None)
+
+    def _is_late(self) -> bool:
+        """Whether a ``with`` block that was left suspended, in a generator, has ended before."""
+        work = self.work
+        if not work.block:
+            # It was that of a thread that has ended.
+            return True
+        is_late = work.state is not State.IDLE and work.number > work.block_began_after + 1
+        if is_late:
+            # The transaction may have begun since: it goes on.
+            work.block.clear()
+        return is_late
 
     def fork(self) -> ReconnectingConnection:
         forked = type(self).__new__(type(self))
@@ -348,6 +359,12 @@ class ReconnectingConnection(SettingsOfSessions):
         """As in psycopg 3 and sqlite3: a new cursor, which has executed the statement."""
         cursor = self.cursor()
         cursor.execute(query, params, **options)
+        return cursor
+
+    def executemany(self, query: Any, params: Any) -> ReconnectingCursor:
+        """As in sqlite3: a new cursor, which has executed the statement for all parameters."""
+        cursor = self.cursor()
+        cursor.executemany(query, params)
         return cursor
 
     @contextlib.contextmanager

@@ -314,7 +314,8 @@ class ReconnectingCursor:
     def _raw_cursor(self) -> Any:
         """The raw cursor; results that were fetched into it can be read after its session."""
         if self._raw is None:
-            self._work.need_session()
+            with self._guard.in_turn():
+                self._work.need_session()
             if self._closed:
                 self._refuse_closed()
             self._open()

@@ -93,7 +93,8 @@ class ConnectionDataManager:
 
     def tpc_finish(self, transaction: ITransaction) -> None:
         self.work.leave(self)
-        self.work.told(None)
+        if not self.work.tells_later:
+            self.work.told(None)
 
     def tpc_abort(self, transaction: ITransaction) -> None:
         self.abort(transaction)

@@ -10,7 +10,7 @@ The other methods are a connection's requests, each with its moment.
 from __future__ import annotations
 
 import contextlib
-import threading
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -191,6 +191,7 @@ class Guard:
         Raises `DisconnectionError`, `ReconnectTimeout`, and the driver's errors.
         """
         work, started = self.work, time.monotonic()
+        self._link.leave_to_parent()
         if work.join is not None:
             work.join()
         policy = work.patience.begins(work.waited)
@@ -211,7 +212,7 @@ class Guard:
         work, session = self.work, self._link.session
         return (
             work.state is State.IDLE
-            and session is not NO_SESSION
+            and session.process == os.getpid()
             and work.implicit_begin
             and (work.block or not self._link.settings.autocommit)
             # What has arrived can be the end of the session, and BEGIN finds that out.
@@ -243,6 +244,7 @@ class Guard:
 
     def _need_live_session(self) -> None:
         """Have a session for a statement in autocommit mode, which has no BEGIN to find out."""
+        self._link.leave_to_parent()
         session = self._link.session
         # Only if something has arrived, such as the end of the session, is there a round trip.
         if session is not NO_SESSION and self._driver.has_sessions and not session.watch.is_quiet():
@@ -326,9 +328,10 @@ class Guard:
     def tell(self) -> None:
         """Raise `CommitOutcomeUnknown` if an interrupt has kept the thread from learning that its
         transaction is committed, or may be."""
-        outcome = self.work.untold.pop(threading.get_ident(), None)
+        outcome = self.work.untold()
         if outcome is not None:
-            raise CommitOutcomeUnknown(self._link.server.address, outcome=outcome.value)
+            unknown = CommitOutcomeUnknown(self._link.server.address, outcome=outcome.value)
+            raise self.work.told(unknown)
 
     def _settle_lost_commit(self, error: BaseException, raw: Any) -> None:
         """Return if the transaction was committed; else raise what became of it."""
@@ -365,6 +368,11 @@ class Guard:
             raise CommitOutcomeUnknown(
                 server, evidence=evidence, outcome=finding.outcome.value
             ) from finding.problem
+
+    def has_committed_by_itself(self) -> bool:
+        """Whether a statement of the transaction may have committed it, as DDL does in MySQL."""
+        raw = self._link.session.raw
+        return raw is not None and bool(self._driver.has_committed(raw))
 
     def may_run_again(self, error: BaseException) -> bool:
         """Whether a unit of work that raised ``error`` was not committed and may succeed later."""

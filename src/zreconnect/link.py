@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -31,6 +32,8 @@ class Link:
         self.session: Session = NO_SESSION
         self.settings = SessionSettings()
         self.observer = options.observer(self.driver)
+        # The one that was opened last, prepared or not: what an interrupt has left of it is ended.
+        self._opened: Session = NO_SESSION
         # What the driver has kept of the last raw connection.
         self._kept: Any = None
         self._had_session = False
@@ -43,6 +46,11 @@ class Link:
         forked._kept = self._kept if raw is None else self.driver.keep(raw)
         return forked
 
+    def leave_to_parent(self) -> None:
+        """Let go of the session, if it is the parent process's and this was not noticed before."""
+        if self.session is not NO_SESSION and self.session.process != os.getpid():
+            self.renew_observer()
+
     def needs_writes(self) -> bool:
         """Whether a server that takes no writes is of no use."""
         return self.settings.readonly is not True
@@ -51,13 +59,24 @@ class Link:
         """The seconds that the answer may take to a request that must not wait for ever."""
         return self.options.response_timeout or LONGEST_ATTEMPT
 
-    def open(self, first_use: Callable[[Any], object], policy: RetryPolicy) -> None:
+    def open(
+        self,
+        first_use: Callable[[Any], object],
+        policy: RetryPolicy,
+        check: Callable[[], object],
+    ) -> None:
         """Open the next session; ``first_use`` of its raw connection is part of an attempt.
+
+        check: called before each attempt; raises what makes it unnecessary.
 
         Raises what `open_session` raises.
         """
 
-        def prepare(raw: Any) -> None:
+        def prepare(session: Session) -> None:
+            raw = session.raw
+            self._opened, before = session, self._opened
+            if before is not NO_SESSION:
+                before.end()
             if self._kept is not None:
                 self.driver.inherit(raw, self._kept)
             if self.options.on_connect is not None:
@@ -67,8 +86,12 @@ class Link:
             self.observer.fence(raw)
             first_use(raw)
 
-        self.session = open_session(self.server, policy, prepare, self._had_session)
-        self._had_session = True
+        def adopt(session: Session) -> bool:
+            had_session, self._had_session = self._had_session, True
+            self.session = session
+            return had_session
+
+        open_session(self.server, policy, check, prepare, adopt)
 
     def record_session(self, raw: Any) -> None:
         """Have the observer know a new session. Raises the driver's errors."""
@@ -79,9 +102,10 @@ class Link:
         session = self.session
         if session is not NO_SESSION:
             self._kept = self.driver.keep(session.raw)
-            session.end()
+        if self._opened is not NO_SESSION:
+            self._opened.end()
             # Last: what an interrupt keeps from being ended is ended by the next who tries.
-            self.session = NO_SESSION
+            self.session = self._opened = NO_SESSION
 
     def lost(self, error: BaseException, state: str) -> None:
         """End the present session, which is lost, and tell. state: the connection's."""
@@ -110,5 +134,7 @@ class Link:
 
     def renew_observer(self) -> None:
         """End the present session; what is known of it and its transactions is for others."""
-        self.end()
-        self.observer = self.options.observer(self.driver)
+        try:
+            self.end()
+        finally:
+            self.observer = self.options.observer(self.driver)

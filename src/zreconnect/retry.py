@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
-from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
 
 import tenacity
 from zope.interface import alsoProvides
@@ -20,6 +21,9 @@ from zreconnect.exceptions import (
 from zreconnect.interfaces import IRetryOnDisconnect
 from zreconnect.policy import check_attempts, check_number
 
+if TYPE_CHECKING:
+    from zreconnect.guard import Guard
+
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -31,15 +35,17 @@ PAUSE = tenacity.wait_random_exponential(multiplier=0.02, max=1.0)
 def run_unit_of_work(
     function: Callable[[], Result],
     *,
+    guard: Guard,
     check_idle: Callable[[], object],
     begin: Callable[[], object],
     commit: Callable[[], object],
     abort_after: Callable[[BaseException], object],
-    may_run_again: Callable[[BaseException], bool],
     attempts: int,
 ) -> Result:
     """Begin, call ``function``, commit; abort and do it all again after an error that allows it.
 
+    guard: that of the connection. What has been committed within, or by a process that was forked
+    within, is not run again.
     check_idle: raises what refuses to begin, and leaves what is under way alone.
     abort_after: called with the error, to abort because of it; what it raises takes its place.
 
@@ -49,16 +55,26 @@ def run_unit_of_work(
     check_attempts(attempts)
     check_function(function)
 
+    process = os.getpid()
+    is_final = False
+
     def unit_of_work() -> Result:
+        nonlocal is_final
         check_idle()
+        commits_before = guard.work.commits()
         try:
             begin()
             result = function()
             commit()
         except BaseException as error:
+            is_final = guard.has_committed_by_itself()
             abort_after(error)
+            is_final = is_final or guard.work.commits() > commits_before
             raise
         return result
+
+    def may_run_again(error: BaseException) -> bool:
+        return not is_final and os.getpid() == process and guard.may_run_again(error)
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(may_run_again),

@@ -264,7 +264,8 @@ def _no_answer(timeout: float) -> AttemptFailed:
     return AttemptFailed(TimeoutError(f"no answer within {timeout:.1f} seconds"))
 
 
-_lock = threading.Lock()
+# A signal's handler may connect, too, while its thread has the lock.
+_lock = threading.RLock()
 _servers: weakref.WeakValueDictionary[tuple[str, Any], Server] = weakref.WeakValueDictionary()
 
 
@@ -310,7 +311,7 @@ def _shared(
 
 def _reopen_doors() -> None:
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     for server in list(_servers.values()):
         server.reopen_door()
 

@@ -33,19 +33,23 @@ class Session:
     process: int
 
     def end(self) -> None:
-        """Close it, or leave it alone if it is the parent process's."""
-        self.watch.close()
-        if self.process == os.getpid():
-            self.driver.close(self.raw)
-        else:
+        """Close it, or leave it alone if it is the parent process's. Can be called again."""
+        if self.process != os.getpid():
+            self.watch.close()
             self.driver.abandon(self.raw)
+            return
+        try:
+            self.driver.close(self.raw)
+        finally:
+            # PyMySQL's connection that was interrupted takes itself for closed, and is not.
+            self.watch.hang_up()
 
     def __del__(self) -> None:
         # An interrupt can have come before anybody knew of it. What SQLite has locked stays locked
         # until it is closed.
         with contextlib.suppress(AttributeError):
             if self.raw is not None and self.process == os.getpid():
-                self.driver.close(self.raw)
+                self.end()
 
 
 #: Stands where there is none.
@@ -53,15 +57,22 @@ NO_SESSION = Session(None, None, NO_WATCH, 0)
 
 
 def open_session(
-    server: Server, policy: RetryPolicy, prepare: Callable[[Any], None], again: bool
-) -> Session:
-    """A session with ``server`` that has been prepared.
+    server: Server,
+    policy: RetryPolicy,
+    check: Callable[[], object],
+    prepare: Callable[[Session], None],
+    adopt: Callable[[Session], bool],
+) -> None:
+    """Open a session with ``server``.
 
-    prepare: called with the raw connection; a disconnect in it makes the attempt a failed one.
-    again: whether there was a session before, so that this one is announced.
+    check: called before each attempt; what it raises ends them.
+    prepare: called with the session; a disconnect in it makes the attempt a failed one.
+    adopt: called with the session that is prepared; whether there was one before, so that this one
+    is announced.
 
     Raises `ReconnectTimeout` when the policy's patience ends, or `DisconnectionError` if the policy
-    fails fast; what ``prepare`` raised; the driver's error if connecting is refused for good.
+    fails fast; what ``check`` or ``prepare`` raised; the driver's error if connecting is refused
+    for good.
     """
     started = time.monotonic()
     attempts = 0
@@ -80,42 +91,37 @@ def open_session(
             )
         )
 
-    session = NO_SESSION
     try:
         for attempt in policy.retrying(AttemptFailed, announce_failure):
             with attempt:
+                check()
                 attempts = attempt.retry_state.attempt_number
                 timeout = policy.longest_attempt(time.monotonic() - started)
                 session = _attempt(server, timeout, prepare)
-        if again or attempts > 1:
-            seconds = time.monotonic() - started
-            events.announce(events.Reconnected(server.address, attempts, seconds))
-        return session
     except AttemptFailed as failure:
         _give_up(server, policy, attempts, time.monotonic() - started, failure.error)
-    except BaseException:
-        # The garbage collector alone would find it: tenacity keeps errors with their frames.
-        if session is not NO_SESSION:
-            session.end()
-        raise
+    # In this order: a subscriber may use the connection.
+    if adopt(session) or attempts > 1:
+        seconds = time.monotonic() - started
+        events.announce(events.Reconnected(server.address, attempts, seconds))
 
 
-def _attempt(server: Server, timeout: float, prepare: Callable[[Any], None]) -> Session:
+def _attempt(server: Server, timeout: float, prepare: Callable[[Session], None]) -> Session:
     raw = server.connect(timeout)
     watch = NO_WATCH
     try:
         watch = Watch(server.driver.fileno(raw), server.address)
+        session = Session(server.driver, raw, watch, os.getpid())
         with watch.awaiting(timeout):
-            prepare(raw)
-        return Session(server.driver, raw, watch, os.getpid())
+            prepare(session)
+        return session
     except BaseException as error:
         # Asked before the connection is closed, for its state is what decides.
         passes = is_missing_thread(error) or (
             isinstance(error, server.driver.module.Error)
             and server.driver.meaning(error, raw) is Meaning.DISCONNECT
         )
-        watch.close()
-        server.driver.close(raw)
+        Session(server.driver, raw, watch, os.getpid()).end()
         tell_if_cut(watch)
         if passes:
             raise AttemptFailed(error) from error

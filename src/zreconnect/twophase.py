@@ -208,9 +208,6 @@ class TwoPhaseDataManager(ConnectionDataManager):
         decided = self.decision.outcome
         if decided is Outcome.COMMITTED:
             self._finish(branch)
-            if not self._is_finishing:
-                # Another data manager has failed since, which its error tells.
-                self.work.told(None)
             return
         wanted, why = Outcome.ABORTED, "although the transaction is aborted"
         if decided is Outcome.UNKNOWN:

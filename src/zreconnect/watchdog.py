@@ -123,9 +123,13 @@ class Watch:
 
     def cut(self, limit: float) -> None:
         """Cut the session off, whose answer has taken more than ``limit`` seconds."""
+        # First, so that whoever gets the error finds it.
+        self.cut_after = limit if self._socket else self.cut_after
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """End the session, in all processes that have it. Never waits."""
         for each in self._take_socket():
-            # First, so that whoever gets the error finds it.
-            self.cut_after = limit
             with each, contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
 

@@ -37,6 +37,7 @@ a thread that has ended inside its transaction finds that transaction here, and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -83,15 +84,19 @@ class Work:
     implicit_begin: whether a statement begins a transaction. is_explicit: whether the transaction
     was begun by ``begin()`` and not by a statement. block: has an entry while the connection is
     in a ``with`` block. committing: the raw connection on which COMMIT was sent last.
-    waited: the seconds that the thread has waited for its turn.
-    untold: what became of a COMMIT, by the number of the thread that does not know it yet, so that
-    a ``rollback()`` after an interrupt has to say so.
+    waited: the seconds that the thread has waited for its turn. number: that of the present
+    transaction, or of the last. block_began_after: that of the last one before the ``with`` block.
+    tells_later: whether the program learns of a commit not from the end of the larger transaction,
+    but from what goes on after it.
     """
 
     __slots__ = (
         "__weakref__",
-        "_anchor",
+        "_anchors",
+        "_noted",
+        "_own",
         "block",
+        "block_began_after",
         "committing",
         "implicit_begin",
         "is_explicit",
@@ -99,10 +104,11 @@ class Work:
         "link",
         "losses",
         "member",
+        "number",
         "patience",
         "state",
+        "tells_later",
         "turn",
-        "untold",
         "waited",
     )
 
@@ -111,15 +117,20 @@ class Work:
         self.turn = turn
         self.patience = patience
         self.state = State.IDLE
+        self.number = 0
         self.losses = 0
         self.member: Any = None
-        self._anchor: weakref.ref[Any] | None = None
+        self._anchors: tuple[weakref.ref[Any], ...] = ()
         self.join: Callable[[], None] | None = None
         self.implicit_begin = True
         self.is_explicit = False
+        self.tells_later = False
         self.block: dict[str, Any] = {}
+        self.block_began_after = 0
         self.committing: Any = None
-        self.untold: dict[int, Outcome] = {}
+        # What each thread has to know of its own COMMITs.
+        self._own = threading.local()
+        self._noted: tuple[commits.Commits | None, dict[str, Any]] = None, {}
         _works.add(self)
         self.waited = 0.0
 
@@ -134,7 +145,9 @@ class Work:
             self.losses += 1
         self.state = state
         if before in _COMMIT_SENT and event in _NOT_COMMITTED:
-            commits.withdraw()
+            noted, own = self._noted
+            own["commits"] -= 1
+            commits.withdraw(noted)
 
     def is_autocommit(self) -> bool:
         """Whether a statement would be a transaction of its own."""
@@ -148,18 +161,23 @@ class Work:
         anchor: what that transaction, and nobody else, refers to as long as it lasts; None if it is
         certain to be told its end.
         """
+        # In this order: a part without anchors is told its end.
+        self._anchors = ()
+        if anchor is not None:
+            # Two: what interrupts the call of one ends it, and nobody learns of it.
+            forgotten = self._forgotten
+            self._anchors = weakref.ref(anchor, forgotten), weakref.ref(anchor, forgotten)
         self.member = member
-        self._anchor = None if anchor is None else weakref.ref(anchor, self._forgotten)
 
     def leave(self, member: Any) -> None:
         """The larger transaction has ended, if it still is the one of this data manager."""
         if self.member is member:
-            self.member = self._anchor = None
+            self.member, self._anchors = None, ()
             self.give_turn()
 
     def is_forgotten(self) -> bool:
         """Whether the larger transaction has ended without ending this one."""
-        return self.member is not None and self._anchor is not None and self._anchor() is None
+        return self.member is not None and self._anchors != () and self._anchors[0]() is None
 
     def forget_member(self) -> None:
         """Whoever was to end the transaction will not."""
@@ -167,7 +185,7 @@ class Work:
         self.block.clear()
 
     def _forgotten(self, anchor: Any) -> None:
-        if self.member is None or self._anchor is not anchor:
+        if self.member is None or anchor not in self._anchors:
             return
         # What may be committed or prepared takes longer; `Guard.end_forgotten` is for that.
         if REQUESTS[self.state][Request.ROLLBACK] in _ROLLING_BACK:
@@ -200,13 +218,25 @@ class Work:
         """
         if self.link.session is NO_SESSION:
             self.ask(Request.LOOK)
-            self.open(self.link.record_session, self.patience.policy)
+            self.open(self.link.record_session, self.patience.policy, self._check_open)
 
-    def open(self, first_use: Callable[[Any], object], policy: RetryPolicy) -> None:
-        """Open the next session, unless the connection is closed meanwhile."""
-        self.link.open(first_use, policy)
+    def open(
+        self,
+        first_use: Callable[[Any], object],
+        policy: RetryPolicy,
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Open the next session, unless the connection is closed meanwhile.
+
+        check: called before each attempt; raises what makes it unnecessary.
+        """
+        self.link.open(first_use, policy, check)
         if self.state is State.CLOSED:
             self.link.end()
+
+    def _check_open(self) -> None:
+        if self.state is State.CLOSED:
+            self.ask(Request.LOOK)
 
     # Beginning
 
@@ -215,9 +245,7 @@ class Work:
 
         explicit: whether ``begin()`` was called, and not a statement.
         """
-        self.is_explicit = explicit
-        self.untold.pop(threading.get_ident(), None)
-        self.note(Event.BEGIN_LEAVES)
+        self._begin_another(explicit)
         session = self.link.session
         if session is NO_SESSION:
             return False
@@ -233,7 +261,7 @@ class Work:
 
     def begin_in_new_session(self, policy: RetryPolicy) -> None:
         """Begin it in the next session."""
-        self.open(self._begin_first, policy)
+        self.open(self._begin_first, policy, self._check_open)
         self.note(Event.BEGUN)
         if self.state is State.CLOSED:
             self.ask(Request.BEGIN)
@@ -246,9 +274,7 @@ class Work:
         execute: sends the statement. Returns whether there is a transaction now, if not, the
         statement has not been executed; and what the statement has raised.
         """
-        self.is_explicit = False
-        self.untold.pop(threading.get_ident(), None)
-        self.note(Event.BEGIN_LEAVES)
+        self._begin_another(explicit=False)
         link, session = self.link, self.link.session
         session.watch.reset()
         wait = session.watch.awaiting(self.limit_of_begin(self.patience.begins(self.waited)))
@@ -274,6 +300,12 @@ class Work:
         finally:
             # The traceback of its error refers to this frame.
             del begun
+
+    def _begin_another(self, explicit: bool) -> None:
+        self.is_explicit = explicit
+        self.number += 1
+        self._own.untold = []
+        self.note(Event.BEGIN_LEAVES)
 
     def limit_of_begin(self, policy: RetryPolicy) -> float:
         """The seconds that the answer to BEGIN may take in a session that there is."""
@@ -306,7 +338,9 @@ class Work:
         """Commit the transaction."""
         session = self.link.session
         self.committing = session.raw
-        commits.note()
+        own = vars(self._own)
+        own["commits"] = self.commits() + 1
+        self._noted = commits.note(), own
         self.note(Event.COMMIT_LEAVES)
         with session.watch.awaiting(self.link.options.response_timeout):
             self.link.observer.commit(session.raw)
@@ -342,12 +376,24 @@ class Work:
 
     def leave_untold(self, outcome: Outcome) -> None:
         """The calling thread does not know yet what became of its COMMIT, or may not."""
-        self.untold[threading.get_ident()] = outcome
+        self._own.untold = [outcome]
+
+    def commits(self) -> int:
+        """How many transactions the calling thread has committed here, or may have."""
+        number: int = vars(self._own).get("commits", 0)
+        return number
+
+    def untold(self) -> Outcome | None:
+        """What became of the calling thread's COMMIT, if the program may not know it."""
+        untold = vars(self._own).get("untold")
+        return untold[0] if untold else None
 
     def told(self, result: Result) -> Result:
         """``result``, with which the program learns of the commit: the last that is done for it."""
-        # In one step: what interrupts it comes before, and leaves it untold, or finds it told.
-        return (result, self.untold.pop(threading.get_ident(), None))[0]
+        untold = vars(self._own).setdefault("untold", [])
+        # In one step: what interrupts it comes before, and leaves it untold, or finds it told. No
+        # signal's handler runs between what the unpacking of map() does, and the return.
+        return [result, *map(list.clear, (untold,))][0]  # type: ignore[return-value]
 
     def branch_ended(self) -> None:
         """What was prepared is no more of this connection's business."""
@@ -409,15 +455,19 @@ class Work:
     def in_child(self) -> None:
         """This is a forked child: the session, and a transaction in it, are the parent's."""
         self.turn = self.turn.in_child()
-        self.untold.clear()
+        self._own = threading.local()
         self.note(Event.FORKED)
         self.link.renew_observer()
 
     def close(self) -> None:
         """Close the connection for good, from any thread."""
         was_idle = self.state is State.IDLE
+        is_used = self.turn.is_anothers() and not self.turn.is_for_good
         self.note(Event.CLOSED)
-        if was_idle:
+        if is_used:
+            # It may wait for an answer, and psycopg2's and PyMySQL's close() would wait with it.
+            self.link.session.watch.hang_up()
+        if was_idle and not is_used:
             self.link.close()
         else:
             self.link.end()
@@ -429,7 +479,9 @@ _works: weakref.WeakSet[Work] = weakref.WeakSet()
 
 def _leave_sessions_to_parent() -> None:
     for work in list(_works):
-        work.in_child()
+        # Whatever is wrong with one of them, none may keep its parent's session.
+        with contextlib.suppress(Exception):
+            work.in_child()
 
 
 os.register_at_fork(after_in_child=_leave_sessions_to_parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -28,7 +29,8 @@ Result = TypeVar("Result")
 #: that of the mapper's base class; what it leads to is called with the manager.
 CLASS_CONNECTIONS = "zreconnect.class_connections"
 
-_lock = threading.Lock()
+# A synchronizer of the transaction that is begun under it may call `initZopeless` as well.
+_lock = threading.RLock()
 _installed: ZopelessTransactionManager | None = None
 
 
@@ -95,15 +97,21 @@ class ZopelessTransactionManager:
 
     def run(self, function: Callable[[], Result], attempts: int = 3) -> Result:
         guard = self.connection().guard
-        return run_unit_of_work(
-            function,
-            check_idle=self._check_idle,
-            begin=self.begin,
-            commit=self.commit,
-            abort_after=lambda error: guard.roll_back_after(error, self.abort),
-            may_run_again=guard.may_run_again,
-            attempts=attempts,
-        )
+        work, told_later = guard.work, guard.work.tells_later
+        work.tells_later = True
+        try:
+            result = run_unit_of_work(
+                function,
+                guard=guard,
+                check_idle=self._check_idle,
+                begin=self.begin,
+                commit=self.commit,
+                abort_after=lambda error: guard.roll_back_after(error, self.abort),
+                attempts=attempts,
+            )
+        finally:
+            work.tells_later = told_later
+        return work.told(result)
 
     def _check_idle(self) -> None:
         self._check_installed()
@@ -127,12 +135,14 @@ class ZopelessTransactionManager:
         self._check_installed()
         with _lock:
             _installed = None
-        self.transaction_manager.abort()
-        self.descriptor.close()
-        if self.sqlClass is not None:
-            del self.sqlClass._connection  # type: ignore[attr-defined]
-            for name, value in self._replaced.items():
-                setattr(self.sqlClass, name, value)
+        try:
+            self.transaction_manager.abort()
+        finally:
+            self.descriptor.close()
+            if self.sqlClass is not None:
+                del self.sqlClass._connection  # type: ignore[attr-defined]
+                for name, value in self._replaced.items():
+                    setattr(self.sqlClass, name, value)
 
     def _install(self) -> None:
         global _installed
@@ -248,3 +258,12 @@ def _warn_of_implicit_begin(implicitBegin: bool | None) -> None:
         DeprecationWarning if implicitBegin else PendingDeprecationWarning,
         stacklevel=3,
     )
+
+
+def _renew_lock() -> None:
+    """In a forked child: another thread of the parent's may have had it."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)

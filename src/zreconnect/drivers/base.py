@@ -135,10 +135,13 @@ class BaseDriver:
         return False
 
 
+# Opened early: a child may have no descriptor left to open it with.
+_null = os.open(os.devnull, os.O_RDWR)
+
+
 def redirect_to_null(fileno: int) -> None:
     """Let a forked child's copy of its parent's socket lead to the null device."""
-    with open(os.devnull, "r+b") as null:
-        os.dup2(null.fileno(), fileno, inheritable=False)
+    os.dup2(_null, fileno, inheritable=False)
 
 
 def load_driver(name: str) -> Any:

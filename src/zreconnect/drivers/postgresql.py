@@ -20,8 +20,6 @@ from zreconnect.interfaces import IDriver, Meaning
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 CONNECTION_EXCEPTION_CLASS = "08"
-# Said by a pooler that ends a session, and by a server that wants another number of parameters.
-PROTOCOL_VIOLATION = "08P01"
 DISCONNECT_STATES = {
     "57P01",  # admin_shutdown
     "57P02",  # crash_shutdown
@@ -171,10 +169,10 @@ class PostgresqlDriver:
         if raw.closed or raw.info.status != CONNECTION_OK:
             return Meaning.DISCONNECT
         state = self.sqlstate(error)
-        if state == PROTOCOL_VIOLATION and self.severity(error) == "ERROR":
-            return Meaning.USER
         if state is not None:
-            if state[:2] == CONNECTION_EXCEPTION_CLASS or state in DISCONNECT_STATES:
+            is_disconnect = state[:2] == CONNECTION_EXCEPTION_CLASS or state in DISCONNECT_STATES
+            # After an ERROR the session goes on: a function has raised it, for another server.
+            if is_disconnect and self.severity(error) != "ERROR":
                 return Meaning.DISCONNECT
             return Meaning.TRANSIENT if state in TRANSIENT_STATES else Meaning.USER
         if any(message in str(error) for message in self.disconnect_messages):

@@ -54,6 +54,10 @@ class PymysqlDriver(MysqlDriver):
             # Else it would want to read its rest when it is deleted.
             result.unbuffered_active = False
 
+    def is_at_rest(self, raw: Any) -> bool:
+        # The rows of a server-side cursor are read one by one.
+        return super().is_at_rest(raw) and not getattr(raw._result, "unbuffered_active", False)
+
     def tls_keywords(self, parameters: Mapping[str, str]) -> dict[str, Any]:
         files = {name: parameters[name] for name in _FILES if name in parameters}
         return {**TLS[parameters.get("ssl_mode", "PREFERRED")], **files}

@@ -213,7 +213,7 @@ class Lane:
             begin=(lambda: None) if self.begins_with_statement else connection.begin,
             commit=connection.commit,
             abort_after=connection.rollback_after,
-            may_run_again=connection.guard.may_run_again,
+            guard=connection.guard,
             attempts=5,
         )
 

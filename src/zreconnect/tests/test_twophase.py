@@ -798,7 +798,10 @@ class FinishTests(TwoPhaseTestCase):
         self.between_branches(tpc_finish=fail)
         with self.assertRaises(LookupError):
             transaction.commit()
-        transaction.abort()
+        # As with a commit in one phase: the error did not say so.
+        with self.assertRaises(CommitOutcomeUnknown) as caught:
+            transaction.abort()
+        self.assertEqual(caught.exception.outcome, "committed")
         self.check(rows=1)
 
     def test_another_data_manager_fails_before_the_decision(self):
