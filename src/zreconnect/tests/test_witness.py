@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import threading
 from unittest import mock
 
@@ -63,7 +64,7 @@ class BothTests(WitnessTestCase):
             orphan = connection.get_backend_pid()
             self.forward.silence("to_server")
             threading.Timer(0.05, lambda: (self.forward.drop(), self.forward.resume())).start()
-            with self.assertRaises(DisconnectionError):
+            with self.assertRaisesRegex(DisconnectionError, "nothing of it is committed"):
                 connection.commit()
             self.assertNotIn(orphan, self.sessions())
             connection.rollback()
@@ -87,17 +88,27 @@ class BothTests(WitnessTestCase):
         for connection in self.connections():
             connection.run(lambda: None)
             self.insert(connection)
+            process = connection.get_backend_pid()
             with (
                 policy_of(connection, timeout=0.2),
                 self.assertRaises(CommitOutcomeUnknown) as unknown,
             ):
                 self.lose_answer_to_commit(connection, self.forward.refuse)
             self.assertIsInstance(unknown.exception.__cause__, zreconnect.ReconnectTimeout)
-            self.assertIn("SELECT", unknown.exception.evidence)
             self.assertIn(unknown.exception.evidence, str(unknown.exception))
+            self.check_evidence(unknown.exception.evidence, process)
             self.forward.accept()
             connection.rollback()
             self.assertEqual(self.names(), ["one"])
+
+    def check_evidence(self, evidence, process):
+        """Who does what it says finds out that the transaction of that process was committed."""
+        self.assertIn(f"in the server process {process} ", evidence)
+        if ledger := re.search(r"(SELECT number .*) gives (\d+)\.", evidence):
+            self.assertEqual(self.query(ledger[1]), [(int(ledger[2]),)])
+        else:
+            by_id = re.search(r"SELECT pg_xact_status\('\d+'\)", evidence)
+            self.assertEqual(self.query(by_id[0]), [("committed",)])
 
     def test_a_readonly_transaction_may_always_run_again(self):
         for connection in self.connections():
@@ -221,6 +232,17 @@ class XidTests(WitnessTestCase):
             self.lose_answer_to_commit(connection)
         connection.close()
         wait_until(lambda: not self.sessions())
+
+    def test_on_a_server_that_has_no_such_ids_it_is_unknown(self):
+        with mock.patch.object(type(driver), "has_transaction_ids", return_value=False):
+            for at_commit in (False, True):
+                connection = self.connect(witness=XidWitness(at_commit))
+                self.insert(connection)
+                with self.assertRaises(CommitOutcomeUnknown) as unknown:
+                    self.lose_answer_to_commit(connection)
+                self.assertIn("no transaction id", unknown.exception.evidence)
+                connection.rollback()
+                self.query("DELETE FROM item")
 
     def test_an_id_that_the_server_does_not_know_was_not_committed(self):
         connection = self.connect()
@@ -382,6 +404,8 @@ class XidAtCommitTests(WitnessTestCase):
         self.assertEqual(
             {XidWitness(), XidWitness(at_commit=True)}, {*map(XidWitness, (0 > 1, 1 > 0))}
         )
+        self.assertNotEqual(XidWitness(), XidWitness(at_commit=True))
+        self.assertNotEqual(XidWitness(), Ledger())
         with self.assertRaisesRegex(TypeError, "at_commit"):
             XidWitness("yes")
 
@@ -418,7 +442,7 @@ class LedgerTests(WitnessTestCase):
     def test_rows_of_the_dead_are_removed_when_they_are_old(self):
         connection = self.connect(witness=Ledger())
         connection.run(lambda: None)
-        for age in ("31 days", "29 days"):
+        for age in ("30 days 1 hour", "29 days 23 hours"):
             self.query(
                 "INSERT INTO zreconnect_ledger (id, used)"
                 " VALUES (gen_random_uuid(), now() - %s::interval)",
@@ -454,6 +478,17 @@ class LedgerTests(WitnessTestCase):
             )
         self.assertIn("zreconnect_ledger", unknown.exception.evidence)
 
+    def test_without_its_table_the_outcome_is_unknown_and_the_servers_error_says_why(self):
+        connection = self.connect(witness=Ledger())
+        self.insert(connection)
+        with self.assertRaises(CommitOutcomeUnknown) as unknown:
+            self.lose_answer_to_commit(
+                connection, lambda: self.query("DROP TABLE zreconnect_ledger")
+            )
+        self.assertIsInstance(unknown.exception.__cause__, psycopg2.errors.UndefinedTable)
+        connection.rollback()
+        self.assertEqual(self.names(), ["one"])
+
     def test_a_row_that_stays_locked_leaves_it_unknown(self):
         connection = self.connect(witness=Ledger())
         self.insert(connection)
@@ -485,6 +520,17 @@ class LedgerTests(WitnessTestCase):
         with self.assertRaisesRegex(
             psycopg2.ProgrammingError, "zreconnect ledger --table office.ledger DSN"
         ):
+            connection.begin()
+        self.assertEqual(connection.state, "idle")
+
+    def test_without_the_right_to_write_it_the_servers_error_is_raised(self):
+        self.connect(witness=Ledger()).run(lambda: None)
+        self.query(f"CREATE ROLE clerk LOGIN PASSWORD '{self.server.password}'")
+        self.addCleanup(self.query, "DROP ROLE clerk")
+        connection = self.connect(
+            self.layer.dsn(user="clerk", dbname=self.dbname), witness=Ledger()
+        )
+        with self.assertRaises(psycopg2.errors.InsufficientPrivilege):
             connection.begin()
         self.assertEqual(connection.state, "idle")
 
