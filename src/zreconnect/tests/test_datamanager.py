@@ -126,6 +126,26 @@ class DataManagerTests(DatabaseTestCase):
         transaction.commit()
         self.assertEqual(self.names(), ["two"])
 
+    def test_nor_when_a_statement_of_it_could_not_begin(self):
+        """Although the program has rolled back, and gone on with the next statement."""
+        errors = [LookupError("no session")]
+
+        def on_connect(raw):
+            if errors:
+                raise errors.pop()
+
+        descriptor = ConnectionDescriptor(self.dsn, on_connect=on_connect)
+        self.addCleanup(descriptor.close)
+        connection = descriptor.connection()
+        with self.assertRaises(LookupError):
+            connection.cursor().execute("INSERT INTO item VALUES ('one')")
+        connection.rollback()
+        connection.cursor().execute("INSERT INTO item VALUES ('two')")
+        with self.assertRaises(DisconnectionError):
+            transaction.commit()
+        transaction.abort()
+        self.assertEqual(self.names(), [])
+
     def test_nor_after_its_own_rollback(self):
         self.insert("one")
         self.lose()

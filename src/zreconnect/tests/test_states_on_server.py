@@ -10,6 +10,7 @@ import zope.event
 
 from zreconnect import CommitOutcomeUnknown, DisconnectionError, commits, work
 from zreconnect.events import ConnectionLost
+from zreconnect.session import NO_SESSION
 from zreconnect.states import REQUESTS, Answer, Event, Request, State
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests.base import DatabaseTestCase
@@ -39,6 +40,17 @@ def when_lost(function):
 
 def interrupt():
     raise KeyboardInterrupt
+
+
+# What is rolled back when its session ends.
+ENDS_WITH_SESSION = {
+    *(State.BEGINNING, State.TORN, State.ACTIVE, State.ENDED),
+    *(State.DOOMED, State.UNKNOWN, State.ROLLING_BACK),
+}
+
+
+class Anchor:
+    """What a larger transaction refers to."""
 
 
 class ServerTestCase(DatabaseTestCase):
@@ -219,6 +231,80 @@ class EveryState:
                 connection = self.reach(state)
                 connection.close()
                 self.assertEqual(connection.state, "closed")
+
+    def test_the_larger_transaction_is_forgotten_in_each_state(self):
+        for state in State:
+            with self.subTest(state.name):
+                connection = self.reach(state)
+                before, anchor = connection.work.member, Anchor()
+                connection.work.become_part("member", anchor)
+                self.assertFalse(connection.work.is_forgotten())
+                del anchor
+                if state is State.IDLE or state in ENDS_WITH_SESSION:
+                    self.assertEqual((connection.state, connection.work.member), ("idle", None))
+                    self.assertFalse(connection.work.turn.is_mine())
+                    self.assertEqual(self.names(), [])
+                else:
+                    # What may be committed or prepared takes longer.
+                    self.assertIs(connection.work.state, state)
+                    self.assertTrue(connection.work.is_forgotten())
+                if state in ENDS_WITH_SESSION:
+                    self.assertIs(connection.work.link.session, NO_SESSION)
+                connection.work.become_part(before)
+
+    def test_a_larger_transaction_that_is_not_forgotten(self):
+        connection, anchor = self.reach(State.ACTIVE), Anchor()
+        # A transaction of somebody else's begins while the larger one is still there.
+        connection.work.become_part("member", anchor)
+        connection.work.forget_member()
+        del anchor
+        self.assertFalse(connection.work.is_forgotten())
+        self.assertIs(connection.work.state, State.ACTIVE)
+        # It is certain to be told its end.
+        connection.work.become_part("member")
+        self.assertFalse(connection.work.is_forgotten())
+        connection.work.forget_member()
+
+    def test_what_is_known_not_to_be_committed_is_no_longer_counted(self):
+        for state, event, sent in (
+            (State.COMMITTING, Event.REFUSED, 0),
+            (State.COMMITTING, Event.GOES_ON, 0),
+            (State.COMMITTING, Event.FOUND_ABORTED, 0),
+            (State.UNSETTLED, Event.FOUND_ABORTED, 0),
+            (State.COMMITTING, Event.COMMITTED, 1),
+            (State.COMMITTING, Event.NOT_FOUND, 1),
+            (State.COMMITTING, Event.LOST, 1),
+            (State.UNSETTLED, Event.COMMITTED, 1),
+            # That of another connection is counted here.
+            (State.ACTIVE, Event.GOES_ON, 1),
+            (State.PREPARING, Event.GOES_ON, 1),
+            (State.ENDED, Event.REFUSED, 1),
+            (State.IDLE, Event.FOUND_ABORTED, 1),
+        ):
+            with self.subTest(f"{state.name}, {event.name}"):
+                connection = self.reach(state)
+                with commits.watched() as watched:
+                    commits.note()
+                    connection.work.note(event)
+                self.assertEqual(watched.sent, sent)
+
+    def test_what_counts_as_a_loss(self):
+        for state, event, losses in (
+            (State.ACTIVE, Event.LOST, 1),
+            (State.BEGINNING, Event.NOT_BEGUN_FOR_STATEMENT, 1),
+            (State.BEGINNING, Event.NOT_REACHED_FOR_STATEMENT, 1),
+            (State.COMMITTING, Event.NOT_FOUND, 1),
+            (State.UNSETTLED, Event.FOUND_ABORTED, 1),
+            (State.BEGINNING, Event.NOT_BEGUN, 0),
+            (State.COMMITTING, Event.LOST, 0),
+            (State.DOOMED, Event.LOST, 0),
+            (State.DOOMED, Event.ROLLED_BACK, 0),
+        ):
+            with self.subTest(f"{state.name}, {event.name}"):
+                connection = self.reach(state)
+                before = connection.work.losses
+                connection.work.note(event)
+                self.assertEqual(connection.work.losses - before, losses)
 
     def test_rollback_tells_of_a_commit(self):
         connection = self.unsettled(lost="to_client")
