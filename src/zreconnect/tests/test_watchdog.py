@@ -143,10 +143,41 @@ class SilenceTests(DatabaseTestCase):
             self.query("DELETE FROM item")
 
     def test_rollback_does_not_hang(self):
-        self.cursor.execute("SELECT 1")
-        self.fall_silent()
-        self.connection.rollback()
-        self.assertEqual(self.connection.state, "idle")
+        for response_timeout, limit in ((RESPONSE_TIMEOUT, RESPONSE_TIMEOUT), (None, 10)):
+            connection = self.connect(response_timeout=response_timeout)
+            connection.cursor().execute("SELECT 1")
+            self.fall_silent()
+            with self.assertLogs("zreconnect", "WARNING") as logs:
+                connection.rollback()
+            self.assertIn(f"within {limit:.1f} seconds", logs.output[0])
+            self.assertEqual(connection.state, "idle")
+
+    def test_a_wait_that_an_interrupt_has_left_ends_with_the_transaction(self):
+        self.connection.run(lambda: None)
+        for request in (
+            *(self.connection.begin, self.connection.rollback),
+            *(lambda: self.cursor.execute("SELECT 1"), self.connection.rollback),
+        ):
+            watch = self.connection.work.link.session.watch
+            watch.awaiting(RESPONSE_TIMEOUT).__enter__()
+            request()
+            watch.look()
+            self.time.go_on(2 * RESPONSE_TIMEOUT)
+            watch.look()
+            self.assertIsNone(watch.cut_after)
+
+    def test_the_answer_to_begin_leaves_half_of_the_time_for_connecting_again(self):
+        for timeout, response_timeout, limit in (
+            (8, None, 4),
+            (8, 30, 4),
+            (8, 3, 3),
+            (100, None, 10),
+            (None, None, 10),
+            (None, 3, 3),
+        ):
+            connection = self.connect(response_timeout=response_timeout)
+            policy = RetryPolicy(timeout=timeout)
+            self.assertEqual(connection.work.limit_of_begin(policy), limit)
 
     def test_begin_has_the_deadline_of_an_attempt(self):
         connection = self.connect()
