@@ -160,6 +160,14 @@ class Blocks:
         end.set()
         thread.join(PATIENCE)
 
+    def test_who_begins_anew_is_not_told_of_the_transaction_before(self):
+        self.connection.run(lambda: None)
+        for begin in (self.connection.begin, self.insert):
+            self.connection.work.leave_untold(Outcome.COMMITTED)
+            begin()
+            self.connection.rollback()
+            self.connection.rollback()
+
     def test_on_connect_that_meets_a_disconnect_of_another_connection(self):
         armed = []
 
