@@ -1001,6 +1001,12 @@ class BeginWithStatementTests(Psycopg, DatabaseTestCase):
         self.query("SELECT setval('executions', 1, false)")
         return count
 
+    def test_the_witness_knows_the_id_of_the_transaction(self):
+        for witness in ("xid", Ledger()):
+            connection = self.ready(witness=witness)
+            ((number,),) = connection.execute("SELECT pg_current_xact_id()").fetchall()
+            self.assertEqual(connection.work.link.observer._xid, int(number))
+
     # Round trips
 
     def test_a_transaction_of_one_statement(self):

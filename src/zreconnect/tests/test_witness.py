@@ -79,10 +79,22 @@ class BothTests(WitnessTestCase):
             resume = threading.Timer(0.3, self.server.resume_backend, [orphan])
             resume.start()
             connection.rollback()
-            connection.run(self.insert, connection)
+
+            def work(connection=connection, orphan=orphan):
+                self.assertNotIn(orphan, self.sessions())
+                self.insert(connection)
+
+            connection.run(work)
             resume.join()
-            self.assertNotIn(orphan, self.sessions())
             self.assertEqual(self.names(), ["one"])
+
+    def test_the_id_of_the_transaction_is_known(self):
+        for connection in self.connections():
+            connection.begin()
+            cursor = connection.cursor()
+            cursor.execute("SELECT pg_current_xact_id()")
+            ((number,),) = cursor.fetchall()
+            self.assertEqual(connection.work.link.observer._xid, int(number))
 
     def test_a_server_that_does_not_come_back_leaves_it_unknown(self):
         for connection in self.connections():
@@ -398,6 +410,8 @@ class XidAtCommitTests(WitnessTestCase):
     def test_a_readonly_transaction_asks_nothing(self):
         self.connection.readonly = True
         self.assertEqual(self.trips("SELECT 1"), 3)
+        # It does not look as if it only read.
+        self.assertEqual(self.trips("DO $$ BEGIN END $$"), 3)
 
     def test_arguments(self):
         self.assertEqual(repr(XidWitness(at_commit=True)), "XidWitness(at_commit=True)")
@@ -424,6 +438,14 @@ class LedgerTests(WitnessTestCase):
 
         self.lose_answer_to_commit(connection, crash)
         self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
+
+    def test_the_session_that_looks_it_up_keeps_no_limit_for_locks(self):
+        connection = self.connect(witness=Ledger())
+        self.insert(connection)
+        self.lose_answer_to_commit(connection)
+        cursor = connection.cursor()
+        cursor.execute("SHOW lock_timeout")
+        self.assertEqual(cursor.fetchone(), ("0",))
 
     def test_each_connection_has_a_row_until_it_is_closed(self):
         first, second = self.connect(witness=Ledger()), self.connect(witness=Ledger())
