@@ -19,6 +19,7 @@ from transaction.interfaces import TransientError
 
 import zreconnect
 from zreconnect import CommitOutcomeUnknown, DisconnectionError, RetryPolicy, events
+from zreconnect.datamanager import join_transactions
 from zreconnect.drivers.base import BaseDriver
 from zreconnect.events import ConnectionLost, Reconnected
 from zreconnect.server import _Attempt, server_from_dsn
@@ -159,6 +160,11 @@ class Blocks:
         self.connection.rollback()
         end.set()
         thread.join(PATIENCE)
+
+    def test_it_is_told_where_nobody_has_the_turn(self):
+        self.connection.work.leave_untold(Outcome.COMMITTED)
+        with self.assertRaises(CommitOutcomeUnknown):
+            self.connection.rollback()
 
     def test_who_begins_anew_is_not_told_of_the_transaction_before(self):
         self.connection.run(lambda: None)
@@ -372,24 +378,58 @@ class Blocks:
         self.assertIn("had committed its work", logs.output[-1])
         self.assertEqual(self.names(), ["one", "two"])
 
+    def test_rollback_ends_the_block_that_a_thread_has_left(self):
+        def begin():
+            self.connection.__enter__()
+            self.insert()
+
+        thread = threading.Thread(target=begin)
+        thread.start()
+        thread.join(PATIENCE)
+        self.connection.rollback()
+        other = threading.Thread(target=self.connection.run, args=[self.insert, "two"])
+        other.start()
+        other.join(PATIENCE)
+        self.assertEqual(self.names(), ["two"])
+
+    def test_a_part_that_a_thread_has_left_rolled_back(self):
+        join_transactions(self.connection, transaction.manager)
+        kept = []
+
+        def leave():
+            self.insert()
+            self.connection.rollback()
+            kept.append(transaction.get())
+
+        thread = threading.Thread(target=leave)
+        thread.start()
+        thread.join(PATIENCE)
+        self.insert("two")
+        transaction.commit()
+        self.assertEqual(self.names(), ["two"])
+
     def test_an_interrupted_commit_in_a_manager_that_forgets_it(self):
-        descriptor = zreconnect.ConnectionDescriptor(self.dsn, driver=self.driver)
-        self.addCleanup(descriptor.close)
-        connection = descriptor.connection()
-        connection.cursor().execute("INSERT INTO item VALUES ('one')")
-        self.forward.cut("to_client", 0)
-        member = type(connection.work.member)
-        with (
-            mock.patch.object(member, "abort", side_effect=KeyboardInterrupt),
-            interrupted_by(ConnectionLost),
-        ):
-            for end in (transaction.commit, transaction.abort):
-                with self.assertRaises(KeyboardInterrupt):
-                    end()
-        with self.assertLogs("zreconnect", "ERROR") as logs:
-            connection.cursor()
-        self.assertIn("had committed its work", logs.output[-1])
-        self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
+        for look in ("cursor", "execute"):
+            descriptor = zreconnect.ConnectionDescriptor(self.dsn, driver=self.driver)
+            self.addCleanup(descriptor.close)
+            connection = descriptor.connection()
+            cursor = connection.cursor()
+            cursor.execute("INSERT INTO item VALUES ('one')")
+            self.forward.cut("to_client", 0)
+            member = type(connection.work.member)
+            with (
+                mock.patch.object(member, "abort", side_effect=KeyboardInterrupt),
+                interrupted_by(ConnectionLost),
+            ):
+                for end in (transaction.commit, transaction.abort):
+                    with self.assertRaises(KeyboardInterrupt):
+                        end()
+            with self.assertLogs("zreconnect", "ERROR") as logs:
+                connection.cursor() if look == "cursor" else cursor.execute("SELECT 1")
+            self.assertIn("had committed its work", logs.output[-1])
+            transaction.abort()
+            self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
+            self.query("DELETE FROM item")
 
     def test_an_interrupt_when_there_is_a_session_again(self):
         self.connection.run(lambda: None)
@@ -405,6 +445,24 @@ class Blocks:
             connection.begin()
         self.assertEqual(connection.state, "closed")
         wait_until(lambda: not self.sessions())
+
+    def test_a_session_that_somebody_still_refers_to_is_closed_all_the_same(self):
+        for end in (self.connection.reset, self.connection.close):
+            self.insert()
+            session = self.connection.work.link.session
+            end()
+            self.assertTrue(session.raw.closed)
+            self.assertFalse(session.watch.is_quiet())
+
+    def test_nobody_has_left_a_closed_connection(self):
+        self.insert()
+        self.connection.close()
+        for request in (self.insert, self.connection.begin, self.connection.rollback):
+            with (
+                self.assertNoLogs("zreconnect", "WARNING"),
+                self.assertRaises(self.module.InterfaceError),
+            ):
+                request()
 
     def test_reset_inside_a_transaction(self):
         self.insert()
@@ -526,9 +584,9 @@ class SqliteTests(unittest.TestCase):
             self.assertRaises(KeyboardInterrupt),
         ):
             connection.commit()
-        with self.assertRaises(CommitOutcomeUnknown):
+        with self.assertRaises(CommitOutcomeUnknown) as raised:
             connection.rollback()
-        self.assertEqual(connection.state, "idle")
+        self.assertEqual((raised.exception.outcome, connection.state), ("unknown", "idle"))
 
 
 class TurnTests(unittest.TestCase):
