@@ -32,10 +32,11 @@ from zreconnect import (
     twophase,
 )
 from zreconnect.drivers.psycopg2 import driver
-from zreconnect.events import CommitLookedUp, GaveUp
+from zreconnect.events import CommitLookedUp, ConnectionLost, GaveUp
 from zreconnect.testing import EmbeddedPostgres, PortForward
 from zreconnect.testing.layers import POSTGRES_LAYER, PostgresLayer
 from zreconnect.tests.base import PATIENCE, wait_until
+from zreconnect.tests.test_watchdog import RESPONSE_TIMEOUT, watchdogs_time
 
 # Without fsync PREPARE TRANSACTION takes less time. What a process has written outlives the process
 # all the same.
@@ -448,6 +449,26 @@ class LostVoteTests(TwoPhaseTestCase):
             transaction.commit()
         transaction.abort()
         self.check(rows=0)
+
+    def test_an_answer_that_does_not_come_is_not_waited_for(self):
+        time = watchdogs_time(self)
+        self.connect(response_timeout=RESPONSE_TIMEOUT)
+        self.insert()
+
+        def fall_silent():
+            self.other.forward.silence("to_client")
+            time.hurries = True
+
+        def speak_again(event):
+            if isinstance(event, ConnectionLost):
+                time.hurries = False
+                self.other.forward.resume()
+
+        self.between_branches(tpc_vote=fall_silent)
+        zope.event.subscribers.append(speak_again)
+        self.addCleanup(zope.event.subscribers.remove, speak_again)
+        transaction.commit()
+        self.check(rows=1)
 
     def test_run_runs_again(self):
         self.connect()

@@ -152,6 +152,15 @@ class SilenceTests(DatabaseTestCase):
             self.assertIn(f"within {limit:.1f} seconds", logs.output[0])
             self.assertEqual(connection.state, "idle")
 
+    def test_close_does_not_hang(self):
+        connection = self.connect(witness=Ledger(), response_timeout=RESPONSE_TIMEOUT)
+        connection.run(lambda: None)
+        self.fall_silent()
+        connection.close()
+        self.time.hurries = False
+        self.forward.resume()
+        self.assertEqual(connection.state, "closed")
+
     def test_a_wait_that_an_interrupt_has_left_ends_with_the_transaction(self):
         self.connection.run(lambda: None)
         for request in (
