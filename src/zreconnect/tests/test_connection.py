@@ -634,6 +634,18 @@ class TransientErrorTests(DatabaseTestCase):
             connection.cursor().execute(statement)
         return raised.exception
 
+    def test_that_of_a_statement_on_the_drivers_own_connection(self):
+        connection = self.connect()
+        runs = []
+
+        def work():
+            runs.append(connection.driver_connection)
+            if len(runs) == 1:
+                runs[0].cursor().execute("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
+
+        connection.run(work)
+        self.assertEqual(len(runs), 2)
+
     def test_they_are_the_drivers_and_transient(self):
         error = self.error("DO $$ BEGIN RAISE SQLSTATE '40001' USING DETAIL = 'why'; END $$")
         self.assertIsInstance(error, self.module.errors.SerializationFailure)

@@ -165,6 +165,17 @@ class WaitingTests(DatabaseTestCase):
 
 
 class EventTests(DatabaseTestCase):
+    def test_the_first_session_is_not_announced_and_a_later_one_is(self):
+        connection = self.connect()
+        with self.events() as seen:
+            connection.begin()
+        self.assertEqual(seen, [])
+        connection.rollback()
+        self.forward.drop()
+        with self.events() as seen:
+            connection.begin()
+        self.assertEqual([type(event) for event in seen], [ConnectionLost, Reconnected])
+
     def test_the_story_of_an_outage(self):
         connection = self.connect()
         connection.begin()

@@ -35,6 +35,11 @@ class SettingsTests(DatabaseTestCase):
         self.assertFalse(connection.autocommit)
         self.assertEqual(self.show(), ("read committed", "off", "off"))
 
+    def test_a_server_that_takes_no_writes_is_of_use_for_reading_only(self):
+        for readonly, needs_writes in ((None, True), (False, True), (True, False)):
+            self.connection.readonly = readonly
+            self.assertIs(self.connection.work.link.needs_writes(), needs_writes)
+
     def test_transaction_modes_return_after_a_disconnect(self):
         connection = self.connection
         for change, modes in [
