@@ -318,6 +318,19 @@ class TimeoutTests(AdapterTestCase):
         transaction.commit()
         self.assertEqual(self.waits(adapter), 60)
 
+    def test_so_does_a_begin_that_travels_with_a_statement(self):
+        adapter = self.adapter(timeout=60, driver="psycopg")
+        self.read(adapter)
+        transaction.commit()
+        self.forward.delay(0.2)
+        self.read(adapter)
+        self.forward.delay(0)
+        self.forward.drop()
+        with self.assertRaises(DisconnectionError):
+            self.read(adapter)
+        transaction.abort()
+        self.assertLessEqual(self.waits(adapter), 59.8)
+
     def test_an_aborted_transaction_that_was_not_lost_ends_the_count(self):
         adapter = self.adapter(timeout=60)
         self.lose_transaction(adapter, 0.1)

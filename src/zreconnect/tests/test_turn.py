@@ -6,10 +6,17 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
+from unittest import mock
 
 import psycopg
 
-from zreconnect import DisconnectionError, Ledger, ReconnectTimeout, RetryPolicy
+from zreconnect import (
+    ConnectionDescriptor,
+    DisconnectionError,
+    Ledger,
+    ReconnectTimeout,
+    RetryPolicy,
+)
 from zreconnect.tests.base import (
     DatabaseTestCase,
     LineTestCase,
@@ -19,6 +26,7 @@ from zreconnect.tests.base import (
     wait_until,
 )
 from zreconnect.tests.test_mysql import MysqlTestCase
+from zreconnect.turn import Turn
 
 THREADS = 6
 TIMES = 15
@@ -430,6 +438,21 @@ class Psycopg2Tests(SharedTests, DatabaseTestCase):
         self.assertTrue(connection.work.turn.is_mine())
         connection.work.member.abort(None)
         self.assertFalse(connection.work.turn.is_mine())
+
+    def test_who_has_it_for_good_has_not_waited(self):
+        descriptor = ConnectionDescriptor(self.dsn, policy=RetryPolicy(timeout=60))
+        self.addCleanup(descriptor.close)
+        connection = descriptor.connection()
+        connection.begin()
+        patience = connection.work.patience
+        self.assertEqual(patience.begins(connection.work.waited).timeout, 60)
+
+    def test_rollback_of_another_threads_transaction_does_not_wait(self):
+        connection = self.connect()
+        finish = self.held_by_thread(connection)
+        with mock.patch.object(Turn, "_wait", side_effect=AssertionError("it waits")):
+            connection.rollback()
+        finish()
 
     def test_a_forked_child_does_not_wait_for_the_parents_threads(self):
         connection = self.connect()
