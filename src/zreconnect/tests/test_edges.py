@@ -96,6 +96,15 @@ class Blocks:
             self.assertEqual(self.names(), [])
             self.connection = self.connect()
 
+    def test_a_block_keeps_the_connection_when_its_transaction_has_ended(self):
+        for end in (self.connection.rollback, self.connection.commit):
+            with self.connection:
+                self.insert()
+                end()
+                self.assertTrue(self.connection.work.turn.is_mine())
+        self.assertFalse(self.connection.work.turn.is_mine())
+        self.assertEqual(self.names(), ["one"])
+
     def test_a_block_inside_another_one_leaves_it_alone(self):
         with self.connection:
             self.insert()
