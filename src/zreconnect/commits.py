@@ -1,15 +1,19 @@
 """Whether a call has committed something, so that running it again would do that twice.
 
-Connections tell it with `note`, before a COMMIT leaves, and with `withdraw`, if it is known to have
-committed nothing; what runs a call again watches it with `watched`.
+Connections tell it before a COMMIT leaves, and if it is known to have committed nothing; what runs
+a call again watches it with `watched`, or looks at the number of a connection's `OwnCommits`.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -43,14 +47,57 @@ def are_watched() -> bool:
 
 
 def note() -> Commits | None:
-    """A transaction is about to be committed. Returns what `withdraw` is to be called with."""
+    """A transaction is about to be committed. Returns where this is counted."""
     commits = _watched.get()
     if commits is not None:
         commits.sent += 1
     return commits
 
 
-def withdraw(noted: Commits | None) -> None:
-    """A transaction is not committed that was noted before, perhaps by an earlier call."""
-    if noted is not None:
-        noted.sent -= 1
+class OwnCommits:
+    """What the threads that use a connection know, each of its own COMMITs there."""
+
+    __slots__ = ("_local", "_sent")
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._sent: tuple[Commits | None, dict[str, Any]] = None, {}
+
+    def sending(self) -> None:
+        """The calling thread is about to send a COMMIT."""
+        own = vars(self._local)
+        own["number"] = own.get("number", 0) + 1
+        self._sent = note(), own
+
+    def withdraw(self) -> None:
+        """The COMMIT that was sent last has committed nothing, whoever has sent it, and when."""
+        watched_by, own = self._sent
+        own["number"] -= 1
+        if watched_by is not None:
+            watched_by.sent -= 1
+
+    def number(self) -> int:
+        """How many transactions the calling thread has committed, or may have."""
+        number: int = vars(self._local).get("number", 0)
+        return number
+
+    def leave_untold(self, outcome: Any) -> None:
+        """The calling thread does not know yet what became of its COMMIT, or may not; so that a
+        ``rollback()`` after an interrupt has to say so."""
+        self._local.untold = [outcome]
+
+    def forget(self) -> None:
+        """The calling thread goes on to another transaction."""
+        self._local.untold = []
+
+    def untold(self) -> Any:
+        """What became of the calling thread's COMMIT, if it may not know it; else None."""
+        untold = vars(self._local).get("untold")
+        return untold[0] if untold else None
+
+    def told(self, result: Result) -> Result:
+        """``result``, with which the program learns of the commit: the last that is done for it."""
+        untold = vars(self._local).setdefault("untold", [])
+        # In one step: what interrupts it comes before, and leaves it untold, or finds it told. No
+        # signal's handler runs between what the unpacking of map() does, and the return.
+        return [result, *map(list.clear, (untold,))][0]  # type: ignore[return-value]

@@ -155,10 +155,10 @@ class ReconnectingConnection(SettingsOfSessions):
 
     def commit(self) -> None:
         self._commit()
-        self.work.told(None)
+        self.work.own.told(None)
 
     def _commit(self) -> None:
-        """Commit; `Work.told` is to follow, when nothing else has to be done."""
+        """Commit; that the program is told is to follow, when nothing else has to be done."""
         if not self.work.turn.is_mine():
             if self.work.turn.is_anothers():
                 raise self.work.link.driver.module.ProgrammingError(
@@ -230,7 +230,7 @@ class ReconnectingConnection(SettingsOfSessions):
             abort_after=self.rollback_after,
             attempts=attempts,
         )
-        return self.work.told(result)
+        return self.work.own.told(result)
 
     def transactional(
         self, attempts: int = 3
@@ -290,19 +290,16 @@ class ReconnectingConnection(SettingsOfSessions):
             if error is not None:
                 self.rollback_after(error)
             self.work.give_turn()
-        self.work.told(None)
+        self.work.own.told(None)
 
     def _is_late(self) -> bool:
         """Whether a ``with`` block that was left suspended, in a generator, has ended before."""
         work = self.work
-        if not work.block:
-            # It was that of a thread that has ended.
-            return True
-        is_late = work.state is not State.IDLE and work.number > work.block_began_after + 1
-        if is_late:
-            # The transaction may have begun since: it goes on.
-            work.block.clear()
-        return is_late
+        if work.block and (work.state is State.IDLE or work.number <= work.block_began_after + 1):
+            return False
+        # Its thread has ended; or the transaction, which goes on, may have begun since.
+        work.block.clear()
+        return True
 
     def fork(self) -> ReconnectingConnection:
         forked = type(self).__new__(type(self))

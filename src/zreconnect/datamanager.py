@@ -94,7 +94,7 @@ class ConnectionDataManager:
     def tpc_finish(self, transaction: ITransaction) -> None:
         self.work.leave(self)
         if not self.work.tells_later:
-            self.work.told(None)
+            self.work.own.told(None)
 
     def tpc_abort(self, transaction: ITransaction) -> None:
         self.abort(transaction)

@@ -103,13 +103,15 @@ class Guard:
             work.note(event)
         if keeping is Keeping.TOLD:
             self._link.lost(error, shown)
-        elif keeping is Keeping.ENDED and self._link.session is not NO_SESSION:
+        elif keeping is Keeping.ENDED:
+            was_open = self._link.session is not NO_SESSION
             self._link.end()
-            events.logger.info(
-                "A request to %s was interrupted, and its session is ended: %s",
-                self._link.server.address,
-                type(error).__name__,
-            )
+            if was_open:
+                events.logger.info(
+                    "A request to %s was interrupted, and its session is ended: %s",
+                    self._link.server.address,
+                    type(error).__name__,
+                )
         if event is not None and is_last:
             work.note(event)
 
@@ -320,7 +322,7 @@ class Guard:
                 raise
             events.logger.error("%s", unknown)
             # For the program's own rollback().
-            self.work.leave_untold(Outcome(unknown.outcome))
+            self.work.own.leave_untold(Outcome(unknown.outcome))
         else:
             if was_unknown and self.may_run_again(error):
                 raise CommitOutcomeUnknown(self._link.server.address) from error
@@ -328,10 +330,10 @@ class Guard:
     def tell(self) -> None:
         """Raise `CommitOutcomeUnknown` if an interrupt has kept the thread from learning that its
         transaction is committed, or may be."""
-        outcome = self.work.untold()
+        outcome = self.work.own.untold()
         if outcome is not None:
             unknown = CommitOutcomeUnknown(self._link.server.address, outcome=outcome.value)
-            raise self.work.told(unknown)
+            raise self.work.own.told(unknown)
 
     def _settle_lost_commit(self, error: BaseException, raw: Any) -> None:
         """Return if the transaction was committed; else raise what became of it."""
@@ -409,11 +411,7 @@ class Guard:
 
     def _end_what_a_thread_has_left(self) -> None:
         if self.work.has_orphan():
-            try:
-                self._end_orphan()
-            except BaseException:
-                self.work.give_turn()
-                raise
+            self._end_orphan()
 
     def end_forgotten(self) -> None:
         """End what its transaction manager has forgotten, after an interrupt."""

@@ -14,6 +14,9 @@ from zreconnect.policy import LONGEST_ATTEMPT, RetryPolicy
 from zreconnect.server import Server
 from zreconnect.session import NO_SESSION, Session, open_session, tell_if_cut
 
+Use = Callable[[Any], object]
+Check = Callable[[], object]
+
 
 class Link:
     """What leads from a connection to its server.
@@ -59,12 +62,7 @@ class Link:
         """The seconds that the answer may take to a request that must not wait for ever."""
         return self.options.response_timeout or LONGEST_ATTEMPT
 
-    def open(
-        self,
-        first_use: Callable[[Any], object],
-        policy: RetryPolicy,
-        check: Callable[[], object],
-    ) -> None:
+    def open(self, first_use: Use, policy: RetryPolicy, check: Check) -> None:
         """Open the next session; ``first_use`` of its raw connection is part of an attempt.
 
         check: called before each attempt; raises what makes it unnecessary.

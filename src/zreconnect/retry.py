@@ -61,7 +61,7 @@ def run_unit_of_work(
     def unit_of_work() -> Result:
         nonlocal is_final
         check_idle()
-        commits_before = guard.work.commits()
+        commits_before = guard.work.own.number()
         try:
             begin()
             result = function()
@@ -69,7 +69,7 @@ def run_unit_of_work(
         except BaseException as error:
             is_final = guard.has_committed_by_itself()
             abort_after(error)
-            is_final = is_final or guard.work.commits() > commits_before
+            is_final = is_final or guard.work.own.number() > commits_before
             raise
         return result
 

@@ -259,7 +259,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
         if outcome is Outcome.COMMITTED:
             # First: what interrupts the rest must not hide it from the other branches.
             self.decision.outcome = outcome
-            self.work.leave_untold(outcome)
+            self.work.own.leave_untold(outcome)
         if outcome is not Outcome.UNKNOWN:
             self._release()
         return outcome, problem

@@ -39,15 +39,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-from zreconnect import commits, events
+from zreconnect import events
+from zreconnect.commits import OwnCommits
 from zreconnect.interfaces import DOOMED
-from zreconnect.link import Link
+from zreconnect.link import Check, Link, Use
 from zreconnect.policy import Patience, RetryPolicy
 from zreconnect.refusals import REFUSED, refuse
 from zreconnect.session import NO_SESSION
@@ -55,15 +55,11 @@ from zreconnect.states import NEXT, REQUESTS, Answer, Event, Request, State
 from zreconnect.turn import Turn
 from zreconnect.witness import Outcome
 
-Result = TypeVar("Result")
-
-# How many seconds a thread waits for the transaction of another one to end, if the policy has no
-# timeout.
+# For how many seconds a thread waits for another one's transaction, without a policy's timeout.
 PATIENCE_WITH_THREADS = 60.0
 # How many seconds rollback() looks for the outcome of a COMMIT that was interrupted. Nobody waits
 # for ever for a rollback, whatever the policy is.
 PATIENCE_OF_ROLLBACK = 10.0
-
 
 # A part of what was done is not there, or perhaps not.
 _LOST = frozenset({State.DOOMED, State.UNKNOWN, State.TORN})
@@ -87,14 +83,12 @@ class Work:
     waited: the seconds that the thread has waited for its turn. number: that of the present
     transaction, or of the last. block_began_after: that of the last one before the ``with`` block.
     tells_later: whether the program learns of a commit not from the end of the larger transaction,
-    but from what goes on after it.
+    but from what goes on after it. own: what each thread knows of its own COMMITs here.
     """
 
     __slots__ = (
         "__weakref__",
         "_anchors",
-        "_noted",
-        "_own",
         "block",
         "block_began_after",
         "committing",
@@ -105,6 +99,7 @@ class Work:
         "losses",
         "member",
         "number",
+        "own",
         "patience",
         "state",
         "tells_later",
@@ -128,9 +123,7 @@ class Work:
         self.block: dict[str, Any] = {}
         self.block_began_after = 0
         self.committing: Any = None
-        # What each thread has to know of its own COMMITs.
-        self._own = threading.local()
-        self._noted: tuple[commits.Commits | None, dict[str, Any]] = None, {}
+        self.own = OwnCommits()
         _works.add(self)
         self.waited = 0.0
 
@@ -145,9 +138,7 @@ class Work:
             self.losses += 1
         self.state = state
         if before in _COMMIT_SENT and event in _NOT_COMMITTED:
-            noted, own = self._noted
-            own["commits"] -= 1
-            commits.withdraw(noted)
+            self.own.withdraw()
 
     def is_autocommit(self) -> bool:
         """Whether a statement would be a transaction of its own."""
@@ -161,12 +152,12 @@ class Work:
         anchor: what that transaction, and nobody else, refers to as long as it lasts; None if it is
         certain to be told its end.
         """
-        # In this order: a part without anchors is told its end.
         self._anchors = ()
         if anchor is not None:
             # Two: what interrupts the call of one ends it, and nobody learns of it.
             forgotten = self._forgotten
             self._anchors = weakref.ref(anchor, forgotten), weakref.ref(anchor, forgotten)
+        # Last: a part without anchors is told its end.
         self.member = member
 
     def leave(self, member: Any) -> None:
@@ -220,12 +211,7 @@ class Work:
             self.ask(Request.LOOK)
             self.open(self.link.record_session, self.patience.policy, self._check_open)
 
-    def open(
-        self,
-        first_use: Callable[[Any], object],
-        policy: RetryPolicy,
-        check: Callable[[], object] = lambda: None,
-    ) -> None:
+    def open(self, first_use: Use, policy: RetryPolicy, check: Check = lambda: None) -> None:
         """Open the next session, unless the connection is closed meanwhile.
 
         check: called before each attempt; raises what makes it unnecessary.
@@ -304,7 +290,7 @@ class Work:
     def _begin_another(self, explicit: bool) -> None:
         self.is_explicit = explicit
         self.number += 1
-        self._own.untold = []
+        self.own.forget()
         self.note(Event.BEGIN_LEAVES)
 
     def limit_of_begin(self, policy: RetryPolicy) -> float:
@@ -338,9 +324,7 @@ class Work:
         """Commit the transaction."""
         session = self.link.session
         self.committing = session.raw
-        own = vars(self._own)
-        own["commits"] = self.commits() + 1
-        self._noted = commits.note(), own
+        self.own.sending()
         self.note(Event.COMMIT_LEAVES)
         with session.watch.awaiting(self.link.options.response_timeout):
             self.link.observer.commit(session.raw)
@@ -369,31 +353,10 @@ class Work:
 
     def committed(self) -> None:
         """It is committed: the server has said so, or it was found."""
-        self.leave_untold(Outcome.COMMITTED)
+        self.own.leave_untold(Outcome.COMMITTED)
         if self.patience.is_shared:
             self.patience.has_ended(lost=False)
         self.note(Event.COMMITTED)
-
-    def leave_untold(self, outcome: Outcome) -> None:
-        """The calling thread does not know yet what became of its COMMIT, or may not."""
-        self._own.untold = [outcome]
-
-    def commits(self) -> int:
-        """How many transactions the calling thread has committed here, or may have."""
-        number: int = vars(self._own).get("commits", 0)
-        return number
-
-    def untold(self) -> Outcome | None:
-        """What became of the calling thread's COMMIT, if the program may not know it."""
-        untold = vars(self._own).get("untold")
-        return untold[0] if untold else None
-
-    def told(self, result: Result) -> Result:
-        """``result``, with which the program learns of the commit: the last that is done for it."""
-        untold = vars(self._own).setdefault("untold", [])
-        # In one step: what interrupts it comes before, and leaves it untold, or finds it told. No
-        # signal's handler runs between what the unpacking of map() does, and the return.
-        return [result, *map(list.clear, (untold,))][0]  # type: ignore[return-value]
 
     def branch_ended(self) -> None:
         """What was prepared is no more of this connection's business."""
@@ -455,7 +418,7 @@ class Work:
     def in_child(self) -> None:
         """This is a forked child: the session, and a transaction in it, are the parent's."""
         self.turn = self.turn.in_child()
-        self._own = threading.local()
+        self.own = OwnCommits()
         self.note(Event.FORKED)
         self.link.renew_observer()
 

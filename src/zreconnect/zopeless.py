@@ -111,7 +111,7 @@ class ZopelessTransactionManager:
             )
         finally:
             work.tells_later = told_later
-        return work.told(result)
+        return work.own.told(result)
 
     def _check_idle(self) -> None:
         self._check_installed()

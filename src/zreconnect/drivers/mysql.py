@@ -374,7 +374,9 @@ class MysqlDriver(BaseDriver):
         except self.module.Error as error:
             if errno(error) in ENDS_TRANSACTION or self._timeout_ended_transaction(raw, error):
                 # So that the session knows it too, and the connection refuses what follows.
+                has_committed = raw.zreconnect_committed
                 self.rollback(raw)
+                raw.zreconnect_committed = has_committed
             raise
         if is_committing and self.in_transaction(raw):
             # What follows is a transaction of its own.

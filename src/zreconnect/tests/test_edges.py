@@ -153,7 +153,7 @@ class Blocks:
         self.assertEqual(self.names(), ["one"])
 
     def test_it_is_told_beside_another_threads_transaction(self):
-        self.connection.work.leave_untold(Outcome.COMMITTED)
+        self.connection.work.own.leave_untold(Outcome.COMMITTED)
         began, end = threading.Event(), threading.Event()
 
         def use():
@@ -171,14 +171,14 @@ class Blocks:
         thread.join(PATIENCE)
 
     def test_it_is_told_where_nobody_has_the_turn(self):
-        self.connection.work.leave_untold(Outcome.COMMITTED)
+        self.connection.work.own.leave_untold(Outcome.COMMITTED)
         with self.assertRaises(CommitOutcomeUnknown):
             self.connection.rollback()
 
     def test_who_begins_anew_is_not_told_of_the_transaction_before(self):
         self.connection.run(lambda: None)
         for begin in (self.connection.begin, self.insert):
-            self.connection.work.leave_untold(Outcome.COMMITTED)
+            self.connection.work.own.leave_untold(Outcome.COMMITTED)
             begin()
             self.connection.rollback()
             self.connection.rollback()

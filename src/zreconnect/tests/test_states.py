@@ -43,7 +43,7 @@ BEGIN_LEAVES               BE .  .  .  .  .  .  .  .  .  .  .  =
 BEGUN                      AC AC .  .  .  .  .  .  .  .  .  .  =
 NOT_BEGUN                  =  ID .  ID .  .  .  .  .  .  .  .  =
 NOT_BEGUN_FOR_STATEMENT    TO TO .  TO .  .  .  .  .  .  .  .  =
-NOT_REACHED_FOR_STATEMENT  .  DO .  .  .  .  .  .  .  .  .  .  =
+NOT_REACHED_FOR_STATEMENT  DO DO .  .  .  .  .  .  .  .  .  .  =
 ENDED                      =  =  =  EN =  =  =  =  EN =  =  =  =
 LOST                       =  =  =  DO DO US =  =  =  =  =  =  =
 COMMIT_LEAVES              .  .  .  CO .  .  .  .  .  .  .  .  =
