@@ -9,6 +9,7 @@ from zreconnect.exceptions import (
     ConflictingTransactionManagerError,
     DisconnectedConnectionError,
     DisconnectionError,
+    PartlyCommitted,
     ReconnectTimeout,
 )
 from zreconnect.policy import FAIL_FAST, PERSIST, RetryPolicy
@@ -26,6 +27,7 @@ __all__ = [
     "DisconnectedConnectionError",
     "DisconnectionError",
     "Ledger",
+    "PartlyCommitted",
     "PreparedTransaction",
     "ReconnectTimeout",
     "ReconnectingConnection",

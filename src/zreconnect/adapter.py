@@ -158,6 +158,7 @@ class ReconnectingDatabaseAdapter:
     witness: as for `connect`; "xid" stands for ``XidWitness(at_commit=True)``.
     response_timeout: seconds after which a statement without an answer counts as a disconnect; None
     waits for ever.
+    two_phase: commit in two phases, as for `connect`.
 
     It can be pickled; a copy has no connection.
 
@@ -172,12 +173,14 @@ class ReconnectingDatabaseAdapter:
         witness: Witness | str | None = "xid",
         on_connect: Callable[[Any], object] | None = None,
         response_timeout: float | None = RESPONSE_TIMEOUT,
+        two_phase: bool = False,
     ) -> None:
         self._driver_name = driver
         self._policy = FAIL_FAST if timeout is None else RetryPolicy(timeout=timeout)
         self._witness = XidWitness(at_commit=True) if witness == "xid" else witness
         self._on_connect = on_connect
         self._response_timeout = response_timeout
+        self._two_phase = two_phase
         self._encoding: str | None = None
         self._dsn = dsn
         self._start()
@@ -194,6 +197,7 @@ class ReconnectingDatabaseAdapter:
             witness=self._witness,
             on_connect=self._on_connect,
             response_timeout=self._response_timeout,
+            two_phase=self._two_phase,
         )
         model.work.link.settings.client_encoding = self._encoding
         return model

@@ -11,6 +11,7 @@ from transaction.interfaces import ITransaction, ITransactionManager
 from zreconnect.documented import implements
 from zreconnect.exceptions import CommitOutcomeUnknown
 from zreconnect.interfaces import ITransactionDataManager
+from zreconnect.siblings import siblings_of
 
 if TYPE_CHECKING:
     from zreconnect.connection import ReconnectingConnection
@@ -24,6 +25,9 @@ class ConnectionDataManager:
     COMMIT is sent in ``tpc_vote``, as one-phase commit asks: the data manager sorts last, so when
     it votes, all the others have agreed.
     """
+
+    #: Whether nothing takes back what it has voted for.
+    commits_in_vote = True
 
     def __init__(
         self, connection: ReconnectingConnection, transaction_manager: ITransactionManager
@@ -86,10 +90,15 @@ class ConnectionDataManager:
             self.work.refuse_lost()
 
     def commit(self, transaction: ITransaction) -> None:
-        """Nothing is to be done between the first phase's begin and its vote."""
+        """With several connections, commit what has only read; see `zreconnect.siblings`."""
+        siblings_of(transaction).before_commits(self)
 
     def tpc_vote(self, transaction: ITransaction) -> None:
-        self.guard.commit()
+        try:
+            self.guard.commit()
+        except Exception as error:
+            siblings_of(transaction).tell(self, error)
+            raise
 
     def tpc_finish(self, transaction: ITransaction) -> None:
         self.work.leave(self)
@@ -109,10 +118,6 @@ class ConnectionDataManager:
         return self.guard.may_run_again(error)
 
 
-class _Anchor:
-    """What a transaction, and nobody else, refers to."""
-
-
 def join_transactions(
     connection: ReconnectingConnection, transaction_manager: ITransactionManager
 ) -> None:
@@ -125,8 +130,8 @@ def _join(connection: ReconnectingConnection, transaction_manager: ITransactionM
         data_manager = connection.data_manager_class(connection, transaction_manager)
         manager_transaction = transaction_manager.get()
         manager_transaction.join(data_manager)
-        # What is set with set_data() lasts as long as the transaction, also if an interrupt keeps
-        # it from telling that it ends.
-        anchor = _Anchor()
-        connection.work.become_part(data_manager, anchor)
-        manager_transaction.set_data(data_manager, anchor)
+        siblings = siblings_of(manager_transaction)
+        siblings.add(data_manager)
+        # They last as long as the transaction, also if an interrupt keeps it from telling that it
+        # ends.
+        connection.work.become_part(data_manager, siblings)

@@ -7,6 +7,8 @@ error                                  happened                   run again?
                                                                   ``transaction.manager.run`` do
 `ReconnectTimeout`                     no transaction began       the caller decides
 `CommitOutcomeUnknown`                 perhaps committed          only after looking
+`PartlyCommitted`                      committed in some          no: a person decides
+                                       databases, not in others
 the driver's, after a deadlock or a    nothing was committed      yes, the same ones: it is a
 serialization failure                                             ``TransientError``, too
 `ConflictingTransactionManagerError`   a mistake in the program   no
@@ -155,6 +157,42 @@ class CommitOutcomeUnknown(Exception):
             "work may be committed or not: look for it in the database before you do it again. "
             + self.evidence
         ).rstrip()
+
+
+class PartlyCommitted(CommitOutcomeUnknown):
+    """One transaction of several databases is committed in some of them, or may be, and not in all.
+
+    committed, not_committed, unknown: the servers' addresses, without passwords: where it is
+    committed, where it is not, and where that could not be found out.
+    reason: what was met by the one that failed.
+    """
+
+    def __init__(
+        self,
+        committed: tuple[str, ...],
+        not_committed: tuple[str, ...],
+        unknown: tuple[str, ...],
+        reason: str,
+    ) -> None:
+        super().__init__(", ".join((*committed, *unknown, *not_committed)))
+        self.args = (committed, not_committed, unknown, reason)
+        self.committed = committed
+        self.not_committed = not_committed
+        self.unknown = unknown
+        self.reason = reason
+
+    def __str__(self) -> str:
+        parts = [
+            ("committed in", self.committed),
+            ("not committed in", self.not_committed),
+            ("perhaps committed in", self.unknown),
+        ]
+        told = ", ".join(f"{what} {' and '.join(where)}" for what, where in parts if where)
+        return (
+            f"The transaction is {told}. Do what is missing by hand, or take back what is there: "
+            "run again, the work would be done twice. With two_phase=True it is all or nothing. "
+            f"The reason was: {self.reason}"
+        )
 
 
 class ConflictingTransactionManagerError(Exception):

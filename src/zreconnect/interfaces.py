@@ -244,6 +244,14 @@ class IDriver(Interface):
         """Whether a statement of the transaction has failed, so that it can only be rolled back.
         Needs no round trip. Raises nothing."""
 
+    def has_written(raw, but_for=None):
+        """Whether the present transaction has written anything, or may have.
+
+        but_for: the name of a table that does not count. One round trip, also where nothing is
+        known of it and the answer is True; it shows that the session is there. Raises the module's
+        errors, also if a statement of the transaction has failed.
+        """
+
     # Statements
 
     def query(raw, statement, parameters=None):
@@ -367,6 +375,12 @@ class IObserver(Interface):
 
     def commit(raw):
         """Commit, after recording what is known only now. Raises the driver's errors."""
+
+    def has_written(raw):
+        """Whether the present transaction has written anything of the program's, or may have.
+
+        Asks the server. Raises the driver's errors.
+        """
 
     def fence(raw):
         """End the session on the server, so that it can neither commit late nor hold locks; wait

@@ -61,6 +61,8 @@ class TwoPhaseDataManager(ConnectionDataManager):
     answer. What cannot be ended within the policy's time stays prepared and is left to `recover`.
     """
 
+    commits_in_vote = False
+
     def __init__(self, connection: Any, transaction_manager: Any) -> None:
         super().__init__(connection, transaction_manager)
         self._link = self.work.link
@@ -76,6 +78,9 @@ class TwoPhaseDataManager(ConnectionDataManager):
         # In a forked child it is the parent's to end.
         is_here = self.is_present() and self._process == os.getpid()
         return self.branch if is_here and self.work.state in _IN_DOUBT else None
+
+    def commit(self, transaction: ITransaction) -> None:
+        """Nothing is to be done between the first phase's begin and its vote."""
 
     def tpc_vote(self, transaction: ITransaction) -> None:
         """Prepare the transaction.

@@ -142,6 +142,10 @@ class NoObserver:
     def commit(self, raw: Any) -> None:
         self._driver.commit(raw)
 
+    def has_written(self, raw: Any) -> bool:
+        has_written: bool = self._driver.has_written(raw)
+        return has_written
+
     def fence(self, raw: Any) -> None:
         """The lost session is not known."""
 
@@ -156,22 +160,21 @@ class NoObserver:
 
 
 @documented_by(IObserver)
-class _SessionObserver:
+class _SessionObserver(NoObserver):
     """What the witnesses have in common: which session, and which transaction."""
 
-    watches_statements = False
+    # In which what is written is not the program's.
+    _own_table: str | None = None
 
     def __init__(self, driver: Any) -> None:
-        self._driver = driver
+        super().__init__(driver)
         self._session: ServerSession | None = None
         self._xid: int | None = None
         self.may_have_written = False
 
-    def executed(self, raw_cursor: Any) -> None:
-        """The statements do not matter."""
-
-    def commit(self, raw: Any) -> None:
-        self._driver.commit(raw)
+    def has_written(self, raw: Any) -> bool:
+        has_written: bool = self._driver.has_written(raw, self._own_table)
+        return has_written and self.may_have_written
 
     def fence(self, raw: Any) -> None:
         if self._session is None:
@@ -248,9 +251,6 @@ class XidObserver(_SessionObserver):
             "crash or fail over since."
         )
 
-    def close(self, raw: Any) -> None:
-        """Nothing is to be taken away."""
-
     def _present_history(self, raw: Any) -> History | None:
         try:
             ((system_identifier, timeline, stats_reset),) = self._driver.query(
@@ -283,6 +283,10 @@ class XidAtCommitObserver(XidObserver):
     def executed(self, raw_cursor: Any) -> None:
         if not self._driver.looks_like_reading(raw_cursor):
             self._has_written = True
+
+    def has_written(self, raw: Any) -> bool:
+        # Where there are no ids, what the statements look like is all that is known.
+        return super().has_written(raw) and (self._knows_status or self._has_written)
 
     def commit(self, raw: Any) -> None:
         if (
@@ -319,7 +323,7 @@ class LedgerObserver(_SessionObserver):
 
     def __init__(self, driver: Any, table: str) -> None:
         super().__init__(driver)
-        self._table = table
+        self._table = self._own_table = table
         self._id = str(uuid.uuid4())
         self._number = 0
 

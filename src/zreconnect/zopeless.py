@@ -49,6 +49,7 @@ class ZopelessTransactionManager:
         witness: Witness | str | None = "xid",
         on_connect: Callable[[Any], object] | None = None,
         response_timeout: float | None = None,
+        two_phase: bool = False,
     ) -> None:
         if implicitBegin not in (None, True, False):
             raise TypeError(f"implicitBegin must be True, False or None, not {implicitBegin!r}")
@@ -61,6 +62,7 @@ class ZopelessTransactionManager:
             "witness": witness,
             "on_connect": on_connect,
             "response_timeout": response_timeout,
+            "two_phase": two_phase,
         }
         self._settings = (dsn, sqlClass, implicitBegin, timeout, isolation, options)
         #: Whose transactions its transactions are.
@@ -191,12 +193,13 @@ def initZopeless(
     witness: Witness | str | None = "xid",
     on_connect: Callable[[Any], object] | None = None,
     response_timeout: float | None = None,
+    two_phase: bool = False,
 ) -> ZopelessTransactionManager:
     """Install the process's `ZopelessTransactionManager` and return it.
 
     The server is first contacted when the first transaction begins.
 
-    dsn, driver, witness, on_connect, response_timeout: as for `connect`.
+    dsn, driver, witness, on_connect, response_timeout, two_phase: as for `connect`.
     sqlClass: a class that gets the `ConnectionDescriptor` as ``_connection``; if it is one of
     SQLObject's, it gets a connection of SQLObject's that uses that.
     implicitBegin: False leaves it to ``begin()`` to begin transactions. None and True begin one
@@ -219,6 +222,7 @@ def initZopeless(
         witness,
         on_connect,
         response_timeout,
+        two_phase,
     )
     with _lock:
         if _installed is not None:

@@ -131,6 +131,11 @@ class BaseDriver:
     def looks_like_reading(self, raw_cursor: Any) -> bool:
         return False
 
+    def has_written(self, raw: Any, but_for: str | None = None) -> bool:
+        driver: Any = self
+        driver.query(raw, "SELECT 1")
+        return True
+
     def has_transaction_ids(self, raw: Any) -> bool:
         return False
 

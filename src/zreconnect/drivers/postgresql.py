@@ -91,6 +91,17 @@ ORPHAN = (
     "FROM pg_stat_activity WHERE pid = %s AND backend_start = %s"
     " AND (backend_xid IS NULL OR backend_xid::text = %s)"
 )
+# Whoever writes to a table keeps one of the other locks on it until the transaction ends; an index
+# has the same as its table. On system catalogues locks are given back at once, so what has been
+# written there, such as a function or a large object, is counted, for up to a second too long.
+HAS_WRITTEN = (
+    "SELECT EXISTS (SELECT FROM pg_locks LEFT JOIN pg_index ON indexrelid = relation"
+    " WHERE pid = pg_backend_pid() AND locktype = 'relation'"
+    " AND mode NOT IN ('AccessShareLock', 'RowShareLock', 'SIReadLock')"
+    " AND coalesce(indrelid, relation) IS DISTINCT FROM to_regclass(%s::text))"
+    " OR EXISTS (SELECT FROM pg_stat_xact_sys_tables WHERE schemaname = 'pg_catalog'"
+    " AND n_tup_ins + n_tup_upd + n_tup_del > 0)"
+)
 
 
 @documented_by(IDriver)
@@ -238,6 +249,10 @@ class PostgresqlDriver:
         except self.module.ProgrammingError:
             # A session of a superuser's cannot be ended by others; it is waited for.
             return bool(self.query(raw, f"SELECT true {ORPHAN}", parameters))
+
+    def has_written(self, raw: Any, but_for: str | None = None) -> bool:
+        ((has_written,),) = self.query(raw, HAS_WRITTEN, (but_for,))
+        return bool(has_written)
 
     def limit_lock_waits(self, raw: Any, seconds: float | None) -> None:
         if seconds is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from zope.component.zcml import utility
 from zope.configuration.exceptions import ConfigurationError
+from zope.configuration.fields import Bool
 from zope.interface import Interface
 from zope.schema import TextLine
 
@@ -59,6 +60,15 @@ class IAdapterDirective(Interface):
         required=False,
         default="",
     )
+    two_phase = Bool(
+        title="Two phases",
+        description=(
+            "Whether transactions are committed in two phases, so that they are committed in all "
+            "databases that take part, or in none; the servers must allow prepared transactions."
+        ),
+        required=False,
+        default=False,
+    )
 
 
 def register_adapter(
@@ -68,6 +78,7 @@ def register_adapter(
     timeout: str = "",
     witness: str = "xid",
     response_timeout: str = "",
+    two_phase: bool = False,
 ) -> None:
     """Handle the directive.
 
@@ -84,6 +95,7 @@ def register_adapter(
                 if response_timeout == "none"
                 else _seconds("response_timeout", response_timeout, default=RESPONSE_TIMEOUT)
             ),
+            two_phase=two_phase,
         )
     except (TypeError, ValueError) as error:
         raise ConfigurationError(str(error)) from None

@@ -466,6 +466,18 @@ class DriverConformance(TestCase):
 
         self.assertEqual(self._round_trips(look), 0)
 
+    def test_whether_a_transaction_has_written_takes_a_round_trip(self) -> None:
+        raw = self._open()
+        self._begin(raw)
+        self.assertEqual(self._round_trips(lambda: self.driver.has_written(raw)), 1)
+
+    def test_a_transaction_that_has_written_says_so(self) -> None:
+        raw = self._open()
+        self._begin(raw)
+        self._insert(raw, "a")
+        self.assertTrue(self.driver.has_written(raw))
+        self.assertTrue(self.driver.has_written(raw, LEDGER))
+
     def test_a_failed_transaction_is_not_committed_silently(self) -> None:
         driver, raw = self.driver, self._open()
         self._begin(raw)

@@ -24,6 +24,7 @@ link
 work
 finding
 guard
+siblings
 proxies settings datamanager
 cursor twophase
 connection

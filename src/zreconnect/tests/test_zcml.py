@@ -80,6 +80,16 @@ class DirectiveTests(ZCMLTestCase):
         self.assertEqual(database("other").getDSN(), "dbi://user:secret/other")
         self.assertIsNone(queryUtility(IZopeDatabaseAdapter))
 
+    def test_two_phases(self):
+        for value, expected in (("yes", True), ("no", False)):
+            with self.subTest(value):
+                configure(adapter(name=value, dsn=SECRET, two_phase=value))
+                options = database(value)().work.link.options
+                self.assertIs(options.two_phase, expected)
+
+    def test_two_phases_that_are_no_truth_value(self):
+        self.assert_refused("two_phase", two_phase="perhaps")
+
     def test_without_name(self):
         configure(adapter(dsn=SECRET))
         self.assertEqual(database().getDSN(), SECRET)

@@ -1,0 +1,116 @@
+"""Several connections in one transaction of a transaction manager's.
+
+With one phase, each commits by itself when it votes. If a later one's COMMIT fails, what the
+earlier ones have committed stays, and nothing can take it back. So before the first COMMIT all of
+them are asked: who is lost is found out while the work may still run again, and what has only read
+ends at once, so that no later loss of it matters. When one has committed, or may have, what the
+next one meets is told as what it is, and runs no work again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transaction.interfaces import ITransaction
+
+from zreconnect import events
+from zreconnect.exceptions import CommitOutcomeUnknown, PartlyCommitted
+from zreconnect.guard import Guard
+from zreconnect.states import Answer, Request, State
+from zreconnect.witness import Outcome
+
+if TYPE_CHECKING:
+    from zreconnect.datamanager import ConnectionDataManager
+
+# The pairs of servers that were named in a warning.
+_named: set[frozenset[str]] = set()
+
+
+class Siblings:
+    """The data managers that connections have joined to one transaction.
+
+    The transaction refers to it as long as it lasts, and nobody else does.
+    """
+
+    def __init__(self) -> None:
+        self._all: list[ConnectionDataManager] = []
+        # Those that commit when they vote, and those of them that have written, as far as is known.
+        self._one_phase = 0
+        self._writers: list[ConnectionDataManager] = []
+
+    def add(self, member: ConnectionDataManager) -> None:
+        self._all.append(member)
+        self._one_phase += member.commits_in_vote
+
+    def before_commits(self, member: ConnectionDataManager) -> None:
+        """To be called for each that commits when it votes, before any of them has committed.
+
+        Raises what refuses a commit, and what a commit of a transaction that has only read raises.
+        """
+        if self._one_phase < 2 or member.work.ask(Request.COMMIT) is Answer.NOTHING:
+            return
+        if has_written(member.guard):
+            self._writers.append(member)
+            _warn(self._writers)
+        else:
+            member.guard.commit()
+            member.work.own.told(None)
+
+    def tell(self, member: ConnectionDataManager, error: Exception) -> None:
+        """Raise `PartlyCommitted` if ``error``, which ``member`` has met in its vote, is not all.
+
+        It is if no sibling has committed, and none has anything to lose.
+        """
+        others = [each for each in self._all if each is not member]
+        committed = [each for each in others if each.work.own.untold() is Outcome.COMMITTED]
+        left = [each for each in others if each.work.state is not State.IDLE]
+        is_unknown = isinstance(error, CommitOutcomeUnknown)
+        if committed or (is_unknown and left):
+            for each in committed:
+                each.work.own.told(None)
+            raise PartlyCommitted(
+                _servers(committed),
+                _servers(left if is_unknown else [member, *left]),
+                _servers([member] if is_unknown else []),
+                str(error),
+            ) from error
+
+
+def siblings_of(transaction: ITransaction) -> Siblings:
+    """Those of a transaction of a transaction manager's."""
+    try:
+        siblings: Siblings = transaction.data(Siblings)
+    except KeyError:
+        siblings = Siblings()
+        transaction.set_data(Siblings, siblings)
+    return siblings
+
+
+def has_written(guard: Guard) -> bool:
+    """Whether the present transaction of a connection has written something, or may have.
+
+    Asks the server. Raises `DisconnectionError` if the session is lost.
+    """
+    link = guard.work.link
+    with guard.asking():
+        has_written: bool = link.observer.has_written(link.session.raw)
+    return has_written
+
+
+def _servers(members: list[ConnectionDataManager]) -> tuple[str, ...]:
+    return tuple(each.work.link.server.address for each in members)
+
+
+def _warn(writers: list[ConnectionDataManager]) -> None:
+    """Say, once for each pair of servers, that they may get a transaction in part."""
+    servers = _servers(writers)
+    for server in servers[:-1]:
+        pair = frozenset((server, servers[-1]))
+        if pair not in _named:
+            _named.add(pair)
+            events.logger.warning(
+                "One transaction writes to %s and to %s, each with a COMMIT of its own: if the "
+                "second fails, the first stays. With two_phase=True it is both or neither",
+                server,
+                servers[-1],
+            )
