@@ -312,11 +312,18 @@ class IDriver(Interface):
         session that may not be ended is left alone.
         """
 
-    def limit_lock_waits(raw, seconds):
-        """Limit how long statements wait for locks; None takes the limit away.
+    def full_name(raw, table):
+        """The name that leads to ``table`` whatever the session's path or selected database is.
 
-        seconds: may be rounded up. What is not given in time raises an error whose `condition` is
-        LOCK_NOT_AVAILABLE.
+        table: the name, which needs no quoting, with or without a schema. None if it leads to
+        nothing.
+        """
+
+    def limit_lock_waits(raw, limit):
+        """Limit how long statements of the session wait for locks; returns the limit before.
+
+        limit: seconds, which may be rounded up, or what an earlier call has returned. What is not
+        given in time raises an error whose `condition` is LOCK_NOT_AVAILABLE.
         """
 
 

@@ -323,7 +323,7 @@ class LedgerObserver(_SessionObserver):
 
     def __init__(self, driver: Any, table: str) -> None:
         super().__init__(driver)
-        self._table = self._own_table = table
+        self._table = table
         self._id = str(uuid.uuid4())
         self._number = 0
 
@@ -348,7 +348,7 @@ class LedgerObserver(_SessionObserver):
 
     def outcome(self, raw: Any) -> Outcome:
         # The transaction has the row locked until it has ended, whichever way.
-        self._driver.limit_lock_waits(raw, PATIENCE_WITH_ORPHANS)
+        limit = self._driver.limit_lock_waits(raw, PATIENCE_WITH_ORPHANS)
         try:
             rows = self._driver.query(
                 raw, f"SELECT number FROM {self._table} WHERE id = %s FOR UPDATE", (self._id,)
@@ -356,8 +356,8 @@ class LedgerObserver(_SessionObserver):
         except self._driver.module.Error as error:
             if self._driver.condition(error) is not Condition.LOCK_NOT_AVAILABLE:
                 raise
-            return Outcome.UNKNOWN
-        self._driver.limit_lock_waits(raw, None)
+            rows = []
+        self._driver.limit_lock_waits(raw, limit)
         if not rows:
             return Outcome.UNKNOWN
         return Outcome.COMMITTED if rows[0][0] == self._number else Outcome.ABORTED
@@ -372,6 +372,7 @@ class LedgerObserver(_SessionObserver):
         self._driver.query(raw, f"DELETE FROM {self._table} WHERE id = %s", (self._id,))
 
     def _open_row(self, raw: Any) -> None:
+        self._resolve_name(raw)
         try:
             self._insert_row(raw)
         except self._driver.module.Error as error:
@@ -384,6 +385,7 @@ class LedgerObserver(_SessionObserver):
             if condition is not Condition.UNDEFINED_TABLE:
                 raise
             make_ledger(self._driver, raw, self._table)
+            self._resolve_name(raw)
             self._insert_row(raw)
         # A connection may be waiting for its server, to look up its outcome here.
         # The rows are looked for first: MySQL's DELETE waits for the locks of those it passes by.
@@ -396,6 +398,12 @@ class LedgerObserver(_SessionObserver):
                 f"DELETE FROM {self._table} WHERE id = %s AND {unused}",
                 (str(identifier),),
             )
+
+    def _resolve_name(self, raw: Any) -> None:
+        """Settle which table it is, once: what the session looks for by a name may change."""
+        if self._own_table is None:
+            self._own_table = self._driver.full_name(raw, self._table)
+            self._table = self._own_table or self._table
 
     def _insert_row(self, raw: Any) -> None:
         """Insert the connection's row, unless it is there from an earlier session."""

@@ -444,9 +444,16 @@ class MysqlDriver(BaseDriver):
                 raise
         return True
 
-    def limit_lock_waits(self, raw: Any, seconds: float | None) -> None:
-        value = "DEFAULT" if seconds is None else math.ceil(seconds)
-        self.query(raw, f"SET SESSION innodb_lock_wait_timeout = {value}")
+    def full_name(self, raw: Any, table: str) -> str | None:
+        if "." in table:
+            return table
+        ((database,),) = self.query(raw, "SELECT DATABASE()")
+        return None if database is None else f"`{database.replace('`', '``')}`.{table}"
+
+    def limit_lock_waits(self, raw: Any, limit: float) -> int:
+        ((before,),) = self.query(raw, "SELECT @@innodb_lock_wait_timeout")
+        self.query(raw, f"SET SESSION innodb_lock_wait_timeout = {math.ceil(limit)}")
+        return int(before)
 
     # What differs between the modules
 

@@ -53,8 +53,12 @@ DISCONNECT_MESSAGES = (
     "SSL SYSCALL error",
     "connection already closed",
 )
-# A program may end the transaction by a statement of its own.
-COMMIT_STATEMENT = re.compile(rb"(?:^|;)\s*(?:COMMIT|END|PREPARE\s+TRANSACTION)\b", re.IGNORECASE)
+# A program may end the transaction by a statement of its own, with comments before it.
+COMMIT_STATEMENT = re.compile(
+    rb"(?:^|;)(?:\s|--[^\n]*(?:\n|\Z)|/\*(?:[^*]|\*(?!/))*\*/)*"
+    rb"(?:COMMIT|END|PREPARE\s+TRANSACTION)\b",
+    re.IGNORECASE,
+)
 # Tags of what the server executed. A SELECT can write all the same, by a function that it calls.
 READING_TAGS = re.compile(r"(SELECT|FETCH|MOVE|SHOW|SET|DECLARE|CLOSE|SAVEPOINT|RELEASE)\b")
 # Errors of connecting carry no SQLSTATE. These are 53300 and 55000, which pass, although they
@@ -254,11 +258,21 @@ class PostgresqlDriver:
         ((has_written,),) = self.query(raw, HAS_WRITTEN, (but_for,))
         return bool(has_written)
 
-    def limit_lock_waits(self, raw: Any, seconds: float | None) -> None:
-        if seconds is None:
-            self.query(raw, "RESET lock_timeout")
-        else:
-            self.query(raw, f"SET lock_timeout = '{seconds}s'")
+    def full_name(self, raw: Any, table: str) -> str | None:
+        rows = self.query(
+            raw,
+            "SELECT quote_ident(nspname) || '.' || quote_ident(relname)"
+            " FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace"
+            " WHERE pg_class.oid = to_regclass(%s)",
+            (table,),
+        )
+        return str(rows[0][0]) if rows else None
+
+    def limit_lock_waits(self, raw: Any, limit: float | str) -> str:
+        ((before,),) = self.query(raw, "SHOW lock_timeout")
+        value = limit if isinstance(limit, str) else f"{limit}s"
+        self.query(raw, "SELECT set_config('lock_timeout', %s, false)", (value,))
+        return str(before)
 
     def severity(self, error: Any) -> str | None:
         """ERROR if the session goes on after ``error``, FATAL or PANIC if not."""

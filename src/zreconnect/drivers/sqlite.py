@@ -288,9 +288,13 @@ class SqliteDriver(BaseDriver):
     def end_session(self, raw: Any, session: ServerSession, xid: int | None) -> bool:
         return False
 
-    def limit_lock_waits(self, raw: Any, seconds: float | None) -> None:
-        limit = BUSY_TIMEOUT if seconds is None else seconds
+    def full_name(self, raw: Any, table: str) -> str | None:
+        return table
+
+    def limit_lock_waits(self, raw: Any, limit: float) -> float:
+        ((before,),) = self.query(raw, "PRAGMA busy_timeout")
         self.query(raw, f"PRAGMA busy_timeout = {int(limit * 1000)}")
+        return float(before) / 1000
 
 
 def _is_locked(error: BaseException) -> bool:

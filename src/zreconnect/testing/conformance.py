@@ -630,6 +630,8 @@ class DriverConformance(TestCase):
             ("COMMIT", True),
             (f"SELECT name FROM {TABLE}", False),
             ("commit", True),
+            ("/* a; comment */ -- and another\n COMMIT", True),
+            (f"SELECT name /* COMMIT */ FROM {TABLE}", False),
         ]:
             with self.subTest(statement):
                 self._begin(raw)
@@ -768,7 +770,7 @@ class DriverConformance(TestCase):
         self._insert(raw, "a")
         self._begin(raw)
         self.driver.query(raw, increment("a"))
-        self.driver.limit_lock_waits(other, 1.0)
+        before = self.driver.limit_lock_waits(other, 1.0)
         statement = f"SELECT name FROM {TABLE} WHERE name = 'a' FOR UPDATE"
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(self.driver.query, other, statement)
@@ -779,7 +781,15 @@ class DriverConformance(TestCase):
                 self.driver.rollback(raw)
         self.assertIsInstance(error, self.module.Error)
         self.assertIs(self.driver.condition(error), Condition.LOCK_NOT_AVAILABLE)
-        self.driver.limit_lock_waits(other, None)
+        self.assertNotEqual(self.driver.limit_lock_waits(other, before), before)
+        self.assertEqual(self.driver.limit_lock_waits(other, before), before)
+
+    def test_the_full_name_of_a_table(self) -> None:
+        raw = self._open()
+        full_name = self.driver.full_name(raw, TABLE)
+        self._insert(raw, "a")
+        self.assertEqual(list(self.driver.query(raw, f"SELECT name FROM {full_name}")), [("a",)])
+        self.assertEqual(self.driver.full_name(raw, full_name), full_name)
 
     # Losing a session
 

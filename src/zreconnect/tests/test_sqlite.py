@@ -601,9 +601,10 @@ class SessionTests(SqliteTestCase):
 
     def test_lock_waits(self):
         raw = self.raw()
-        for seconds, expected in ((2.5, 2500), (None, 10)):
-            driver.limit_lock_waits(raw, seconds)
-            self.assertEqual(driver.query(raw, "PRAGMA busy_timeout"), [(expected,)])
+        before = driver.limit_lock_waits(raw, 2.5)
+        self.assertEqual(driver.query(raw, "PRAGMA busy_timeout"), [(2500,)])
+        self.assertEqual(driver.limit_lock_waits(raw, before), 2.5)
+        self.assertEqual(driver.query(raw, "PRAGMA busy_timeout"), [(10,)])
 
     def test_transactions_cannot_be_prepared(self):
         with self.assertRaises(sqlite3.NotSupportedError):

@@ -439,13 +439,33 @@ class LedgerTests(WitnessTestCase):
         self.lose_answer_to_commit(connection, crash)
         self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
 
-    def test_the_session_that_looks_it_up_keeps_no_limit_for_locks(self):
+    def test_the_session_that_looks_it_up_keeps_its_limit_for_locks(self):
+        for setting, expected in [("lock_timeout = DEFAULT", "0"), ("lock_timeout = '3s'", "3s")]:
+
+            def set_up(raw, setting=setting):
+                raw.cursor().execute(f"SET {setting}")
+
+            connection = self.connect(witness=Ledger(), on_connect=set_up)
+            self.insert(connection, expected)
+            self.lose_answer_to_commit(connection)
+            cursor = connection.cursor()
+            cursor.execute("SHOW lock_timeout")
+            self.assertEqual(cursor.fetchone(), (expected,))
+            connection.rollback()
+
+    def test_it_is_found_whatever_the_path_became(self):
+        self.query("CREATE SCHEMA tenant")
+        with self.connect(
+            witness=Ledger(),
+            on_connect=lambda raw: raw.cursor().execute("SET search_path TO tenant"),
+        ) as tenant:
+            tenant.execute("SELECT 1")
         connection = self.connect(witness=Ledger())
+        connection.run(lambda: connection.execute("SET search_path TO tenant, public"))
         self.insert(connection)
         self.lose_answer_to_commit(connection)
-        cursor = connection.cursor()
-        cursor.execute("SHOW lock_timeout")
-        self.assertEqual(cursor.fetchone(), ("0",))
+        self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
+        self.assertEqual([number for _, number in self.rows()], [2])
 
     def test_each_connection_has_a_row_until_it_is_closed(self):
         first, second = self.connect(witness=Ledger()), self.connect(witness=Ledger())
