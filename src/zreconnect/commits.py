@@ -61,7 +61,7 @@ class OwnCommits:
 
     def __init__(self) -> None:
         self._local = threading.local()
-        self._sent: tuple[Commits | None, dict[str, Any]] = None, {}
+        self._sent: tuple[Commits | None, dict[str, Any]] = None, {"number": 0}
 
     def sending(self) -> None:
         """The calling thread is about to send a COMMIT."""

@@ -62,6 +62,8 @@ class TwoPhaseDataManager(ConnectionDataManager):
     """
 
     commits_in_vote = False
+    #: Whether aborting a part of what is decided to be committed says so.
+    tells_in_abort = True
 
     def __init__(self, connection: Any, transaction_manager: Any) -> None:
         super().__init__(connection, transaction_manager)
@@ -213,6 +215,8 @@ class TwoPhaseDataManager(ConnectionDataManager):
         decided = self.decision.outcome
         if decided is Outcome.COMMITTED:
             self._finish(branch)
+            if not self.tells_in_abort and not self._is_finishing:
+                self.work.own.told(None)
             return
         wanted, why = Outcome.ABORTED, "although the transaction is aborted"
         if decided is Outcome.UNKNOWN:

@@ -63,6 +63,9 @@ class StoreBranch(TwoPhaseDataManager):
     global_id: the same for all stores that take part, and for nothing else.
     """
 
+    # zstorm ends each store but once.
+    tells_in_abort = False
+
     def __init__(self, connection: StoreConnection, global_id: str) -> None:
         with _lock:
             self.transaction = _global_transactions.setdefault(global_id, Transaction())

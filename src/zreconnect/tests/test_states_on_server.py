@@ -283,10 +283,12 @@ class EveryState:
         ):
             with self.subTest(f"{state.name}, {event.name}"):
                 connection = self.reach(state)
+                own = connection.work.own
+                before = own.number()
                 with commits.watched() as watched:
-                    commits.note()
+                    own.sending()
                     connection.work.note(event)
-                self.assertEqual(watched.sent, sent)
+                self.assertEqual((watched.sent, own.number() - before), (sent, sent))
 
     def test_what_counts_as_a_loss(self):
         for state, event, losses in (
