@@ -218,14 +218,19 @@ class OwnServerTests(CommandTestCase):
         make_tree(self.tree)
         before = """
             import os, signal
+            from transaction.interfaces import TransientError
+            from zreconnect.cli import job
             from zreconnect.datamanager import ConnectionDataManager
+            def fail(*arguments):
+                raise TransientError
+            job.record = fail
             abort = ConnectionDataManager.abort
             def interrupted(self, transaction):
                 os.kill(os.getpid(), signal.SIGINT)
                 abort(self, transaction)
             ConnectionDataManager.abort = interrupted
         """
-        arguments = ("demo", self.tree, "--dsn", self.direct_dsn, "--interruptions", 7)
+        arguments = ("demo", self.tree, "--dsn", self.direct_dsn, "--interruptions", 0)
         _output, errors = self.run_command(*arguments, status=130, before=textwrap.dedent(before))
         self.assertEqual(errors, "Interrupted.\n")
 

@@ -85,6 +85,11 @@ class Hanging:
 
 
 class DoorTestCase(unittest.TestCase):
+    def setUp(self):
+        super().setUp()
+        # An interrupt in a test before may have left one that is not there any more.
+        self.threads_before = set(threading.enumerate())
+
     def make(self, *planned):
         """A server, and the factory of its connections."""
         self.attempts = Attempts(*planned)
@@ -202,8 +207,10 @@ class SharingTests(DoorTestCase):
         self.assertEqual(self.attempts.begun, 3)
 
     def test_who_comes_after_an_attempt_that_hangs_makes_the_next_one(self):
-        self.make(self.hanging())
+        hanging = self.hanging()
+        self.make(hanging)
         self.fails(0)
+        hanging.has_begun.wait(PATIENCE)
         self.server.connect(PATIENCE)
         self.assertEqual(self.attempts.begun, 2)
 
@@ -253,6 +260,7 @@ class SharingTests(DoorTestCase):
         hanging = self.hanging()
         self.make(hanging)
         self.fails(0)
+        hanging.has_begun.wait(PATIENCE)
         self.server.connect(PATIENCE)
         hanging.end(mock.Mock(side_effect=sqlite3.OperationalError("database is locked")))
         self.wait_for_attempts_to_end()
@@ -266,6 +274,7 @@ class SharingTests(DoorTestCase):
         hanging, present, late = self.hanging(), self.hanging(), connection()
         self.make(hanging, present)
         self.fails(0)
+        hanging.has_begun.wait(PATIENCE)
         first = Call(self.server.connect, PATIENCE)
         present.has_begun.wait(PATIENCE)
         hanging.end(lambda: late)
@@ -279,7 +288,11 @@ class SharingTests(DoorTestCase):
 
     def wait_for_attempts_to_end(self):
         name = "zreconnect connection attempt"
-        wait_until(lambda: all(each.name != name for each in threading.enumerate()))
+        wait_until(
+            lambda: all(
+                each.name != name for each in set(threading.enumerate()) - self.threads_before
+            )
+        )
 
     def test_no_thread_outlasts_its_attempt(self):
         self.make().connect(10 * PATIENCE)
