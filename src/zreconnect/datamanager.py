@@ -90,19 +90,19 @@ class ConnectionDataManager:
             self.work.refuse_lost()
 
     def commit(self, transaction: ITransaction) -> None:
-        """With several connections, commit what has only read; see `zreconnect.siblings`."""
+        """With several connections, see that this one is there; see `zreconnect.siblings`."""
         siblings_of(transaction).before_commits(self)
 
     def tpc_vote(self, transaction: ITransaction) -> None:
         try:
             self.guard.commit()
         except Exception as error:
-            siblings_of(transaction).tell(self, error)
-            raise
+            if not siblings_of(transaction).is_harmless(self, error):
+                raise
 
     def tpc_finish(self, transaction: ITransaction) -> None:
         self.work.leave(self)
-        if not self.work.tells_later:
+        if self.work.told_by_run != self.work.number:
             self.work.own.told(None)
 
     def tpc_abort(self, transaction: ITransaction) -> None:

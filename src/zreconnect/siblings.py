@@ -2,9 +2,9 @@
 
 With one phase, each commits by itself when it votes. If a later one's COMMIT fails, what the
 earlier ones have committed stays, and nothing can take it back. So before the first COMMIT all of
-them are asked: who is lost is found out while the work may still run again, and what has only read
-ends at once, so that no later loss of it matters. When one has committed, or may have, what the
-next one meets is told as what it is, and runs no work again.
+them are asked: who is lost is found out while the work may still run again. When one has committed,
+or may have, what the next one meets is told as what it is, and runs no work again; unless it is one
+that has only read, for then nothing is missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from transaction.interfaces import ITransaction
 
 from zreconnect import events
-from zreconnect.exceptions import CommitOutcomeUnknown, PartlyCommitted
+from zreconnect.exceptions import CommitOutcomeUnknown, DisconnectionError, PartlyCommitted
 from zreconnect.guard import Guard
 from zreconnect.states import Answer, Request, State
 from zreconnect.witness import Outcome
@@ -34,9 +34,10 @@ class Siblings:
 
     def __init__(self) -> None:
         self._all: list[ConnectionDataManager] = []
-        # Those that commit when they vote, and those of them that have written, as far as is known.
+        # Those that commit when they vote; and which of them have only read, as far as is known.
         self._one_phase = 0
         self._writers: list[ConnectionDataManager] = []
+        self._readers: list[ConnectionDataManager] = []
 
     def add(self, member: ConnectionDataManager) -> None:
         self._all.append(member)
@@ -45,7 +46,7 @@ class Siblings:
     def before_commits(self, member: ConnectionDataManager) -> None:
         """To be called for each that commits when it votes, before any of them has committed.
 
-        Raises what refuses a commit, and what a commit of a transaction that has only read raises.
+        Raises what refuses a commit, and `DisconnectionError` if the session is lost.
         """
         if self._one_phase < 2 or member.work.ask(Request.COMMIT) is Answer.NOTHING:
             return
@@ -53,18 +54,22 @@ class Siblings:
             self._writers.append(member)
             _warn(self._writers)
         else:
-            member.guard.commit()
-            member.work.own.told(None)
+            self._readers.append(member)
 
-    def tell(self, member: ConnectionDataManager, error: Exception) -> None:
-        """Raise `PartlyCommitted` if ``error``, which ``member`` has met in its vote, is not all.
+    def is_harmless(self, member: ConnectionDataManager, error: Exception) -> bool:
+        """Whether nothing is missing although ``member`` has met ``error`` in its vote.
 
-        It is if no sibling has committed, and none has anything to lose.
+        Raises `PartlyCommitted` if the error does not tell all: a sibling has committed, or this
+        one may have, and another one not.
         """
         others = [each for each in self._all if each is not member]
         committed = [each for each in others if each.work.own.untold() is Outcome.COMMITTED]
         left = [each for each in others if each.work.state is not State.IDLE]
         is_unknown = isinstance(error, CommitOutcomeUnknown)
+        is_lost = is_unknown or (committed and isinstance(error, DisconnectionError))
+        if is_lost and member in self._readers:
+            member.guard.roll_back()
+            return True
         if committed or (is_unknown and left):
             for each in committed:
                 each.work.own.told(None)
@@ -74,6 +79,7 @@ class Siblings:
                 _servers([member] if is_unknown else []),
                 str(error),
             ) from error
+        return False
 
 
 def siblings_of(transaction: ITransaction) -> Siblings:

@@ -71,6 +71,10 @@ class Turn:
         claim = self._slot.get(_HOLDER)
         return claim is not None and claim() is not _present.thread
 
+    def is_lent(self) -> bool:
+        """Whether another thread has it, and not for good."""
+        return self.is_anothers() and not self.is_for_good
+
     def keep(self) -> None:
         """The calling thread has it for good."""
         self.take(0)

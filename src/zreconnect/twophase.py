@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from transaction.interfaces import ITransaction
 
-from zreconnect import commits, events
+from zreconnect import events
 from zreconnect.branch import CLUSTER, Branch, decided, end_branch, is_prepared
 from zreconnect.datamanager import ConnectionDataManager
 from zreconnect.exceptions import CommitOutcomeUnknown, one_line
@@ -117,7 +117,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
         self._is_finishing = True
         branch = self.in_doubt()
         if branch is not None:
-            commits.note()
+            self.work.own.sending()
             self._finish(branch)
         elif self.branch is not None:
             # It is the parent process's.

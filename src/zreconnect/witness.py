@@ -284,10 +284,6 @@ class XidAtCommitObserver(XidObserver):
         if not self._driver.looks_like_reading(raw_cursor):
             self._has_written = True
 
-    def has_written(self, raw: Any) -> bool:
-        # Where there are no ids, what the statements look like is all that is known.
-        return super().has_written(raw) and (self._knows_status or self._has_written)
-
     def commit(self, raw: Any) -> None:
         if (
             not self.may_have_written

@@ -57,8 +57,7 @@ from zreconnect.witness import Outcome
 
 # For how many seconds a thread waits for another one's transaction, without a policy's timeout.
 PATIENCE_WITH_THREADS = 60.0
-# How many seconds rollback() looks for the outcome of a COMMIT that was interrupted. Nobody waits
-# for ever for a rollback, whatever the policy is.
+# For how many seconds rollback() looks for the outcome of a COMMIT that was interrupted.
 PATIENCE_OF_ROLLBACK = 10.0
 
 # A part of what was done is not there, or perhaps not.
@@ -82,8 +81,8 @@ class Work:
     in a ``with`` block. committing: the raw connection on which COMMIT was sent last.
     waited: the seconds that the thread has waited for its turn. number: that of the present
     transaction, or of the last. block_began_after: that of the last one before the ``with`` block.
-    tells_later: whether the program learns of a commit not from the end of the larger transaction,
-    but from what goes on after it. own: what each thread knows of its own COMMITs here.
+    told_by_run: the one of whose commit ``run`` tells the program, when it returns. own: what each
+    thread knows of its own COMMITs here.
     """
 
     __slots__ = (
@@ -102,7 +101,7 @@ class Work:
         "own",
         "patience",
         "state",
-        "tells_later",
+        "told_by_run",
         "turn",
         "waited",
     )
@@ -119,7 +118,7 @@ class Work:
         self.join: Callable[[], None] | None = None
         self.implicit_begin = True
         self.is_explicit = False
-        self.tells_later = False
+        self.told_by_run = 0
         self.block: dict[str, Any] = {}
         self.block_began_after = 0
         self.committing: Any = None
@@ -220,11 +219,11 @@ class Work:
         if self.state is State.CLOSED:
             self.link.end()
 
+    # Beginning
+
     def _check_open(self) -> None:
         if self.state is State.CLOSED:
             self.ask(Request.LOOK)
-
-    # Beginning
 
     def begin(self, explicit: bool, policy: RetryPolicy) -> bool:
         """Begin a transaction in the present session. Whether there was one.
@@ -425,10 +424,11 @@ class Work:
     def close(self) -> None:
         """Close the connection for good, from any thread."""
         was_idle = self.state is State.IDLE
-        is_used = self.turn.is_anothers() and not self.turn.is_for_good
+        # A COMMIT is waited for, where the module does.
+        is_used = self.turn.is_lent() and self.state is not State.COMMITTING
         self.note(Event.CLOSED)
         if is_used:
-            # It may wait for an answer, and psycopg2's and PyMySQL's close() would wait with it.
+            # It may wait for an answer, and a module's close() would wait with it.
             self.link.session.watch.hang_up()
         if was_idle and not is_used:
             self.link.close()

@@ -99,20 +99,21 @@ class ZopelessTransactionManager:
 
     def run(self, function: Callable[[], Result], attempts: int = 3) -> Result:
         guard = self.connection().guard
-        work, told_later = guard.work, guard.work.tells_later
-        work.tells_later = True
-        try:
-            result = run_unit_of_work(
-                function,
-                guard=guard,
-                check_idle=self._check_idle,
-                begin=self.begin,
-                commit=self.commit,
-                abort_after=lambda error: guard.roll_back_after(error, self.abort),
-                attempts=attempts,
-            )
-        finally:
-            work.tells_later = told_later
+        work = guard.work
+
+        def begin() -> None:
+            self.begin()
+            work.told_by_run = work.number
+
+        result = run_unit_of_work(
+            function,
+            guard=guard,
+            check_idle=self._check_idle,
+            begin=begin,
+            commit=self.commit,
+            abort_after=lambda error: guard.roll_back_after(error, self.abort),
+            attempts=attempts,
+        )
         return work.own.told(result)
 
     def _check_idle(self) -> None:

@@ -319,7 +319,8 @@ class MysqlDriver(BaseDriver):
         The modules do not tell: after an interrupt they take the rest of the answer for that to the
         next statement.
         """
-        if not self.is_at_rest(raw):
+        # The modules themselves read the rest of a server-side cursor's rows.
+        if not MysqlDriver.is_at_rest(self, raw):
             self.close(raw)
         raw.zreconnect_busy = True
         try:

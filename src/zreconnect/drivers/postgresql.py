@@ -99,12 +99,13 @@ ORPHAN = (
 # has the same as its table. On system catalogues locks are given back at once, so what has been
 # written there, such as a function or a large object, is counted, for up to a second too long.
 HAS_WRITTEN = (
-    "SELECT EXISTS (SELECT FROM pg_locks LEFT JOIN pg_index ON indexrelid = relation"
+    "SELECT EXISTS (SELECT FROM pg_lock_status() LEFT JOIN pg_index ON indexrelid = relation"
     " WHERE pid = pg_backend_pid() AND locktype = 'relation'"
     " AND mode NOT IN ('AccessShareLock', 'RowShareLock', 'SIReadLock')"
     " AND coalesce(indrelid, relation) IS DISTINCT FROM to_regclass(%s::text))"
-    " OR EXISTS (SELECT FROM pg_stat_xact_sys_tables WHERE schemaname = 'pg_catalog'"
-    " AND n_tup_ins + n_tup_upd + n_tup_del > 0)"
+    " OR EXISTS (SELECT FROM pg_class WHERE relnamespace = 'pg_catalog'::regnamespace"
+    " AND pg_stat_get_xact_tuples_inserted(oid) + pg_stat_get_xact_tuples_updated(oid)"
+    " + pg_stat_get_xact_tuples_deleted(oid) > 0)"
 )
 
 

@@ -418,6 +418,17 @@ class MySQLTests(LineTestCase):
             self.connection.run(work)
         self.assertEqual(self.names(), ["run 1"])
 
+    def test_a_commit_after_some_rows_of_a_server_side_cursor(self):
+        self.connection.begin()
+        cursor = self.connection.cursor("rows")
+        cursor.execute("SELECT seq FROM seq_1_to_9")
+        cursor.fetchone()
+        self.connection.cursor().execute("INSERT INTO item VALUES ('one')")
+        cursor.execute("SELECT seq FROM seq_1_to_9")
+        cursor.fetchone()
+        self.connection.commit()
+        self.assertEqual(self.names(), ["one"])
+
     def test_an_interrupt_between_the_rows_of_a_server_side_cursor(self):
         self.connection.begin()
         cursor = self.connection.cursor("rows")
