@@ -121,7 +121,7 @@ class ReconnectingConnection(SettingsOfSessions):
 
     @property
     def broken(self) -> bool:
-        """As in psycopg 3. A lost session breaks nothing: the next one takes its place."""
+        """As in psycopg 3; but the next session takes the place of a lost one."""
         return False
 
     @property
@@ -162,8 +162,7 @@ class ReconnectingConnection(SettingsOfSessions):
         if not self.work.turn.is_mine():
             if self.work.turn.is_anothers():
                 raise self.work.link.driver.module.ProgrammingError(
-                    "commit() of another thread's transaction: it belongs to the thread that began "
-                    "it"
+                    "commit() of another thread's transaction: it belongs to that thread"
                 )
             self.guard.take_turn()
         try:
@@ -211,6 +210,8 @@ class ReconnectingConnection(SettingsOfSessions):
             number = self.work.number
             with self.cursor() as cursor:
                 yield cursor
+            if number != self.work.number:
+                self.work.ask(Request.BEGIN, "The end of a block that another transaction follows,")
             self.commit()
         except BaseException as error:
             # A block that was left suspended may be closed inside another transaction.

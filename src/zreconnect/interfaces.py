@@ -497,7 +497,11 @@ class IReconnectingConnection(Interface):
         """
 
     def transaction():
-        """A context manager that begins, gives a cursor, and commits, or rolls back on an error."""
+        """A context manager that begins, gives a cursor, and commits, or rolls back on an error.
+
+        Raises what ``begin()`` and ``commit()`` raise, and the driver's ProgrammingError at the end
+        of a block whose transaction was ended within, and another one was begun: that goes on.
+        """
 
     def run(function, *args, attempts=3, **keywords):
         """Begin, call ``function(*args, **keywords)``, commit, and return what it returned.

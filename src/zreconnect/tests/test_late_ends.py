@@ -121,6 +121,23 @@ class LateEndTests:
                 self.assertEqual(self.connection.state, "idle")
         self.assertEqual(len(self.names()), 4)
 
+    def test_a_suspended_block_commits_no_transaction_but_its_own(self):
+        generator = self.suspended(self.connection.transaction())
+        self.connection.rollback()
+        self.insert("one")
+        with self.assertRaises(self.module.ProgrammingError):
+            next(generator)
+        self.assertEqual((self.connection.state, self.names()), ("active", []))
+        self.connection.commit()
+        self.assertEqual(self.names(), ["one"])
+
+    def test_a_block_that_is_resumed_when_its_transaction_has_ended(self):
+        generator = self.suspended(self.connection.transaction())
+        self.connection.rollback()
+        with self.assertRaises(StopIteration):
+            next(generator)
+        self.assertEqual(self.connection.state, "idle")
+
     def test_a_suspended_block_ends_its_own_transaction(self):
         for kind in ("with", "transaction()"):
             with self.subTest(kind):
