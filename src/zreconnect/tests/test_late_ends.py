@@ -36,6 +36,7 @@ from zreconnect.interfaces import (
     IGaveUp,
     IReconnected,
 )
+from zreconnect.link import Link
 from zreconnect.server import Server
 from zreconnect.session import NO_SESSION
 from zreconnect.tests.base import (
@@ -269,6 +270,22 @@ class LateEndTests:
         self.connection.commit()
         self.assertEqual(self.names(), ["parent"])
 
+    def test_a_session_that_the_fork_has_not_taken_away_is_not_used(self):
+        self.connection.run(lambda: self.insert("before"))
+        with mock.patch.object(Link, "renew_observer", side_effect=OSError):
+            child = os.fork()
+        if child == 0:
+            try:
+                raw = self.connection.work.link.session.raw
+                self.connection.run(lambda: self.insert("child"))
+                os._exit(int(self.connection.work.link.session.raw is not raw))
+            finally:
+                os._exit(2)
+        _, status = os.waitpid(child, 0)
+        self.assertEqual(os.waitstatus_to_exitcode(status), 1)
+        self.connection.run(lambda: self.insert("parent"))
+        self.assertEqual(self.names(), ["before", "child", "parent"])
+
     def test_no_second_session_takes_the_place_of_one_in_use(self):
         is_connecting, may_go_on = threading.Event(), threading.Event()
 
@@ -366,6 +383,18 @@ class LateEndTests:
             self.connection.close()
         thread.join(PATIENCE)
         self.assertEqual(len(errors), 1)
+
+    def test_close_when_the_server_is_back(self):
+        self.connection.run(lambda: self.insert("before"))
+        self.forward.drop()
+
+        def close(event):
+            if IReconnected.providedBy(event):
+                self.connection.close()
+
+        with subscriber(close), self.assertRaises(self.module.InterfaceError):
+            self.connection.begin()
+        wait_until(lambda: not self.sessions())
 
     def test_close_beside_a_statement_on_a_silent_line(self):
         for autocommit in (False, True):
