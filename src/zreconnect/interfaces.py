@@ -138,11 +138,13 @@ class IDriver(Interface):
         """Give a new raw connection, before ``on_connect`` sees it, what `keep` has taken from an
         earlier one."""
 
-    def restore(raw, settings):
+    def restore(raw, settings, replaced):
         """Give a raw connection the session settings of an earlier one, outside a transaction.
 
         settings: `SessionSettings`. The modes that `begin` states itself are set only for
-        autocommit mode. Called for each new session, after ``on_connect``, and after each change.
+        autocommit mode, and taken back after it. replaced: a dictionary, empty for a new session,
+        for what they have replaced. Called for each new session, after ``on_connect``, and after
+        each change.
         """
 
     def isolation_level(level):

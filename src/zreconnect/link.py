@@ -23,7 +23,8 @@ class Link:
 
     server: where the sessions are. options: those of the connection.
     session: the present one, or `NO_SESSION`.
-    settings: what the user has set, and each later session gets, too.
+    settings: what the user has set, and each later session gets, too. replaced: what the driver
+    has replaced for that in the present session.
     observer: the `IObserver` of the present session and, if that is lost, of its last transaction;
     another one in another process.
     """
@@ -34,6 +35,7 @@ class Link:
         self.options = options
         self.session: Session = NO_SESSION
         self.settings = SessionSettings()
+        self.replaced: dict[str, Any] = {}
         self.observer = options.observer(self.driver)
         # The one that was opened last, prepared or not: what an interrupt has left of it is ended.
         self._opened: Session = NO_SESSION
@@ -79,7 +81,8 @@ class Link:
                 self.driver.inherit(raw, self._kept)
             if self.options.on_connect is not None:
                 self.options.on_connect(raw)
-            self.driver.restore(raw, self.settings)
+            self.replaced = {}
+            self.driver.restore(raw, self.settings, self.replaced)
             # Until the orphan of the session before has ended, it can commit late, and holds locks.
             self.observer.fence(raw)
             first_use(raw)

@@ -176,7 +176,7 @@ class SettingsOfSessions:
             link.settings = replace(link.settings, **changes)
             if link.session is not NO_SESSION:
                 with self.guard.asking(Moment.OURS):
-                    link.driver.restore(link.session.raw, link.settings)
+                    link.driver.restore(link.session.raw, link.settings, link.replaced)
 
 
 def _flag(name: str, value: bool | str | None) -> bool | None:

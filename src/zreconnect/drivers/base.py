@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -78,6 +78,22 @@ class SessionSettings:
     deferrable: bool | None = None
     client_encoding: str | None = None
     cursor_factory: Any = None
+
+
+def set_own_default(
+    name: str, mode: Any, replaced: dict[str, Any], change: Callable[[str, Any], Any]
+) -> None:
+    """Set a default of the session's own; None for ``mode`` takes back what was set here.
+
+    replaced: what was set here, with the values before. change: called with a name and a value,
+    sets it, and returns the value before.
+    """
+    if mode is not None:
+        before = change(name, mode)
+        replaced.setdefault(name, before)
+    elif name in replaced:
+        change(name, replaced[name])
+        del replaced[name]
 
 
 @documented_by(IDriver)

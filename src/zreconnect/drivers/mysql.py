@@ -30,6 +30,7 @@ from zreconnect.drivers.base import (
     ServerSession,
     SessionSettings,
     redirect_to_null,
+    set_own_default,
 )
 from zreconnect.interfaces import IDriver, Meaning
 
@@ -211,19 +212,32 @@ class MysqlDriver(BaseDriver):
         raw.zreconnect_committed = False
         _keep_alive(self.fileno(raw))
 
-    def restore(self, raw: Any, settings: SessionSettings) -> None:
+    def restore(self, raw: Any, settings: SessionSettings, replaced: dict[str, Any]) -> None:
         raw.autocommit(True)  # Again, because on_connect may have changed it.
         if settings.cursor_factory is not None:
             self.set_cursor_factory(raw, settings.cursor_factory)
         if settings.client_encoding is not None:
             self.set_client_encoding(raw, settings.client_encoding)
-        # BEGIN states these; without a BEGIN they must be the session's defaults.
-        if settings.autocommit:
-            modes = [] if settings.isolation_level is None else [_level(settings)]
-            if settings.readonly is not None:
-                modes.append(_access(settings))
-            if modes:
-                self.query(raw, f"SET SESSION TRANSACTION {', '.join(modes)}")
+        self._set_default_modes(raw, settings, replaced)
+
+    def _set_default_modes(
+        self, raw: Any, settings: SessionSettings, replaced: dict[str, Any]
+    ) -> None:
+        """Have autocommit mode's statements run in the modes that BEGIN states otherwise."""
+        # MySQL has new names since 8.0, MariaDB since 11.1.
+        prefix = "@@session.tx" if self._is_mariadb(raw) else "@@session.transaction"
+
+        def change(name: str, value: Any) -> Any:
+            ((before,),) = self.query(raw, f"SELECT {prefix}_{name}")
+            self.query(raw, f"SET {prefix}_{name} = %s", (value,))
+            return before
+
+        level = settings.isolation_level
+        for name, mode in (
+            ("isolation", None if level is None else str(level).replace(" ", "-")),
+            ("read_only", settings.readonly),
+        ):
+            set_own_default(name, mode if settings.autocommit else None, replaced, change)
 
     def isolation_level(self, level: Any) -> Any:
         if level is None or (isinstance(level, str) and level.upper() == "DEFAULT"):

@@ -15,6 +15,7 @@ from zreconnect.drivers.base import (
     ServerSession,
     SessionSettings,
     redirect_to_null,
+    set_own_default,
 )
 from zreconnect.interfaces import IDriver, Meaning
 
@@ -109,6 +110,12 @@ HAS_WRITTEN = (
 )
 
 
+# The value before is read before the new one is set.
+SET_DEFAULT = (
+    "SELECT current_setting(name), set_config(name, %s, false) FROM (VALUES (%s)) AS _ (name)"
+)
+
+
 @documented_by(IDriver)
 class PostgresqlDriver:
     """The part of `zreconnect.interfaces.IDriver` that all modules for PostgreSQL share."""
@@ -156,6 +163,23 @@ class PostgresqlDriver:
 
     def begins_read_only(self, raw: Any, settings: SessionSettings) -> bool:
         return bool(raw.readonly if settings.readonly is None else settings.readonly)
+
+    def set_default_modes(
+        self, raw: Any, settings: SessionSettings, replaced: dict[str, str]
+    ) -> None:
+        """Have autocommit mode's statements run in the modes that BEGIN states otherwise."""
+
+        def change(name: str, value: Any) -> str:
+            rows = self.query(raw, SET_DEFAULT, (str(value), f"default_transaction_{name}"))
+            return str(rows[0][0])
+
+        level = settings.isolation_level
+        for name, mode in (
+            ("isolation", None if level is None else self.isolation_levels[level]),
+            ("read_only", settings.readonly),
+            ("deferrable", settings.deferrable),
+        ):
+            set_own_default(name, mode if settings.autocommit else None, replaced, change)
 
     def prepare_transaction(self, raw: Any, gid: str) -> None:
         self.query(raw, f"PREPARE TRANSACTION '{gid}'")

@@ -102,24 +102,13 @@ class PsycopgDriver(PostgresqlDriver):
         for name in ATTRIBUTES:
             setattr(raw, name, kept[name])
 
-    def restore(self, raw: Any, settings: SessionSettings) -> None:
+    def restore(self, raw: Any, settings: SessionSettings, replaced: dict[str, str]) -> None:
         raw.autocommit = True  # Again, because on_connect may have changed it.
         if settings.cursor_factory is not None:
             raw.cursor_factory = settings.cursor_factory
         if settings.client_encoding is not None:
             self.set_client_encoding(raw, settings.client_encoding)
-        # BEGIN states these; without a BEGIN they must be the session's defaults.
-        if settings.autocommit:
-            for name, value in [
-                (
-                    "isolation",
-                    settings.isolation_level and ISOLATION_LEVELS[settings.isolation_level],
-                ),
-                ("read_only", settings.readonly),
-                ("deferrable", settings.deferrable),
-            ]:
-                if value is not None:
-                    self.query(raw, f"SET default_transaction_{name} TO '{value}'")
+        self.set_default_modes(raw, settings, replaced)
 
     def set_client_encoding(self, raw: Any, encoding: str) -> None:
         self.query(raw, "SELECT set_config('client_encoding', %s, false)", (encoding,))

@@ -79,19 +79,13 @@ class Psycopg2Driver(PostgresqlDriver):
             )
         raw.autocommit = True
 
-    def restore(self, raw: Any, settings: SessionSettings) -> None:
+    def restore(self, raw: Any, settings: SessionSettings, replaced: dict[str, str]) -> None:
         raw.autocommit = True  # Again, because on_connect may have changed it.
         if settings.cursor_factory is not None:
             raw.cursor_factory = settings.cursor_factory
         if settings.client_encoding is not None:
             raw.set_client_encoding(settings.client_encoding)
-        # BEGIN states these; without a BEGIN they must be the session's defaults.
-        if settings.autocommit:
-            raw.set_session(
-                isolation_level=settings.isolation_level,
-                readonly=settings.readonly,
-                deferrable=settings.deferrable,
-            )
+        self.set_default_modes(raw, settings, replaced)
 
     def begin(self, raw: Any, settings: SessionSettings, rider: str = "") -> Any:
         cursor = extensions.cursor(raw)  # As in query().

@@ -151,7 +151,7 @@ class SqliteDriver(BaseDriver):
         for name in ATTRIBUTES:
             setattr(raw, name, kept[name])
 
-    def restore(self, raw: Any, settings: SessionSettings) -> None:
+    def restore(self, raw: Any, settings: SessionSettings, replaced: dict[str, Any]) -> None:
         raw.isolation_level = None  # Again, because on_connect may have changed it.
         if settings.cursor_factory is not None:
             self.set_cursor_factory(raw, settings.cursor_factory)

@@ -172,7 +172,7 @@ class DriverConformance(TestCase):
         """A raw connection, made in another thread and prepared, as the core does it."""
         raw = server_from_dsn(self.dsn(), self.driver_name).connect(PATIENCE)
         self.addCleanup(self.driver.close, raw)
-        self.driver.restore(raw, settings or SessionSettings())
+        self.driver.restore(raw, settings or SessionSettings(), {})
         return raw
 
     def _connect(self, **keywords: Any) -> ReconnectingConnection:
@@ -706,9 +706,22 @@ class DriverConformance(TestCase):
     def test_a_read_only_session_in_autocommit_mode_refuses_to_write(self) -> None:
         raw = self._open(SessionSettings(readonly=True, autocommit=True))
         self._check_refusal_to_write(raw)
-        self.driver.restore(raw, SessionSettings(readonly=False, autocommit=True))
+        self.driver.restore(raw, SessionSettings(readonly=False, autocommit=True), {})
         self._insert(raw, "a")
         self.assertEqual(self._names(), ["a"])
+
+    def test_the_modes_of_autocommit_mode_end_with_it(self) -> None:
+        connection = self._connect()
+        connection.set_session("SERIALIZABLE", readonly=True, autocommit=True)
+        with self._error():
+            self._insert(connection.driver_connection, "a")
+        connection.autocommit = False
+        connection.readonly = connection.isolation_level = None
+        with connection.transaction():
+            self._insert(connection.driver_connection, "a")
+        connection.autocommit = True
+        self._insert(connection.driver_connection, "b")
+        self.assertEqual(self._names(), ["a", "b"])
 
     def _check_refusal_to_write(self, raw: Any) -> None:
         with self._error() as errors:

@@ -226,6 +226,23 @@ class AutocommitTests(DatabaseTestCase):
                 self.cursor.execute("INSERT INTO item VALUES ('one')")
             self.forward.drop()
 
+    def test_modes_of_on_connect_are_there_again_after_it(self):
+        connection = self.connect(
+            on_connect=lambda raw: raw.cursor().execute(
+                "SET default_transaction_isolation TO 'repeatable read'"
+            )
+        )
+        connection.set_session("SERIALIZABLE", deferrable=True, autocommit=True)
+        connection.cursor().execute("SELECT 1")
+        connection.set_session("READ COMMITTED")
+        connection.autocommit = False
+        connection.isolation_level = None
+        connection.deferrable = None
+        cursor = connection.cursor()
+        for name, value in [("isolation", "repeatable read"), ("deferrable", "off")]:
+            cursor.execute(f"SHOW default_transaction_{name}")
+            self.assertEqual(cursor.fetchone(), (value,))
+
     def test_a_server_that_is_away(self):
         connection = self.connect()
         connection.autocommit = True
