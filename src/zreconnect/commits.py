@@ -1,7 +1,7 @@
 """Whether a call has committed something, so that running it again would do that twice.
 
 Connections tell it before a COMMIT leaves, and if it is known to have committed nothing; what runs
-a call again watches it with `watched`, or looks at the number of a connection's `OwnCommits`.
+a call again watches it with `watched`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Commits:
     sent: int = 0
 
 
-# None outside such a call. A thread that the call starts is outside of it.
-_watched: ContextVar[Commits | None] = ContextVar("zreconnect_commits", default=None)
+# Of the calls that are watched, one inside the other. A thread that such a call starts is outside.
+_watched: ContextVar[tuple[Commits, ...]] = ContextVar("zreconnect_commits", default=())
 
 
 @contextmanager
 def watched() -> Iterator[Commits]:
     """Watch the commits of the code in the block."""
     commits = Commits()
-    token = _watched.set(commits)
+    token = _watched.set((*_watched.get(), commits))
     try:
         yield commits
     finally:
@@ -43,15 +43,15 @@ def watched() -> Iterator[Commits]:
 
 def are_watched() -> bool:
     """Whether the code that asks is part of a call that is watched."""
-    return _watched.get() is not None
+    return bool(_watched.get())
 
 
-def note() -> Commits | None:
+def note() -> tuple[Commits, ...]:
     """A transaction is about to be committed. Returns where this is counted."""
-    commits = _watched.get()
-    if commits is not None:
+    watched_by = _watched.get()
+    for commits in watched_by:
         commits.sent += 1
-    return commits
+    return watched_by
 
 
 class OwnCommits:
@@ -61,25 +61,16 @@ class OwnCommits:
 
     def __init__(self) -> None:
         self._local = threading.local()
-        self._sent: tuple[Commits | None, dict[str, Any]] = None, {"number": 0}
+        self._sent: tuple[Commits, ...] = ()
 
     def sending(self) -> None:
-        """The calling thread is about to send a COMMIT."""
-        own = vars(self._local)
-        own["number"] = own.get("number", 0) + 1
-        self._sent = note(), own
+        """A COMMIT is about to be sent."""
+        self._sent = note()
 
     def withdraw(self) -> None:
         """The COMMIT that was sent last has committed nothing, whoever has sent it, and when."""
-        watched_by, own = self._sent
-        own["number"] -= 1
-        if watched_by is not None:
-            watched_by.sent -= 1
-
-    def number(self) -> int:
-        """How many transactions the calling thread has committed, or may have."""
-        number: int = vars(self._local).get("number", 0)
-        return number
+        for commits in self._sent:
+            commits.sent -= 1
 
     def leave_untold(self, outcome: Any) -> None:
         """The calling thread does not know yet what became of its COMMIT, or may not; so that a

@@ -18,13 +18,14 @@ import transaction
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.datamanager import ConnectionDataManager, join_transactions
 from zreconnect.documented import implements
+from zreconnect.exceptions import DBAPI_EXCEPTIONS
 from zreconnect.guard import Guard
 from zreconnect.interfaces import IReconnectingConnection
 from zreconnect.link import Link
 from zreconnect.options import Options, Witness
-from zreconnect.policy import PERSIST, Patience, RetryPolicy, check_attempts
+from zreconnect.policy import PERSIST, Patience, RetryPolicy
 from zreconnect.proxies import Guarded, guarded_attribute, guarded_block
-from zreconnect.retry import check_function, run_unit_of_work
+from zreconnect.retry import check_function, check_patience, run_unit_of_work
 from zreconnect.savepoint import Savepoint
 from zreconnect.server import Server, server_from_dsn, server_from_factory
 from zreconnect.session import NO_SESSION
@@ -36,20 +37,6 @@ from zreconnect.work import Work
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-
-# PEP 249, "Exceptions": a connection has them as attributes.
-DBAPI_EXCEPTIONS = {
-    "Warning",
-    "Error",
-    "InterfaceError",
-    "DatabaseError",
-    "DataError",
-    "OperationalError",
-    "IntegrityError",
-    "InternalError",
-    "ProgrammingError",
-    "NotSupportedError",
-}
 
 
 @implements(IReconnectingConnection)
@@ -220,7 +207,12 @@ class ReconnectingConnection(SettingsOfSessions):
             raise
 
     def run(
-        self, function: Callable[..., Result], *args: Any, attempts: int = 3, **keywords: Any
+        self,
+        function: Callable[..., Result],
+        *args: Any,
+        attempts: int = 3,
+        timeout: float | None = None,
+        **keywords: Any,
     ) -> Result:
         result = run_unit_of_work(
             functools.partial(function, *args, **keywords),
@@ -230,13 +222,14 @@ class ReconnectingConnection(SettingsOfSessions):
             commit=self._commit,
             abort_after=self.rollback_after,
             attempts=attempts,
+            timeout=timeout,
         )
         return self.work.own.told(result)
 
     def transactional(
-        self, attempts: int = 3
+        self, attempts: int = 3, timeout: float | None = None
     ) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-        check_attempts(attempts)
+        check_patience(attempts, timeout)
 
         def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
             check_function(function)
@@ -246,8 +239,10 @@ class ReconnectingConnection(SettingsOfSessions):
                 work = self.work
                 if work.turn.is_mine() and work.is_explicit and work.state is not State.IDLE:
                     return function(*args, **keywords)
-                # The function may have an argument of its own that is named attempts.
-                return self.run(lambda: function(*args, **keywords), attempts=attempts)
+                # The function may have arguments of its own that are named so.
+                return self.run(
+                    lambda: function(*args, **keywords), attempts=attempts, timeout=timeout
+                )
 
             return call
 

@@ -30,6 +30,20 @@ from zreconnect.interfaces import IDatabaseUnavailable, IDisconnectionError
 
 ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
+# PEP 249, "Exceptions": a connection has them as attributes.
+DBAPI_EXCEPTIONS = {
+    "Warning",
+    "Error",
+    "InterfaceError",
+    "DatabaseError",
+    "DataError",
+    "OperationalError",
+    "IntegrityError",
+    "InternalError",
+    "ProgrammingError",
+    "NotSupportedError",
+}
+
 
 def one_line(error: BaseException) -> str:
     """The error's message on one line, as log files and other messages want it."""

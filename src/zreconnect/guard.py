@@ -371,11 +371,6 @@ class Guard:
                 server, evidence=evidence, outcome=finding.outcome.value
             ) from finding.problem
 
-    def has_committed_by_itself(self) -> bool:
-        """Whether a statement of the transaction may have committed it, as DDL does in MySQL."""
-        raw = self._link.session.raw
-        return raw is not None and bool(self._driver.has_committed(raw))
-
     def may_run_again(self, error: BaseException) -> bool:
         """Whether a unit of work that raised ``error`` was not committed and may succeed later."""
         return isinstance(error, TransientError) or self._driver.is_transient(error)

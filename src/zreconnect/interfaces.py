@@ -505,22 +505,29 @@ class IReconnectingConnection(Interface):
         of a block whose transaction was ended within, and another one was begun: that goes on.
         """
 
-    def run(function, *args, attempts=3, **keywords):
+    def run(function, *args, attempts=3, timeout=None, **keywords):
         """Begin, call ``function(*args, **keywords)``, commit, and return what it returned.
 
         After a disconnect or a transient error (a serialization failure or deadlock) all of this
-        is done again, up to ``attempts`` times. Raises what the last attempt raised;
-        `CommitOutcomeUnknown` and `ReconnectTimeout` at once; TypeError for a generator or
-        coroutine function, which would do its work after the commit.
+        is done again, unless something was committed within, also through another connection of
+        zreconnect's or one of SQLAlchemy's.
+
+        attempts: how often it is tried at least. timeout: seconds for which it is done again in any
+        case, however many attempts that takes, so that a line that comes and goes does not use
+        them up. Each attempt waits for its connection as long as the policy says, besides.
+
+        Raises what the last attempt raised; `CommitOutcomeUnknown` and `ReconnectTimeout` at once;
+        TypeError or ValueError, naming the argument, for one that makes no sense, and TypeError for
+        a generator or coroutine function, which would do its work after the commit.
         """
 
-    def transactional(attempts=3):
+    def transactional(attempts=3, timeout=None):
         """A decorator that makes each call of a function a transaction, as ``run`` does.
 
         A call inside a transaction that the thread has begun explicitly, by another such function,
         by ``run``, ``transaction`` or ``begin``, is a part of that one, and runs again only along
-        with it. Raises ValueError or TypeError if ``attempts`` is no whole number of at least 1,
-        and TypeError for a generator or coroutine function.
+        with it. attempts, timeout: as for ``run``. Raises ValueError or TypeError, naming the
+        argument, for one that makes no sense, and TypeError for a generator or coroutine function.
         """
 
     def fork():
@@ -628,19 +635,17 @@ class IZopelessTransactionManager(Interface):
         transaction is committed, or may be.
         """
 
-    def run(function, attempts=3):
-        """Begin, call ``function()``, commit, and return what it returned.
+    def run(function, *args, attempts=3, timeout=None, **keywords):
+        """Begin, call ``function(*args, **keywords)``, commit, and return what it returned.
 
-        After a disconnect or a transient error all of this is done again, up to ``attempts``
-        times. Raises what the last attempt raised; TypeError for a generator or coroutine
-        function, which would do its work after the commit.
+        As `IReconnectingConnection.run`, for a transaction of the manager's.
         """
 
     def connection():
         """The calling thread's `IReconnectingConnection`."""
 
-    def cursor():
-        """A new cursor of the calling thread's connection."""
+    def cursor(name=None, cursor_factory=None, **options):
+        """A new cursor of the calling thread's connection, as `IReconnectingConnection.cursor`."""
 
     def set_isolation_level(level):
         """Use this isolation level for the calling thread's later transactions, and for those of

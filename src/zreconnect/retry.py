@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
 
 import tenacity
@@ -20,13 +21,17 @@ from zreconnect.exceptions import (
 )
 from zreconnect.interfaces import IRetryOnDisconnect
 from zreconnect.policy import check_attempts, check_number
+from zreconnect.states import State
 
 if TYPE_CHECKING:
     from zreconnect.guard import Guard
+    from zreconnect.work import Work
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
+# Whether the code that asks is part of the call of a decorated function.
+_is_called: ContextVar[bool] = ContextVar("zreconnect_is_called", default=False)
 # Two units of work that met in a deadlock would meet again if they did not wait for times of
 # their own. After a disconnect it is begin() that waits.
 PAUSE = tenacity.wait_random_exponential(multiplier=0.02, max=1.0)
@@ -41,18 +46,20 @@ def run_unit_of_work(
     commit: Callable[[], object],
     abort_after: Callable[[BaseException], object],
     attempts: int,
+    timeout: float | None,
 ) -> Result:
     """Begin, call ``function``, commit; abort and do it all again after an error that allows it.
 
-    guard: that of the connection. What has been committed within, or by a process that was forked
-    within, is not run again.
+    guard: that of the connection. What has been committed within, also through another connection,
+    or by a process that was forked within, is not run again.
     check_idle: raises what refuses to begin, and leaves what is under way alone.
     abort_after: called with the error, to abort because of it; what it raises takes its place.
+    attempts, timeout: see `check_patience`.
 
-    Returns what ``function`` returned. Raises TypeError or ValueError if ``attempts`` is no whole
-    number of at least 1, or ``function`` none that can be run, else what the last attempt raised.
+    Returns what ``function`` returned. Raises what `check_patience` and `check_function` raise,
+    else what the last attempt raised.
     """
-    check_attempts(attempts)
+    check_patience(attempts, timeout)
     check_function(function)
 
     process = os.getpid()
@@ -61,16 +68,17 @@ def run_unit_of_work(
     def unit_of_work() -> Result:
         nonlocal is_final
         check_idle()
-        commits_before = guard.work.own.number()
-        try:
-            begin()
-            result = function()
-            commit()
-        except BaseException as error:
-            is_final = guard.has_committed_by_itself()
-            abort_after(error)
-            is_final = is_final or guard.work.own.number() > commits_before
-            raise
+        engines.watch_commits()
+        with commits.watched() as committed:
+            try:
+                begin()
+                result = function()
+                commit()
+            except BaseException as error:
+                is_final = _has_committed_by_itself(guard.work)
+                abort_after(error)
+                is_final = is_final or committed.sent > 0
+                raise
         return result
 
     def may_run_again(error: BaseException) -> bool:
@@ -78,11 +86,34 @@ def run_unit_of_work(
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(may_run_again),
-        stop=tenacity.stop_after_attempt(attempts),
+        stop=tenacity.stop_all(
+            tenacity.stop_after_attempt(attempts), tenacity.stop_after_delay(timeout or 0)
+        ),
         wait=PAUSE,
         reraise=True,
     )
     return retrying(unit_of_work)
+
+
+def _has_committed_by_itself(work: Work) -> bool:
+    """Whether a statement of the transaction may have committed it, as DDL does in MySQL, or has
+    ended it, as COMMIT does."""
+    raw, driver = work.link.session.raw, work.link.driver
+    return raw is not None and (
+        driver.has_committed(raw) or (work.state is State.ACTIVE and not driver.in_transaction(raw))
+    )
+
+
+def check_patience(attempts: int, timeout: float | None) -> None:
+    """Raise TypeError or ValueError, naming the argument, for a patience that makes no sense.
+
+    attempts: how often a unit of work is tried at least, if each error allows that it is run again.
+    timeout: seconds for which it is run again in any case, however many attempts that takes; None
+    for as long as the attempts take.
+    """
+    check_attempts(attempts)
+    if timeout is not None:
+        check_number("timeout", timeout, at_least=0)
 
 
 def check_function(function: Any) -> None:
@@ -143,7 +174,7 @@ def retry_on_disconnect(
 
         @functools.wraps(function)
         def run(*args: Parameters.args, **keywords: Parameters.kwargs) -> Result:
-            if commits.are_watched():
+            if _is_called.get():
                 # A call of another decorated function, which runs this again when it is run again.
                 return function(*args, **keywords)
             call = _Call(lambda: function(*args, **keywords), name, timeout, idempotent)
@@ -185,8 +216,12 @@ class _Call(Generic[Result]):
 
     def _run_once(self) -> Result:
         self._watches_engines = engines.watch_commits()
-        with commits.watched() as self._commits:
-            return self._function()
+        token = _is_called.set(True)
+        try:
+            with commits.watched() as self._commits:
+                return self._function()
+        finally:
+            _is_called.reset(token)
 
     def _why_not_again(self, state: tenacity.RetryCallState) -> str | None:
         _, seconds, error = _so_far(state)

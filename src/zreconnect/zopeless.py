@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import warnings
@@ -97,7 +98,14 @@ class ZopelessTransactionManager:
         self._end(self.transaction_manager.abort)
         self.connection().guard.tell()
 
-    def run(self, function: Callable[[], Result], attempts: int = 3) -> Result:
+    def run(
+        self,
+        function: Callable[..., Result],
+        *args: Any,
+        attempts: int = 3,
+        timeout: float | None = None,
+        **keywords: Any,
+    ) -> Result:
         guard = self.connection().guard
         work = guard.work
 
@@ -106,13 +114,14 @@ class ZopelessTransactionManager:
             work.told_by_run = work.number
 
         result = run_unit_of_work(
-            function,
+            functools.partial(function, *args, **keywords),
             guard=guard,
             check_idle=self._check_idle,
             begin=begin,
             commit=self.commit,
             abort_after=lambda error: guard.roll_back_after(error, self.abort),
             attempts=attempts,
+            timeout=timeout,
         )
         return work.own.told(result)
 
@@ -125,9 +134,10 @@ class ZopelessTransactionManager:
         self._check_installed()
         return self.descriptor.connection()
 
-    def cursor(self) -> ReconnectingCursor:
-        self._check_installed()
-        return self.descriptor.connection().cursor()
+    def cursor(
+        self, name: str | None = None, cursor_factory: Any = None, **options: Any
+    ) -> ReconnectingCursor:
+        return self.connection().cursor(name, cursor_factory, **options)
 
     def set_isolation_level(self, level: int | str | None) -> None:
         self._check_installed()

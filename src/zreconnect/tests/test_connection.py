@@ -12,6 +12,7 @@ import weakref
 import psycopg2
 import psycopg2.errors
 import psycopg2.extensions
+import sqlalchemy
 import zope.event
 from psycopg2 import sql
 from transaction.interfaces import TransientError
@@ -29,7 +30,7 @@ from zreconnect import (
 )
 from zreconnect.events import ConnectionLost
 from zreconnect.states import Event
-from zreconnect.tests.base import DatabaseTestCase, wait_until
+from zreconnect.tests.base import PATIENCE, DatabaseTestCase, wait_until
 
 
 class StateTests(DatabaseTestCase):
@@ -695,6 +696,82 @@ class RunTests(DatabaseTestCase):
         with self.assertRaises(DisconnectionError):
             self.connection.run(self.insert, "one", self.lose, times=9, attempts=2)
         self.assertEqual((self.calls, self.connection.state), (2, "idle"))
+
+    def test_for_some_seconds_however_often(self):
+        self.connection.run(self.insert, "one", self.lose, times=5, attempts=2, timeout=PATIENCE)
+        self.assertEqual((self.calls, self.names()), (6, ["one"]))
+
+    def test_attempts_that_take_longer(self):
+        self.connection.run(self.insert, "one", self.lose, times=2, timeout=0)
+        self.assertEqual((self.calls, self.names()), (3, ["one"]))
+
+    def test_a_function_of_ones_own_patience(self):
+        work = self.connection.transactional(attempts=2, timeout=PATIENCE)(self.insert)
+        work("one", self.lose, times=3)
+        self.assertEqual((self.calls, self.names()), (4, ["one"]))
+        for keywords, error in [({"timeout": -1}, ValueError), ({"timeout": "1"}, TypeError)]:
+            for refuse in (
+                lambda keywords=keywords: self.connection.transactional(**keywords),
+                lambda keywords=keywords: self.connection.run(self.insert, **keywords),
+            ):
+                with self.assertRaisesRegex(error, "timeout"):
+                    refuse()
+        self.assertEqual(self.calls, 4)
+
+    def test_not_what_has_committed_through_something_else(self):
+        other, engine = (
+            self.connect(),
+            sqlalchemy.create_engine(self.dsn.replace(":", "+psycopg2:", 1)),
+        )
+        self.addCleanup(engine.dispose)
+
+        def commit(text):
+            with other.transaction() as cursor:
+                cursor.execute(text)
+
+        def run(text):
+            other.run(lambda: other.cursor().execute(text))
+
+        def execute(text):
+            other.autocommit = True
+            other.cursor().execute(text)
+            other.autocommit = False
+
+        def engine_begin(text):
+            with engine.begin() as connection:
+                connection.execute(sqlalchemy.text(text))
+
+        for number, use in enumerate((commit, run, execute, engine_begin)):
+
+            def work(use=use, number=number):
+                self.connection.cursor().execute("INSERT INTO item VALUES ('lost')")
+                use(f"INSERT INTO item VALUES ('{number}')")
+                self.lose()
+
+            with self.subTest(use), self.assertRaises(DisconnectionError):
+                self.connection.run(work)
+        self.assertEqual(self.names(), ["0", "1", "2", "3"])
+
+    def test_what_another_connection_has_rolled_back_is_run_again(self):
+        other = self.connect()
+
+        def read():
+            with other.cursor() as cursor:
+                cursor.execute("SELECT 1")
+            other.rollback()
+            self.lose()
+
+        self.connection.run(self.insert, "one", read)
+        self.assertEqual((self.calls, self.names()), (2, ["one"]))
+
+    def test_not_after_a_commit_that_is_a_statement(self):
+        def commit():
+            self.connection.cursor().execute("COMMIT")
+            raise self.connection.work.link.driver.disconnection_error("of another database")
+
+        with self.assertRaisesRegex(DisconnectionError, "of another database"):
+            self.connection.run(self.insert, "one", commit)
+        self.assertEqual((self.calls, self.names()), (1, ["one"]))
 
     def test_runs_again_after_a_serialization_failure(self):
         def fail():
