@@ -24,7 +24,7 @@ from zreconnect.interfaces import IReconnectingConnection
 from zreconnect.link import Link
 from zreconnect.options import Options, Witness
 from zreconnect.policy import PERSIST, Patience, RetryPolicy
-from zreconnect.proxies import Guarded, guarded_attribute, guarded_block
+from zreconnect.proxies import Guarded, LargeObject, guarded_attribute, guarded_block
 from zreconnect.retry import check_function, check_patience, run_unit_of_work
 from zreconnect.savepoint import Savepoint
 from zreconnect.server import Server, server_from_dsn, server_from_factory
@@ -382,7 +382,7 @@ class ReconnectingConnection(SettingsOfSessions):
             with self.guard.asking():
                 raw = self.work.link.session.raw
                 self.work.link.driver.own_transaction(raw)
-                return Guarded(self.guard, raw.lobject(*args, **keywords))
+                return LargeObject(self.guard, raw.lobject(*args, **keywords))
 
     # Everything else that the driver's connection has
 

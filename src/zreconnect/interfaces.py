@@ -264,6 +264,10 @@ class IDriver(Interface):
         and row factories of the user's have no say in it.
         """
 
+    def attribute(raw, name):
+        """An attribute of the raw connection, as a program is to see it that has begun its
+        transaction here and not there. Raises AttributeError. No round trip."""
+
     def cursor(raw, name, options):
         """A new raw cursor. No round trip.
 

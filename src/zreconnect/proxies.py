@@ -62,6 +62,29 @@ class Guarded:
                     raise
 
 
+class LargeObject(Guarded):
+    """One of psycopg2's.
+
+    What it can do outside of the transaction in which it was opened, it does in the present one.
+    """
+
+    def unlink(self) -> None:
+        self._use_anew("unlink")
+
+    def export(self, filename: str) -> None:
+        self._use_anew("export", filename)
+
+    def _use_anew(self, method: str, *args: Any) -> None:
+        guard, link = self._guard, self._guard.work.link
+        with guard.in_turn():
+            guard.need_transaction()
+            with guard.asking():
+                raw = link.session.raw
+                link.driver.own_transaction(raw)
+                # With this mode it is not opened.
+                getattr(raw.lobject(self._wrapped.oid, "n"), method)(*args)
+
+
 def guarded_attribute(
     guard: Guard,
     wrapped: Any,
@@ -74,11 +97,12 @@ def guarded_attribute(
 
     owner: what it returns in the place of ``wrapped``. raw_cursor, in_block: as for `Guarded`.
     """
-    value = getattr(wrapped, name)
+    is_connection = wrapped is guard.work.link.session.raw
+    driver = guard.work.link.driver
+    value = driver.attribute(wrapped, name) if is_connection else getattr(wrapped, name)
     if not callable(value):
         return value
     # cancel() is called while another thread's turn lasts.
-    is_connection = wrapped is guard.work.link.session.raw
     turn = contextlib.nullcontext if is_connection else guard.in_turn
 
     def call(*args: Any, **keywords: Any) -> Any:

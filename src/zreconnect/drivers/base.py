@@ -128,6 +128,9 @@ class BaseDriver:
         # Of a module that does not tell, nothing is certain after an interrupt.
         return False
 
+    def attribute(self, raw: Any, name: str) -> Any:
+        return getattr(raw, name)
+
     def has_committed(self, raw: Any) -> bool:
         return False
 

@@ -200,6 +200,9 @@ class PostgresqlDriver:
         with contextlib.suppress(self.module.Error):
             redirect_to_null(raw.fileno())
 
+    def attribute(self, raw: Any, name: str) -> Any:
+        return getattr(raw, name)
+
     def has_committed(self, raw: Any) -> bool:
         return False
 

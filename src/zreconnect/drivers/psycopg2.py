@@ -176,6 +176,12 @@ class Psycopg2Driver(PostgresqlDriver):
         number: int = raw.fileno()
         return number
 
+    def attribute(self, raw: Any, name: str) -> Any:
+        # Helpers such as register_hstore() roll back if there is no transaction as they began.
+        if name == "status" and self.in_transaction(raw):
+            return extensions.STATUS_IN_TRANSACTION
+        return getattr(raw, name)
+
     def cursor(self, raw: Any, name: str | None, options: Mapping[str, Any]) -> Any:
         return raw.cursor(**options) if name is None else raw.cursor(name, **options)
 

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import pickle
 import sys
+import tempfile
 import threading
 import traceback
 import warnings
@@ -15,6 +16,7 @@ import psycopg2.extensions
 import sqlalchemy
 import zope.event
 from psycopg2 import sql
+from psycopg2.extras import register_composite, register_hstore, register_range
 from transaction.interfaces import TransientError
 
 import zreconnect
@@ -1064,6 +1066,48 @@ class DriverAttributeTests(DatabaseTestCase):
         with self.assertRaises(DisconnectionError):
             wait_until(lambda: connection.poll() == 9)
         self.assertEqual(connection.state, "idle")
+
+    def test_helpers_that_ask_whether_there_is_a_transaction(self):
+        self.make_table()
+        self.query("CREATE TYPE pair AS (a int, b int)")
+        self.query("CREATE EXTENSION IF NOT EXISTS hstore")
+        self.query("CREATE TYPE span AS RANGE (subtype = int)")
+        registers = [
+            lambda cursor: register_hstore(cursor, globally=True),
+            lambda cursor: register_composite("pair", cursor, globally=True),
+            lambda cursor: register_range("span", "Span", cursor, globally=True),
+        ]
+        for number, register in enumerate(registers):
+            connection = self.connect()
+            self.assertEqual(connection.status, psycopg2.extensions.STATUS_READY)
+            cursor = connection.cursor()
+            register(cursor)
+            self.assertEqual(connection.state, "idle")
+            cursor.execute("INSERT INTO item VALUES (%s)", (str(number),))
+            self.assertEqual(connection.status, psycopg2.extensions.STATUS_IN_TRANSACTION)
+            register(cursor)
+            connection.commit()
+        self.assertEqual(self.names(), ["0", "1", "2"])
+
+    def test_a_large_object_after_its_transaction(self):
+        connection = self.connect()
+        large_object = connection.lobject(mode="wb")
+        large_object.write(b"content")
+        connection.commit()
+        with self.assertRaises(psycopg2.ProgrammingError):
+            large_object.read()
+        for lose in (lambda: None, self.forward.drop):
+            lose()
+            large_object.unlink()
+            self.assertEqual(connection.state, "active")
+            connection.rollback()
+        with tempfile.NamedTemporaryFile() as file:
+            large_object.export(file.name)
+            self.assertEqual(file.read(), b"content")
+        large_object.unlink()
+        connection.commit()
+        with self.assertRaisesRegex(psycopg2.OperationalError, "does not exist"):
+            connection.lobject(large_object.oid)
 
     def test_large_objects(self):
         connection = self.connect()
