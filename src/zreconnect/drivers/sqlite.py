@@ -25,6 +25,7 @@ import ctypes
 import os
 import sqlite3
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -142,6 +143,8 @@ class SqliteDriver(BaseDriver):
                 "connection_factory made a connection in autocommit mode; set autocommit on the "
                 "reconnecting connection instead"
             )
+        # The factory was called in this thread, which is none of the program's.
+        _check_other_threads(raw)
         raw.isolation_level = None
 
     def keep(self, raw: Any) -> Any:
@@ -295,6 +298,18 @@ class SqliteDriver(BaseDriver):
         ((before,),) = self.query(raw, "PRAGMA busy_timeout")
         self.query(raw, f"PRAGMA busy_timeout = {int(limit * 1000)}")
         return float(before) / 1000
+
+
+def _check_other_threads(raw: Any) -> None:
+    with ThreadPoolExecutor(1) as other_thread:
+        try:
+            other_thread.submit(raw.execute, "SELECT 1").result()
+        except sqlite3.ProgrammingError as error:
+            raise sqlite3.ProgrammingError(
+                "connection_factory made a connection for a single thread: have it call "
+                "sqlite3.connect(..., check_same_thread=False); zreconnect sees to it that threads "
+                "take turns"
+            ) from error
 
 
 def _is_locked(error: BaseException) -> bool:

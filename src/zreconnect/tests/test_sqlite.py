@@ -172,6 +172,14 @@ class MemoryTests(SqliteTestCase):
         connection.begin()
         self.assertEqual(connection.server, "sqlite://")
 
+    def test_a_factory_for_a_single_thread(self):
+        connection = zreconnect.ReconnectingConnection(lambda: sqlite3.connect(self.path), "sqlite")
+        self.addCleanup(connection.close)
+        for _ in range(2):
+            with self.assertRaisesRegex(sqlite3.ProgrammingError, "check_same_thread=False"):
+                connection.begin()
+            self.assertEqual(connection.state, "idle")
+
 
 @with_time_to_connect
 class LockTests(SqliteTestCase):
