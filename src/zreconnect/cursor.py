@@ -112,12 +112,11 @@ class ReconnectingCursor:
             return self
         return self._statement("execute", *arguments, **options)
 
-    def executemany(self, query: Any, vars_list: Any, **options: Any) -> Any:
-        return self._statement("executemany", query, vars_list, **options)
+    def executemany(self, query: Any, *parameters: Any, **options: Any) -> Any:
+        return self._statement("executemany", query, *parameters, **options)
 
-    def callproc(self, procname: str, parameters: Any = None) -> Any:
-        arguments = (procname,) if parameters is None else (procname, parameters)
-        return self._statement("callproc", *arguments)
+    def callproc(self, procname: str, *parameters: Any, **options: Any) -> Any:
+        return self._statement("callproc", procname, *parameters, **options)
 
     def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> Any:
         """As in psycopg2."""

@@ -217,8 +217,10 @@ class Guard:
             and session.process == os.getpid()
             and work.implicit_begin
             and (work.block or not self._link.settings.autocommit)
-            # What has arrived can be the end of the session, and BEGIN finds that out.
+            # What has arrived can be the end of the session, and BEGIN finds that out, as it does
+            # if the program has closed the driver's connection.
             and session.watch.is_quiet()
+            and not session.raw.closed
         )
 
     def begin_with_statement(self, raw_cursor: Any, execute: Callable[[], object]) -> bool:

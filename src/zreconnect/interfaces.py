@@ -556,11 +556,12 @@ class IReconnectingCursor(Interface):
         options: those that the driver's ``execute()`` takes.
         """
 
-    def executemany(query, vars_list, **options):
-        """Execute a statement for each of the parameters in ``vars_list``."""
+    def executemany(query, *parameters, **options):
+        """Execute a statement for each of the parameters in a sequence, which has the name that
+        the driver gives it."""
 
-    def callproc(procname, parameters=None):
-        """Call a stored procedure."""
+    def callproc(procname, *parameters, **options):
+        """Call a stored procedure, with a sequence of parameters as the driver takes it."""
 
     def fetchone():
         """The next row, or None."""

@@ -467,6 +467,19 @@ class CursorTests(Psycopg, DatabaseTestCase):
         self.connection.rollback()
         self.assertEqual(self.names(), [])
 
+    def test_the_names_that_the_driver_gives_to_parameters(self):
+        self.cursor.execute("INSERT INTO item VALUES (%s)", params=["one"])
+        self.cursor.executemany("INSERT INTO item VALUES (%s)", params_seq=[["two"], ["three"]])
+        self.connection.commit()
+        self.assertEqual(self.names(), ["one", "three", "two"])
+
+    def test_the_drivers_connection_is_closed_by_hand(self):
+        for cursor in (self.cursor, self.connection.cursor()):
+            self.connection.driver_connection.close()
+            cursor.execute("SELECT 1")
+            self.assertEqual(cursor.fetchone(), (1,))
+            self.connection.commit()
+
     def test_execute_of_the_connection(self):
         cursor = self.connection.execute("SELECT %s::int", [1], binary=True)
         self.assertIs(cursor.connection, self.connection)
