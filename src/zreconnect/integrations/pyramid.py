@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pyramid.response import Response
-from pyramid.tweens import EXCVIEW
-
 from zreconnect.exceptions import DisconnectionError, ReconnectTimeout
+from zreconnect.integrations import needs
 from zreconnect.integrations.wsgi import EXPLANATION, RETRY_AFTER, STATUS
+
+with needs(__name__, "zreconnect[pyramid]"):
+    from pyramid.response import Response
+    from pyramid.tweens import EXCVIEW
 
 Handler = Callable[[Any], Any]
 

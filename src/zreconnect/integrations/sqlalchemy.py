@@ -26,22 +26,17 @@ from zreconnect.exceptions import (
     ReconnectTimeout,
     one_line,
 )
+from zreconnect.integrations import needs
 from zreconnect.interfaces import Meaning
 from zreconnect.options import Witness
 from zreconnect.policy import PERSIST, RetryPolicy
 from zreconnect.server import Server
 from zreconnect.turn import Turn
 
-try:
+with needs(__name__, "zreconnect[sqlalchemy]"):
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
     from sqlalchemy.exc import InvalidRequestError
-except ModuleNotFoundError as error:
-    raise ImportError(
-        f"zreconnect.integrations.sqlalchemy needs the module {error.name}, which is not "
-        "installed: pip install zreconnect[sqlalchemy]",
-        name=error.name,
-    ) from error
 
 #: SQLAlchemy's names of the drivers that it works with; zreconnect has the same ones.
 DRIVERS = ("psycopg2", "psycopg")

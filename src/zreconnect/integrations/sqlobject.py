@@ -8,16 +8,19 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pydispatch import dispatcher
-from sqlobject import dberrors
-from sqlobject.cache import CacheSet
-from sqlobject.events import RowDestroySignal, RowUpdateSignal
-from sqlobject.main import instanceName
-from sqlobject.postgres.pgconnection import PostgresConnection
 from transaction.interfaces import ISynchronizer, TransientError
 
 from zreconnect.documented import implements
 from zreconnect.exceptions import DisconnectionError
+from zreconnect.integrations import needs
+
+with needs(__name__, "zreconnect[sqlobject]"):
+    from pydispatch import dispatcher
+    from sqlobject import dberrors
+    from sqlobject.cache import CacheSet
+    from sqlobject.events import RowDestroySignal, RowUpdateSignal
+    from sqlobject.main import instanceName
+    from sqlobject.postgres.pgconnection import PostgresConnection
 
 if TYPE_CHECKING:
     from zreconnect.connection import ReconnectingConnection

@@ -15,17 +15,13 @@ from typing import Any
 from transaction import Transaction
 from transaction.interfaces import TransientError
 
-try:
+from zreconnect.integrations import needs
+
+with needs(__name__, "zreconnect[storm]"):
     import storm.exceptions
     from storm.database import ConnectionWrapper, register_scheme
     from storm.databases.postgres import Postgres, PostgresConnection
     from storm.uri import URI
-except ModuleNotFoundError as error:
-    raise ImportError(
-        f"zreconnect.integrations.storm needs the module {error.name}, which is not installed: "
-        "pip install zreconnect[storm]",
-        name=error.name,
-    ) from error
 
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.drivers.psycopg2 import Psycopg2DisconnectionError

@@ -6,15 +6,18 @@ import os
 import re
 from typing import Any
 
-from zope.component.zcml import utility
-from zope.configuration.exceptions import ConfigurationError
-from zope.configuration.fields import Bool
 from zope.interface import Interface
-from zope.schema import TextLine
 
 from zreconnect.adapter import RESPONSE_TIMEOUT, ReconnectingDatabaseAdapter
+from zreconnect.integrations import needs
 from zreconnect.interfaces import IZopeDatabaseAdapter
 from zreconnect.witness import Ledger
+
+with needs(__name__, "zreconnect[zope]"):
+    from zope.component.zcml import utility
+    from zope.configuration.exceptions import ConfigurationError
+    from zope.configuration.fields import Bool
+    from zope.schema import TextLine
 
 
 class IAdapterDirective(Interface):

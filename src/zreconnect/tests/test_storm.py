@@ -148,21 +148,6 @@ class RegisterTests(StormTestCase):
         with self.assertRaisesRegex(ValueError, "Unknown serialization level"):
             create_database(self.uri(options="?isolation=best"))
 
-    def test_without_storm(self):
-        program = (
-            "import sys; sys.modules['storm'] = None\n"
-            "try:\n    import zreconnect.integrations.storm\n"
-            "except ImportError as error:\n    print(error)"
-        )
-        shown = subprocess.run(
-            [sys.executable, "-c", program],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
-        ).stdout
-        self.assertIn("pip install zreconnect[storm]", shown)
-
     def test_nothing_is_contacted_before_the_first_statement(self):
         self.server.shut_down()
         self.configure()

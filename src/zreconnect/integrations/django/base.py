@@ -8,14 +8,16 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from django.core.exceptions import ImproperlyConfigured
-from django.db.backends.base.operations import BaseDatabaseOperations
-from django.db.backends.postgresql import base
-from django.db.utils import DatabaseErrorWrapper, OperationalError
-from django.utils.functional import cached_property
-
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.exceptions import DisconnectionError
+from zreconnect.integrations import needs
+
+with needs(__name__, "Django"):
+    from django.core.exceptions import ImproperlyConfigured
+    from django.db.backends.base.operations import BaseDatabaseOperations
+    from django.db.backends.postgresql import base
+    from django.db.utils import DatabaseErrorWrapper, OperationalError
+    from django.utils.functional import cached_property
 
 #: Those of a database's OPTIONS that are for `ReconnectingConnection`.
 OPTIONS = ("policy", "witness", "response_timeout")
