@@ -103,10 +103,11 @@ class PortForwardLayer:
         del self.forward
 
     def testSetUp(self) -> None:
-        """Let the forwarder accept and forward, without connections, silence, delay or cut."""
+        """Let the forwarder accept and forward all at once, without connections or a cut."""
         self.forward.cancel_cut()
         self.forward.drop()
         self.forward.delay(0)
+        self.forward.throttle(None)
         self.forward.resume()
         self.forward.accept()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import errno
 import fcntl
+import math
 import os
 import selectors
 import socket
@@ -32,6 +33,7 @@ _DIRECTIONS: dict[str, frozenset[str]] = {
 }
 _CHUNK = 65536
 _HELD_BYTES_LIMIT = 1 << 20
+_PIECES_PER_SECOND = 20
 _COMMAND_TIMEOUT = 30.0
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _DELIVERY_TIMEOUT = 5.0
@@ -154,7 +156,7 @@ class PortForward:
         self.stop()
 
     def start(self) -> None:
-        """Listen and forward, with neither silence, delay nor cut.
+        """Listen and forward, with neither silence, delay, throttle nor cut.
 
         Raises RuntimeError if it has been started already, OSError if the target's name does not
         resolve, or if somebody else took the port after `stop()`.
@@ -166,6 +168,9 @@ class PortForward:
         self.port = self._reservation.getsockname()[1]
         self._silent: frozenset[str] = frozenset()
         self._delay = 0.0
+        self._rate = math.inf
+        # When the next byte of a direction may pass, because of the rate.
+        self._free_at = dict.fromkeys(get_args(Direction), 0.0)
         self._cut = None
         self._stopping = False
         self._selector = selectors.DefaultSelector()
@@ -321,6 +326,25 @@ class PortForward:
 
         self._call(set_delay)
 
+    def throttle(self, bytes_per_second: float | None) -> None:
+        """Forward no more than that, in each direction, over all connections; None ends that.
+
+        It passes in pieces of a twentieth of a second. A sender soon has to wait, because little is
+        held here: the receive buffers of the kernel become small, too, and stay so until their
+        connections end. Raises ValueError if the rate is not positive, RuntimeError if it is not
+        running.
+        """
+        if bytes_per_second is not None and not bytes_per_second > 0:
+            raise ValueError(f"bytes_per_second must be positive, but is {bytes_per_second!r}")
+
+        def set_rate() -> None:
+            self._rate = bytes_per_second or math.inf
+            self._free_at = dict.fromkeys(self._free_at, 0.0)
+            for connection in self._connections:
+                self._limit_buffers(connection)
+
+        self._call(set_rate)
+
     def _call(self, function: Callable[[], Result]) -> Result:
         if self._thread is None:
             raise RuntimeError(f"{self!r} is not running")
@@ -440,6 +464,7 @@ class PortForward:
             self._tally["connections"] += 1
             family, address = self._target
             connection = _Connection(client, socket.socket(family, socket.SOCK_STREAM))
+            self._limit_buffers(connection)
             self._connections.add(connection)
             if connection.server.connect_ex(address) in (0, errno.EINPROGRESS):
                 self._selector.register(connection.server, selectors.EVENT_WRITE, connection)
@@ -461,7 +486,7 @@ class PortForward:
             return
         chunk: bytes | _End
         try:
-            chunk = flow.source.recv(_CHUNK)
+            chunk = flow.source.recv(self._chunk())
         except BlockingIOError:
             return
         except OSError:
@@ -470,16 +495,29 @@ class PortForward:
             chunk = _End.RESET if connection.opposite(flow).broken else _End.FIN
         flow.hold(chunk)
 
+    def _limit_buffers(self, connection: _Connection) -> None:
+        if self._rate < math.inf:
+            for each in (connection.client, connection.server):
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _CHUNK)
+
+    def _chunk(self) -> int:
+        """How many bytes are received at a time."""
+        return max(1, int(min(_CHUNK, self._rate / _PIECES_PER_SECOND)))
+
+    def _due(self, flow: _Flow) -> float:
+        """When what a flow holds may pass."""
+        return max(flow.held[0][0] + self._delay, self._free_at[flow.direction])
+
     def _seconds_to_next_release(self) -> float | None:
-        arrivals = [
-            flow.held[0][0]
+        times = [
+            self._due(flow)
             for connection in self._connections
             for flow in connection.flows
             if flow.held and connection.connected and flow.direction not in self._silent
         ]
-        if not arrivals:
+        if not times:
             return None
-        return max(0.0, min(arrivals) + self._delay - time.monotonic())
+        return max(0.0, min(times) - time.monotonic())
 
     def _advance(self, connection: _Connection) -> None:
         """Send what is due, close what has ended, and see to be told when there is more to do."""
@@ -498,14 +536,15 @@ class PortForward:
     def _release(self, connection: _Connection, flow: _Flow) -> None:
         if flow.direction in self._silent:
             return
-        latest = time.monotonic() - self._delay
-        while flow.held and flow.held[0][0] <= latest:
+        now = time.monotonic()
+        while flow.held and self._due(flow) <= now:
             if self._cut is not None and self._cut._due:
                 return
             _arrival, chunk = flow.held.popleft()
             if isinstance(chunk, _End):
                 flow.ending = chunk
             else:
+                self._free_at[flow.direction] = now + len(chunk) / self._rate
                 self._pass_on(connection, flow, chunk)
 
     def _pass_on(self, connection: _Connection, flow: _Flow, chunk: bytes) -> None:
@@ -540,9 +579,10 @@ class PortForward:
                     opposite.hold(_End.RESET)
 
     def _watch(self, connection: _Connection) -> None:
+        limit = _HELD_BYTES_LIMIT if self._rate == math.inf else self._chunk()
         for flow in connection.flows:
             events = 0
-            if flow.reading and flow.size() < _HELD_BYTES_LIMIT:
+            if flow.reading and flow.size() < limit:
                 events |= selectors.EVENT_READ
             if connection.opposite(flow).outgoing:
                 events |= selectors.EVENT_WRITE

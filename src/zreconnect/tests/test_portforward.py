@@ -220,9 +220,10 @@ class StartAndStopTests(EchoTests):
         self.assertEqual(self.forward.port, port)
         self.connected()
 
-    def test_restart_ends_silence_delay_and_refusal(self):
+    def test_restart_ends_silence_delay_throttle_and_refusal(self):
         self.forward.silence()
         self.forward.delay(3600)
+        self.forward.throttle(0.001)
         self.forward.refuse()
         self.forward.stop()
         self.forward.start()
@@ -720,6 +721,45 @@ class DelayTests(EchoTests):
         self.connected()
 
 
+class ThrottleTests(EchoTests):
+    def test_what_is_above_the_rate_passes_later(self):
+        client = self.connected()
+        before = self.forward.count()
+        self.forward.throttle(0.001)
+        client.sendall(b"slow")
+        self.assertEqual(receive(client, 1), b"s")
+        passed = self.forward.count() - before
+        self.assertEqual((passed.bytes_to_server, passed.bytes_to_client), (1, 1))
+        self.forward.throttle(None)
+        self.assertEqual(receive(client, 3), b"low")
+
+    def test_the_sender_has_to_wait(self):
+        client = self.connected()
+        self.forward.throttle(100_000)
+        for sender in (client, self.connected()):
+            sender.setblocking(False)
+            sent = 0
+            with contextlib.suppress(BlockingIOError):
+                while sent < 32 << 20:
+                    sent += sender.send(bytes(1 << 20))
+            self.assertLess(sent, 32 << 20)
+
+    def test_nothing_is_lost_nor_out_of_order(self):
+        client = self.connected()
+        self.forward.throttle(10_000_000)
+        sent = os.urandom(1 << 20)
+        sender = threading.Thread(target=client.sendall, args=(sent,))
+        sender.start()
+        self.assertEqual(receive(client, len(sent)), sent)
+        sender.join()
+
+    def test_bad_rate(self):
+        for rate in (0, -1, float("nan")):
+            with self.assertRaisesRegex(ValueError, "^bytes_per_second must be positive"):
+                self.forward.throttle(rate)
+        self.connected()
+
+
 class CountTests(EchoTests):
     def test_bytes_connections_and_round_trips(self):
         client = self.connect()
@@ -1047,6 +1087,9 @@ class LayerTests(unittest.TestCase):
 
     def test_left_slow(self):
         self.layer.forward.delay(3600)
+
+    def test_left_throttled(self):
+        self.layer.forward.throttle(0.001)
 
     def test_left_with_the_server_down(self):
         self.layer.server.shut_down()
