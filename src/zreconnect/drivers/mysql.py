@@ -375,7 +375,8 @@ class MysqlDriver(BaseDriver):
 
     def execute_watched(self, raw: Any, cursor: Any, execute: Any, statement: Any) -> Any:
         """Execute a statement of the user's, and keep track of the transaction."""
-        text = statement.decode(errors="replace") if isinstance(statement, bytes) else statement
+        # PyMySQL's executemany() makes a bytearray.
+        text = statement if isinstance(statement, str) else statement.decode(errors="replace")
         cursor.zreconnect_sent = text
         if not self.in_transaction(raw):
             with self._asking(raw):
