@@ -156,7 +156,7 @@ class ReconnectingDatabaseAdapter:
     None does not wait: one attempt to connect, then `DisconnectionError`, for the publisher to run
     the request again.
     witness: as for `connect`; "xid" stands for ``XidWitness(at_commit=True)``.
-    response_timeout: seconds after which a statement without an answer counts as a disconnect; None
+    response_timeout: seconds of silence after which a statement counts as a disconnect; None
     waits for ever.
     two_phase: commit in two phases, as for `connect`.
 

@@ -51,7 +51,7 @@ class ReconnectingConnection(SettingsOfSessions):
     policy: how long connecting is tried when a transaction begins.
     witness: how the outcome of a lost COMMIT is looked up: "xid", a `Ledger`, or None for not.
     on_connect: called with each new raw connection, outside a transaction, to set up the session.
-    response_timeout: seconds after which a request without an answer counts as a disconnect; None
+    response_timeout: seconds of silence after which a request counts as a disconnect; None
     waits for ever, except for beginning and rolling back.
     two_phase: take part in the current transaction of ``transaction.manager``, and commit in two
     phases, so that the transaction can have a part in several databases. The servers must allow
@@ -426,7 +426,7 @@ def connect(
     policy: how long connecting is tried when a transaction begins.
     witness: how the outcome of a lost COMMIT is looked up: "xid", a `Ledger`, or None for not.
     on_connect: called with each new raw connection, outside a transaction, to set up the session.
-    response_timeout: seconds after which a request without an answer counts as a disconnect; None
+    response_timeout: seconds of silence after which a request counts as a disconnect; None
     waits for ever, except for beginning and rolling back.
     two_phase: take part in the current transaction of ``transaction.manager``, and commit in two
     phases, so that the transaction can have a part in several databases. The servers must allow

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from zreconnect.documented import implements
 from zreconnect.interfaces import IPipeliningDriver, IReconnectingCursor
+from zreconnect.lent import Lent
 from zreconnect.proxies import Guarded, guarded_attribute, guarded_block, guarded_rows
 from zreconnect.session import NO_SESSION, Session
 from zreconnect.states import Moment, Request, State
 
 if TYPE_CHECKING:
     from zreconnect.connection import ReconnectingConnection
+    from zreconnect.link import Link
 
 
 class _Setting:
@@ -113,22 +115,28 @@ class ReconnectingCursor:
         return self._statement("execute", *arguments, **options)
 
     def executemany(self, query: Any, *parameters: Any, **options: Any) -> Any:
-        return self._statement("executemany", query, *parameters, **options)
+        link = self._work.link
+        sequences = [_lent(link, each) for each in parameters]
+        options = {name: _lent(link, value) for name, value in options.items()}
+        return self._statement("executemany", query, *sequences, **options)
 
     def callproc(self, procname: str, *parameters: Any, **options: Any) -> Any:
         return self._statement("callproc", procname, *parameters, **options)
 
     def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> Any:
         """As in psycopg2."""
-        return self._statement("copy_expert", sql, file, size)
+        with Lent(self._work.link, file).lending() as lent:
+            return self._statement("copy_expert", sql, lent, size)
 
     def copy_from(self, file: Any, table: str, *args: Any, **keywords: Any) -> Any:
         """As in psycopg2."""
-        return self._statement("copy_from", file, table, *args, **keywords)
+        with Lent(self._work.link, file).lending() as lent:
+            return self._statement("copy_from", lent, table, *args, **keywords)
 
     def copy_to(self, file: Any, table: str, *args: Any, **keywords: Any) -> Any:
         """As in psycopg2."""
-        return self._statement("copy_to", file, table, *args, **keywords)
+        with Lent(self._work.link, file).lending() as lent:
+            return self._statement("copy_to", lent, table, *args, **keywords)
 
     @contextmanager
     def copy(self, statement: Any, params: Any = None, **options: Any) -> Iterator[Any]:
@@ -339,3 +347,7 @@ def _close_lost(raw: Any, error: type[Exception]) -> None:
     """Close a raw cursor of a session that has ended; psycopg complains if nobody does."""
     with suppress(error):
         raw.close()
+
+
+def _lent(link: Link, value: Any) -> Any:
+    return Lent(link, value) if isinstance(value, Iterator) else value

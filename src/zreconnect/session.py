@@ -112,7 +112,7 @@ def _attempt(server: Server, timeout: float, prepare: Callable[[Session], None])
     try:
         watch = Watch(server.driver.fileno(raw), server.address)
         session = Session(server.driver, raw, watch, os.getpid())
-        with watch.awaiting(timeout):
+        with watch.within(timeout):
             prepare(session)
         return session
     except BaseException as error:

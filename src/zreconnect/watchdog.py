@@ -7,6 +7,10 @@ from time to time, and shuts down the socket of a request whose time is up, upon
 raises the error of a lost connection. It tells nobody: whoever gets that error finds
 `Watch.cut_after`.
 
+What is counted is silence. Linux tells how many bytes have come on a TCP connection, and how many
+that were sent the other side has acknowledged; while these numbers grow, as those of an upload over
+a slow line do, no wait grows. Where nobody tells, as for other sockets, all the time counts.
+
 There is no lock in this module. One could be held by a thread that a fork leaves behind, or by
 one that an interrupt has torn out of it. Instead, each step that has to be whole is one method of
 a built-in set or list: neither another thread nor the handler of a signal comes in between.
@@ -19,12 +23,15 @@ import math
 import os
 import select
 import socket
+import sys
 import threading
 import time
 import weakref
 
 # An answer may be overdue by that many seconds before it is noticed.
 INTERVAL = 0.25
+# Where Linux has tcpi_bytes_acked and tcpi_bytes_received in its struct tcp_info, since 4.1.
+COUNTS = slice(120, 136)
 
 
 class Wait:
@@ -35,8 +42,11 @@ class Wait:
 
     waits: set[Wait]
     limit: float
-    #: When the watchdog saw it first; None before that.
+    #: Since when the server has been silent, as far as the watchdog has seen; None before it has
+    #: looked.
     since: float | None
+    #: Whether only silence counts, and not all the time.
+    is_of_silence = True
 
     def __enter__(self) -> None:
         self.waits.add(self)
@@ -53,6 +63,30 @@ class Wait:
             self.since = None
 
 
+class _Deadline(Wait):
+    __slots__ = ()
+
+    is_of_silence = False
+
+
+class Pause:
+    """While it lasts the server owes nothing: a context manager, which `Watch.pausing` makes."""
+
+    __slots__ = ("_pauses", "_waits")
+
+    def __init__(self, waits: set[Wait], pauses: set[Pause]) -> None:
+        self._waits = waits
+        self._pauses = pauses
+
+    def __enter__(self) -> None:
+        self._pauses.add(self)
+
+    def __exit__(self, *error: object) -> None:
+        for wait in self._waits.copy():
+            wait.renew(wait.limit)
+        self._pauses.discard(self)
+
+
 class Watch:
     """What one session waits for.
 
@@ -62,7 +96,16 @@ class Watch:
     Raises RuntimeError if there is no watchdog and its thread cannot be started.
     """
 
-    __slots__ = ("__weakref__", "_poll", "_socket", "_waits", "address", "cut_after")
+    __slots__ = (
+        "__weakref__",
+        "_counts",
+        "_pauses",
+        "_poll",
+        "_socket",
+        "_waits",
+        "address",
+        "cut_after",
+    )
 
     def __init__(self, fileno: int | None, address: str) -> None:
         self.address = address
@@ -70,6 +113,9 @@ class Watch:
         #: it has not.
         self.cut_after: float | None = None
         self._waits: set[Wait] = set()
+        self._pauses: set[Pause] = set()
+        # What has come and gone, when the watchdog looked last.
+        self._counts = b""
         # One socket or none. Who takes it out closes it, so that nobody shuts down a number that
         # belongs to another file by then.
         self._socket: list[socket.socket] = []
@@ -85,10 +131,12 @@ class Watch:
                 raise
 
     def awaiting(self, limit: float | None) -> Wait:
-        """A context manager for one request, whose answer may take ``limit`` seconds.
+        """A context manager for one request, in which the server may be silent for ``limit``
+        seconds.
 
-        The time begins when the watchdog sees the wait. Of several waits, nested or not, the first
-        whose time is up cuts the session off; None sets no limit.
+        The time begins when the watchdog sees the wait, and anew whenever it sees that something
+        has come, or that something which was sent has arrived. Of several waits, nested or not, the
+        first whose time is up cuts the session off; None sets no limit.
         """
         if limit is None:
             return _FOR_EVER
@@ -98,9 +146,25 @@ class Watch:
         wait.since = None
         return wait
 
+    def within(self, limit: float) -> Wait:
+        """As `awaiting`, for what may take ``limit`` seconds whatever comes meanwhile."""
+        deadline = _Deadline()
+        deadline.waits = self._waits
+        deadline.limit = limit
+        deadline.since = None
+        return deadline
+
+    def pausing(self) -> Pause:
+        """A context manager for what the program itself does inside a request.
+
+        The time of the waits begins anew at its end.
+        """
+        return Pause(self._waits, self._pauses)
+
     def reset(self) -> None:
-        """Forget all waits, among them what an interrupt has left."""
+        """Forget all waits and pauses, among them what an interrupt has left."""
         self._waits.clear()
+        self._pauses.clear()
 
     def is_quiet(self) -> bool:
         """Whether nothing has arrived since the last answer, as the end of the session would.
@@ -111,15 +175,26 @@ class Watch:
 
     def look(self) -> None:
         """For the watchdog: cut the session off if an answer is overdue."""
+        waits = self._waits.copy()
+        if not waits:
+            return
         now = time.monotonic()
+        is_silent = not self._has_moved() and not self._pauses
         overdue = []
-        for wait in self._waits.copy():
-            if wait.since is None:
+        for wait in waits:
+            if wait.since is None or (wait.is_of_silence and not is_silent):
                 wait.since = now
             if now - wait.since >= wait.limit:
                 overdue.append(wait.limit)
         if overdue:
             self.cut(min(overdue))
+
+    def _has_moved(self) -> bool:
+        """Whether anything has come, or has arrived that was sent, since this was asked last."""
+        before = self._counts
+        for each in self._socket.copy():
+            self._counts = _counts(each)
+        return self._counts != before
 
     def cut(self, limit: float) -> None:
         """Cut the session off, whose answer has taken more than ``limit`` seconds."""
@@ -155,6 +230,18 @@ _FOR_EVER = Wait()
 _FOR_EVER.waits = set()
 _FOR_EVER.limit = math.inf
 _FOR_EVER.since = None
+
+
+def _counts(of: socket.socket) -> bytes:
+    """How many bytes have been acknowledged and received; nothing where nobody tells."""
+    if sys.platform != "linux":
+        return b""
+    try:
+        return of.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, COUNTS.stop)[COUNTS]
+    except OSError:
+        # Not TCP, or closed meanwhile.
+        return b""
+
 
 #: For a connection that has no session.
 NO_WATCH = Watch(None, "")

@@ -64,7 +64,7 @@ def register(
     policy: how long connecting is tried when the pool gets a new connection, and when a transaction
     begins.
     witness: how the outcome of a lost COMMIT is looked up: "xid", a `Ledger`, or None for not.
-    response_timeout: seconds after which a request without an answer counts as a disconnect; None
+    response_timeout: seconds of silence after which a request counts as a disconnect; None
     waits for ever, except for beginning and rolling back.
 
     What uses the engine then raises `DisconnectionError`, `ReconnectTimeout` and

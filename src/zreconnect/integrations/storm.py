@@ -245,7 +245,7 @@ def register(
     policy: how long connecting is tried when a transaction begins.
     witness: how the outcome of a lost COMMIT is looked up: "xid", a `Ledger`, or None for not.
     on_connect: called with each new raw connection, outside a transaction, to set up the session.
-    response_timeout: seconds after which a request without an answer counts as a disconnect; None
+    response_timeout: seconds of silence after which a request counts as a disconnect; None
     waits for ever, except for beginning and rolling back.
 
     Raises TypeError or ValueError, naming the argument, for one that makes no sense.

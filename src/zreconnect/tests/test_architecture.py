@@ -21,7 +21,7 @@ events witness dsn
 engines drivers server options branch
 retry session recovery refusals savepoint
 link
-work
+work lent
 finding
 guard
 siblings

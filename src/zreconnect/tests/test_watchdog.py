@@ -450,6 +450,151 @@ class WaitTests(WatchTestCase):
         self.assertFalse(watch.is_quiet())
 
 
+class ProgressTests(WatchTestCase):
+    """While bytes come, or arrive, the server is not silent."""
+
+    def setUp(self):
+        super().setUp()
+        self.time = watchdogs_time(self)
+        listener = self.enterContext(socket.create_server(("127.0.0.1", 0)))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        self.ours = self.enterContext(socket.create_connection(listener.getsockname()))
+        self.peer = self.enterContext(listener.accept()[0])
+        self.peer.settimeout(PATIENCE)
+        self.watch = watchdog.Watch(self.ours.fileno(), "here")
+        self.addCleanup(self.watch.close)
+
+    def fill(self):
+        """Send until the peer has to read; no time passes until then."""
+        self.ours.setblocking(False)
+        self.move(lambda: self.ours.send(bytes(1 << 20)))
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.ours.send(bytes(1 << 20))
+        counts = None
+        while counts != (counts := counts_of(self.ours)):
+            time.sleep(0.05)
+        self.watch.look()
+
+    def move(self, function):
+        """Do something that lets bytes come or arrive, and wait until they have."""
+        before = counts_of(self.ours)
+        function()
+        wait_until(lambda: counts_of(self.ours) != before)
+
+    def assertSlow(self, function):
+        """With what the function does the time of a wait begins anew."""
+        for _ in range(4):
+            self.move(function)
+            self.watch.look()
+            self.time.go_on(40)
+            self.watch.look()
+            self.assertIsNone(self.watch.cut_after)
+
+    def assertSilent(self):
+        """Of the limit of 60, 40 have passed."""
+        self.time.go_on(15)
+        self.watch.look()
+        self.assertIsNone(self.watch.cut_after)
+        self.time.go_on(10)
+        self.watch.look()
+        self.assertEqual(self.watch.cut_after, 60)
+
+    def test_rows_that_keep_coming(self):
+        with self.watch.awaiting(60):
+            self.assertSlow(lambda: self.peer.send(b"row"))
+            self.assertSilent()
+
+    def test_a_request_that_is_long_to_send(self):
+        with self.watch.awaiting(60):
+            self.fill()
+            self.assertSlow(lambda: self.peer.recv(1 << 20))
+            self.assertSilent()
+
+    def test_a_request_that_does_not_arrive(self):
+        with self.watch.awaiting(60):
+            self.fill()
+            self.time.go_on(40)
+            self.assertSilent()
+
+    def test_a_request_that_has_arrived(self):
+        with self.watch.awaiting(60):
+            self.move(lambda: self.ours.send(b"SELECT"))
+            self.watch.look()
+            self.time.go_on(40)
+            self.assertSilent()
+
+    def test_the_nearest_of_nested_deadlines_holds(self):
+        with self.watch.awaiting(60), self.watch.awaiting(90):
+            self.assertSlow(lambda: self.peer.send(b"row"))
+            self.assertSilent()
+
+    def test_a_deadline_whatever_comes(self):
+        with self.watch.within(60):
+            self.watch.look()
+            self.move(lambda: self.peer.send(b"row"))
+            self.time.go_on(40)
+            self.assertSilent()
+
+    def test_other_systems_tell_nothing(self):
+        with mock.patch.object(sys, "platform", "other"), self.watch.awaiting(60):
+            self.watch.look()
+            self.move(lambda: self.peer.send(b"row"))
+            self.time.go_on(40)
+            self.assertSilent()
+
+    def test_what_came_before_is_no_progress(self):
+        with self.watch.awaiting(60):
+            self.watch.look()
+        self.move(lambda: self.peer.send(b"news"))
+        with self.watch.awaiting(60):
+            self.watch.look()
+            self.time.go_on(40)
+            self.assertSilent()
+
+    def test_without_a_wait_nobody_looks_at_the_socket(self):
+        with mock.patch.object(watchdog, "_counts") as counts:
+            self.watch.look()
+        counts.assert_not_called()
+
+
+def counts_of(connected):
+    """The bytes that the kernel has seen arrive and come."""
+    return connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)[120:]
+
+
+class PauseTests(WatchTestCase):
+    """What the program does itself is no silence of the server's."""
+
+    def setUp(self):
+        super().setUp()
+        self.time = watchdogs_time(self)
+
+    def test_the_time_begins_anew_at_its_end(self):
+        with self.watch.awaiting(60):
+            self.watch.look()
+            self.time.go_on(40)
+            with self.watch.pausing():
+                self.watch.look()
+                self.time.go_on(100)
+                self.watch.look()
+            # Not even seen.
+            with self.watch.pausing():
+                self.time.go_on(100)
+            self.watch.look()
+            self.time.go_on(40)
+            self.watch.look()
+            self.assertIsNone(self.watch.cut_after)
+            self.time.go_on(20)
+            self.assertCut(self.watch, self.peer, 60)
+
+    def test_one_that_an_interrupt_has_left_is_forgotten(self):
+        self.watch.pausing().__enter__()
+        self.watch.reset()
+        with self.watch.awaiting(0):
+            self.assertCut(self.watch, self.peer, 0)
+
+
 class Broken(watchdog.Watch):
     looks = 0
 

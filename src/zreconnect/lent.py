@@ -1,0 +1,76 @@
+"""Objects of the program's that a driver uses while the server waits: files and iterators.
+
+The time that they take is not the server's silence. And what they raise comes out as it is, where
+psycopg2 has the server answer an error in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+from zreconnect.link import Link
+
+
+class Lent:
+    """One of them.
+
+    link: that of the connection which uses it. wrapped: the program's object.
+    """
+
+    def __init__(self, link: Link, wrapped: Any) -> None:
+        self._link = link
+        self._wrapped = wrapped
+        self._error: BaseException | None = None
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        # psycopg2 asks whether a file is one of text.
+        return self._wrapped.__class__
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._wrapped, name)
+        if name not in ("read", "write"):
+            return value
+        calls = self._calls(value)
+        next(calls)
+        return calls.send
+
+    def _calls(self, function: Callable[[Any], Any]) -> Generator[Any, Any, None]:
+        """Calls of it, each with what is sent.
+
+        The frame of a generator is there before an interrupt comes, which a function would meet
+        ahead of its first line.
+        """
+        result = None
+        try:
+            while True:
+                argument = yield result
+                with self._link.session.watch.pausing():
+                    result = function(argument)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self._error = error
+            raise
+
+    def __iter__(self) -> Lent:
+        return self
+
+    def __next__(self) -> Any:
+        with self._link.session.watch.pausing():
+            return next(self._wrapped)
+
+    @contextlib.contextmanager
+    def lending(self) -> Iterator[Lent]:
+        """For the request that uses a file."""
+        try:
+            yield self
+        except BaseException as error:
+            if self._error is not None and self._error is not error:
+                raise self._error from error
+            raise
+        finally:
+            # Its traceback refers to this object.
+            self._error = None
