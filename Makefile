@@ -20,8 +20,9 @@ ifneq ($(made_of),$(python_id)|$(CURDIR)|)
 stale := yes
 endif
 debian_packages := mariadb-server-core mariadb-client-core default-libmysqlclient-dev gcc openssl \
-    pkg-config python3-dev
-has_server := (PATH="$$PATH:/usr/sbin"; for program in mariadbd mariadb-install-db my_print_defaults; do \
+    pgbouncer pkg-config python3-dev
+server_programs := mariadbd mariadb-install-db my_print_defaults pgbouncer
+has_server := (PATH="$$PATH:/usr/sbin"; for program in $(server_programs); do \
     command -v $$program || exit 1; done) >/dev/null
 compiles := command -v cc >/dev/null && \
     $(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null
@@ -67,14 +68,15 @@ lint: .venv/built
 	bin/ruff format --check
 	bin/mypy
 
-# The first two packages have MariaDB's programs without the service. The others are for building
-# mysqlclient, after which bin/ is to be made anew.
+# The first two packages have MariaDB's programs without the service; pgbouncer comes with one, on a
+# port of its own, that the tests leave alone. The others are for building mysqlclient, after which
+# bin/ is to be made anew.
 services:
 	@if $(has_server) && $(builds_mysqlclient); then \
 	    echo 'services: all that the tests need is installed.'; \
 	elif ! command -v apt-get >/dev/null; then \
-	    echo 'services: the tests need the programs of a MariaDB server; building mysqlclient needs' \
-	        'a C compiler, pkg-config and the headers of Python and of a MySQL or MariaDB client.' \
+	    echo 'services: the tests need the programs of a MariaDB server, and pgbouncer; building' \
+	        'mysqlclient needs a C compiler, pkg-config and the headers of Python and of a MySQL or MariaDB client.' \
 	        'Only on Debian and Ubuntu this can install them; tests that miss one are skipped.' >&2; \
 	    exit 1; \
 	elif [ "$$(id -u)" != 0 ]; then \

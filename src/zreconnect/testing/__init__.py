@@ -1,13 +1,14 @@
 """Tools to test how a program bears the loss of its database.
 
-`EmbeddedPostgres` and `EmbeddedMariaDB` are servers to crash, `PortForward` is a line to cut.
-`zreconnect.testing.layers` has layers for zope.testrunner that provide both. `DriverConformance`
-tests a driver of one's own.
+`EmbeddedPostgres` and `EmbeddedMariaDB` are servers to crash, `EmbeddedPgBouncer` is a pooler,
+`PortForward` is a line to cut. `zreconnect.testing.layers` has layers for zope.testrunner that
+provide them. `DriverConformance` tests a driver of one's own.
 """
 
 from zreconnect.testing.conformance import DriverConformance
 from zreconnect.testing.embedded import EmbeddedServerError
 from zreconnect.testing.mariadb import EmbeddedMariaDB, EmbeddedMariaDBError
+from zreconnect.testing.pgbouncer import EmbeddedPgBouncer, EmbeddedPgBouncerError
 from zreconnect.testing.portforward import Count, Cut, PortForward
 from zreconnect.testing.postgres import EmbeddedPostgres, EmbeddedPostgresError, EmbeddedStandby
 
@@ -17,6 +18,8 @@ __all__ = [
     "DriverConformance",
     "EmbeddedMariaDB",
     "EmbeddedMariaDBError",
+    "EmbeddedPgBouncer",
+    "EmbeddedPgBouncerError",
     "EmbeddedPostgres",
     "EmbeddedPostgresError",
     "EmbeddedServerError",

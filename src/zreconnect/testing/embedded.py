@@ -28,6 +28,20 @@ _SERVER_USER_FOR_ROOT = "nobody"
 START_TIMEOUT = 60.0
 SHUTDOWN_TIMEOUT = 60.0
 _LOG_LINES_IN_ERRORS = 20
+# Debian keeps servers where an ordinary user's PATH does not lead.
+_PLACES = "/usr/local/sbin:/usr/sbin:/usr/local/bin:/usr/bin"
+
+
+def find_program(name: str) -> str | None:
+    """Return the path of an installed program, None if there is none of that name."""
+    return shutil.which(name) or shutil.which(name, path=_PLACES)
+
+
+def program_path(name: str) -> str:
+    """Return the path of a program that is known to be installed."""
+    found = find_program(name)
+    assert found is not None
+    return found
 
 
 class EmbeddedServerError(RuntimeError):

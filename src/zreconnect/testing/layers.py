@@ -22,6 +22,7 @@ from collections.abc import Mapping
 
 from zreconnect.testing.embedded import EmbeddedServer
 from zreconnect.testing.mariadb import EmbeddedMariaDB
+from zreconnect.testing.pgbouncer import EmbeddedPgBouncer
 from zreconnect.testing.portforward import PortForward
 from zreconnect.testing.postgres import EmbeddedPostgres
 
@@ -70,6 +71,37 @@ class MariaDBLayer(ServerLayer):
 
     server_class = EmbeddedMariaDB
     server: EmbeddedMariaDB
+
+
+class PgBouncerLayer(ServerLayer):
+    """Puts one EmbeddedPgBouncer before the server of a PostgresLayer.
+
+    Its `server` is the EmbeddedPgBouncer. Put a PortForwardLayer on this one for a line to it.
+    """
+
+    server: EmbeddedPgBouncer
+
+    def __init__(
+        self,
+        base: PostgresLayer,
+        pool_mode: str,
+        name: str | None = None,
+        settings: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(name, settings)
+        self.__bases__ = (base,)
+        self._base = base
+        self._pool_mode = pool_mode
+
+    def setUp(self) -> None:
+        """Start PgBouncer."""
+        self.server = EmbeddedPgBouncer(self._base.server, self._pool_mode, self._settings)
+        self.server.start()
+
+    def testTearDown(self) -> None:
+        """Make sure that both run for the next test, whatever this one did to them."""
+        self._base.server.ensure_running()
+        super().testTearDown()
 
 
 class PortForwardLayer:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zreconnect.testing.embedded import EmbeddedServer, EmbeddedServerError
+from zreconnect.testing.embedded import (
+    EmbeddedServer,
+    EmbeddedServerError,
+    find_program,
+    program_path,
+)
 
 # The second one runs the third, which Debian has in another package.
 _PROGRAMS = ("mariadbd", "mariadb-install-db", "my_print_defaults")
-# Debian keeps servers where an ordinary user's PATH does not lead.
-_PLACES = "/usr/local/sbin:/usr/sbin:/usr/local/bin:/usr/bin"
 _SMALL_LOG = "--innodb-log-file-size=8M"
 _DEFAULT_SETTINGS: Mapping[str, object] = {
     "innodb_buffer_pool_size": "16M",
@@ -44,7 +46,7 @@ class EmbeddedMariaDB(EmbeddedServer):
     @staticmethod
     def installed() -> bool:
         """Whether the programs are there."""
-        return all(_find(name) for name in _PROGRAMS)
+        return all(find_program(name) for name in _PROGRAMS)
 
     def kill_session(self, session: int) -> None:
         """End one session as KILL does, without waiting for its end.
@@ -98,7 +100,7 @@ class EmbeddedMariaDB(EmbeddedServer):
         return "`{}`".format(name.replace("`", "``"))
 
     def _find_programs(self) -> None:
-        missing = [name for name in _PROGRAMS if not _find(name)]
+        missing = [name for name in _PROGRAMS if not find_program(name)]
         if missing:
             raise FileNotFoundError(
                 f"EmbeddedMariaDB needs {' and '.join(missing)}: install MariaDB's server, on "
@@ -118,7 +120,7 @@ class EmbeddedMariaDB(EmbeddedServer):
             f"CREATE DATABASE {self._dbname};\n",
         )
         self._run(
-            *(_program("mariadb-install-db"), "--no-defaults", f"--datadir={self._data}"),
+            *(program_path("mariadb-install-db"), "--no-defaults", f"--datadir={self._data}"),
             *("--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"),
             *(f"--extra-file={accounts}", _SMALL_LOG, self._tmpdir),
         )
@@ -138,16 +140,6 @@ class EmbeddedMariaDB(EmbeddedServer):
             "socket": self._temporary / "socket",
             "pid_file": self._temporary / "pid",
         }
-        command = [_program("mariadbd"), "--no-defaults", f"--datadir={self._data}"]
+        command = [program_path("mariadbd"), "--no-defaults", f"--datadir={self._data}"]
         command += ["--skip-name-resolve", _SMALL_LOG, self._tmpdir]
         return command + [f"--{name}={value}" for name, value in settings.items()]
-
-
-def _find(program: str) -> str | None:
-    return shutil.which(program) or shutil.which(program, path=_PLACES)
-
-
-def _program(name: str) -> str:
-    found = _find(name)
-    assert found is not None
-    return found

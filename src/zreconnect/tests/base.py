@@ -17,7 +17,7 @@ import zope.event
 import zreconnect
 from zreconnect import RetryPolicy, session
 from zreconnect.policy import LONGEST_ATTEMPT
-from zreconnect.testing import EmbeddedMariaDB
+from zreconnect.testing import EmbeddedMariaDB, EmbeddedPgBouncer
 from zreconnect.testing.layers import MARIADB_PORT_FORWARD_LAYER, PORT_FORWARD_LAYER
 
 PATIENCE = 60.0
@@ -41,6 +41,19 @@ def on_mariadb(layer=MARIADB_PORT_FORWARD_LAYER):
     def decorate(test_case):
         if not EmbeddedMariaDB.installed() and not REQUIRED:
             return unittest.skip("MariaDB's server is not installed: make services")(test_case)
+        test_case.layer = layer
+        return test_case
+
+    return decorate
+
+
+def on_pgbouncer(layer):
+    """A decorator: give the tests a layer with PgBouncer, or skip them if it is not installed,
+    unless it must be."""
+
+    def decorate(test_case):
+        if not EmbeddedPgBouncer.installed() and not REQUIRED:
+            return unittest.skip("PgBouncer is not installed: make services")(test_case)
         test_case.layer = layer
         return test_case
 

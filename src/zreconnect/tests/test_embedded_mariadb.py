@@ -146,7 +146,7 @@ class WithoutProgramsTests(unittest.TestCase):
             with (
                 self.subTest(missing=program),
                 mock.patch(
-                    "zreconnect.testing.mariadb.shutil.which",
+                    "zreconnect.testing.embedded.shutil.which",
                     side_effect=lambda name, path=None, found=found: found.get(name),
                 ),
             ):
@@ -155,7 +155,7 @@ class WithoutProgramsTests(unittest.TestCase):
     def test_says_what_to_install(self):
         server = EmbeddedMariaDB()
         with (
-            mock.patch("zreconnect.testing.mariadb.shutil.which", return_value=None),
+            mock.patch("zreconnect.testing.embedded.shutil.which", return_value=None),
             self.assertRaisesRegex(FileNotFoundError, "mariadb-server-core"),
         ):
             self.assertFalse(EmbeddedMariaDB.installed())

@@ -1,0 +1,134 @@
+"""A real PgBouncer for tests, before a PostgreSQL server for tests."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+
+from zreconnect.testing.embedded import (
+    START_TIMEOUT,
+    EmbeddedServer,
+    EmbeddedServerError,
+    find_program,
+    program_path,
+)
+from zreconnect.testing.postgres import EmbeddedPostgres
+
+_PROGRAM = "pgbouncer"
+POOL_MODES = ("session", "transaction", "statement")
+_DEFAULT_SETTINGS: Mapping[str, object] = {
+    "auth_type": "scram-sha-256",
+    "max_client_conn": 100,
+    # Seconds until a server that could not be reached is tried again. It would be 15.
+    "server_login_retry": 0.05,
+}
+
+
+class EmbeddedPgBouncerError(EmbeddedServerError):
+    """PgBouncer does not start or does not end; the message quotes the end of its log."""
+
+
+class EmbeddedPgBouncer(EmbeddedServer):
+    """A PgBouncer of one's own before a running EmbeddedPostgres, from Debian's package pgbouncer
+    or its like.
+
+    See `EmbeddedServer`. Its clients are the server's superuser, with the same password, and
+    reach all databases of the server. What kills or shuts it down leaves the server alone.
+
+    server: the server, which is to be running whenever PgBouncer is started.
+    pool_mode: how long a client keeps a server process: "session", "transaction" or "statement".
+    settings: parameters of the section [pgbouncer] of its configuration file.
+
+    Raises ValueError if there is no such ``pool_mode``.
+    """
+
+    user = EmbeddedPostgres.user
+    error = EmbeddedPgBouncerError
+    _dbname = "postgres"
+    _scheme = "postgresql"
+    # At once: the others wait, in one version or the other, until clients have gone.
+    _shutdown_signal = signal.SIGQUIT
+    _environment_prefixes = ("PG",)
+
+    def __init__(
+        self,
+        server: EmbeddedPostgres,
+        pool_mode: str = "transaction",
+        settings: Mapping[str, object] | None = None,
+    ) -> None:
+        if pool_mode not in POOL_MODES:
+            raise ValueError(f"pool_mode must be one of {', '.join(POOL_MODES)}, not {pool_mode!r}")
+        super().__init__(settings=settings)
+        self.server = server
+        self.pool_mode = pool_mode
+
+    @staticmethod
+    def installed() -> bool:
+        """Whether the program is there."""
+        return find_program(_PROGRAM) is not None
+
+    def show(self, what: str) -> list[dict[str, Any]]:
+        """What SHOW answers at PgBouncer's console, such as "pools" or "servers": a dictionary for
+        each row. Raises psycopg2's errors."""
+        with (
+            closing(self._connect("pgbouncer", START_TIMEOUT)) as console,
+            console.cursor() as cursor,
+        ):
+            cursor.execute(f"SHOW {what}")
+            names = [column.name for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    @staticmethod
+    def _module() -> Any:
+        return psycopg2
+
+    def _connect(self, dbname: str, timeout: float) -> Any:
+        connection = psycopg2.connect(self.dsn(dbname=dbname), connect_timeout=max(2, int(timeout)))
+        connection.autocommit = True
+        return connection
+
+    def _quoted(self, name: str) -> str:
+        doubled = name.replace('"', '""')
+        return f'"{doubled}"'
+
+    def _find_programs(self) -> None:
+        if not self.installed():
+            raise FileNotFoundError(
+                "EmbeddedPgBouncer needs pgbouncer: install it, on Debian and Ubuntu the package "
+                "pgbouncer (make services does it)"
+            )
+
+    def _initialise(self, base: Path) -> None:
+        self.password = self.server.password
+        # Its processes are known by their working directory.
+        self._make_directory(self._data)
+        self._users = self._secret_file("users", f'"{self.user}" "{self.password}"\n')
+        self._configuration = self._secret_file("pgbouncer.ini", "")
+
+    def _launch(self) -> None:
+        settings = {
+            **_DEFAULT_SETTINGS,
+            **self.settings,
+            "pool_mode": self.pool_mode,
+            "listen_addr": self.host,
+            "listen_port": self.port,
+            "unix_socket_dir": self._temporary,
+            "auth_file": self._users,
+            "admin_users": self.user,
+        }
+        lines = [
+            "[databases]",
+            f"* = host={self.server.host} port={self.server.port}",
+            "[pgbouncer]",
+            *(f"{name} = {value}" for name, value in settings.items()),
+        ]
+        self._configuration.write_text("\n".join(lines) + "\n")
+        super()._launch()
+
+    def _command(self) -> list[str]:
+        return [program_path(_PROGRAM), str(self._configuration)]
