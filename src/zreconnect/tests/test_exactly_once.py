@@ -97,7 +97,7 @@ class SweepLayer:
             print(f"  {name:<44}" + "".join(f"{count:>17}" for count in counts))
 
 
-ANSWERS = ("not noticed", "begun again", "run again", "found committed", "unknown")
+ANSWERS = ("not noticed", "begun again", "run again", "found committed", "in part", "unknown")
 # Without fsync a server recovers sooner. What a process has written outlives the process all the
 # same.
 SETTINGS = {"fsync": "off", "scram_iterations": 1}
