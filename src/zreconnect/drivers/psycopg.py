@@ -179,7 +179,8 @@ class PsycopgDriver(PostgresqlDriver):
             not KNOWS_PIPELINE
             # A class of the user's may do more than to execute one statement.
             or type(raw_cursor).execute is not psycopg.Cursor.execute
-            or _is_in_pipeline(raw)
+            # As _is_in_pipeline(), without its call.
+            or raw.pgconn.pipeline_status
             or raw.lock.locked()
         ):
             return False
