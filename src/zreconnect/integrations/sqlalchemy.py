@@ -147,6 +147,12 @@ class PooledConnection(ReconnectingConnection):
             self.rollback_after(error)
             raise
 
+    def set_isolation_level(self, level: int | str | None) -> None:
+        # As psycopg2's does. SQLAlchemy has no transaction when it calls this, but may have asked
+        # for the level before.
+        self.rollback()
+        super().set_isolation_level(level)
+
 
 class _Registration:
     """What listens to the events of one engine."""

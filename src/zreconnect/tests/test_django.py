@@ -1,5 +1,6 @@
 """Django's ORM on a reconnecting connection: a management command through restarts."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -14,6 +15,7 @@ from django.apps import apps
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.db import close_old_connections, connection, transaction
+from django.db.utils import DatabaseError
 from django.test.utils import CaptureQueriesContext
 
 from zreconnect import (
@@ -176,6 +178,30 @@ class UnitOfWorkTests(DjangoTestCase):
             connection.close()
         self.work(path="c")
         self.assertEqual(self.paths(), ["a", "b", "c"])
+
+    def test_what_a_failed_transaction_leaves_is_of_no_use(self):
+        def fail():
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT 1 / 0")
+
+        def lose():
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+        for spoil in (fail, lose):
+            with self.subTest(spoil), contextlib.suppress(DatabaseError), transaction.atomic():
+                self.assertTrue(connection.is_usable())
+                try:
+                    spoil()
+                finally:
+                    self.assertFalse(connection.is_usable())
+            self.assertTrue(connection.is_usable())
+        connection.connection.close()
+        self.assertFalse(connection.is_usable())
+        connection.errors_occurred = True
+        close_old_connections()
+        self.work(path="a")
+        self.assertEqual(self.paths(), ["a"])
 
     def test_a_health_check_costs_nothing(self):
         self.work(path="a")

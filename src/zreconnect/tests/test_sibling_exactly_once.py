@@ -4,9 +4,9 @@ The unit of work is an insert in each of two databases, of which each commits by
 the line to one of them is cut, and whichever commits first: what may run again has committed
 nothing, so that nothing is done twice; and what is committed in part is told as what it is.
 
-Of a transaction some bytes are cut, of PostgreSQL's COMMITs all, by FIN and by RST in turn; and a few
-of these with a crash of that server. With ZRECONNECT_SWEEP=full in the environment it is every byte by
-FIN and by RST everywhere.
+Of a transaction some bytes are cut, of PostgreSQL's COMMITs all, by FIN and by RST in turn; and a
+few of these with a crash of that server. With ZRECONNECT_SWEEP=full in the environment it is every
+byte by FIN and by RST everywhere.
 """
 
 import threading

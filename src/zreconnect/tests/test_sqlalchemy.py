@@ -762,6 +762,18 @@ class Psycopg2Tests(SqlalchemyTestCase):
                 self.forward.drop()
         self.assertEqual(self.scalar(engine, LEVEL), "read committed")
 
+    def test_another_level_after_the_present_one_was_asked_for(self):
+        with self.engine().connect() as connection:
+            connection.execute(text("CREATE TABLE note (text text)"))
+            connection.commit()
+            level = connection.get_isolation_level()
+            for other in ("SERIALIZABLE", level):
+                connection.execution_options(isolation_level=other)
+                self.assertEqual(connection.get_isolation_level().upper(), other)
+            connection.execution_options(isolation_level="AUTOCOMMIT")
+            connection.execute(text("CREATE INDEX CONCURRENTLY note_text ON note (text)"))
+            self.assertTrue(connection.scalar(text("SELECT indisvalid FROM pg_index LIMIT 1")))
+
     def test_modes_of_a_connection(self):
         engine = self.engine()
         options = {"postgresql_readonly": True, "postgresql_deferrable": True}

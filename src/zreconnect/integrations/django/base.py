@@ -11,6 +11,7 @@ from typing import Any
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.integrations import needs
+from zreconnect.states import State
 
 with needs(__name__, "Django"):
     from django.core.exceptions import ImproperlyConfigured
@@ -97,8 +98,12 @@ class DatabaseWrapper(base.DatabaseWrapper):
             raise
 
     def is_usable(self) -> bool:
-        """Yes: whether there is a session shows when a transaction begins."""
-        return True
+        """Whether a statement can be executed, or only after a rollback or never again. Whether
+        there is a session shows when a transaction begins."""
+        work = self.connection.work
+        if work.state is State.ACTIVE:
+            return not work.link.driver.in_failed_transaction(work.link.session.raw)
+        return work.state is State.IDLE
 
     def chunked_cursor(self) -> Any:
         """An ordinary cursor: Django makes psycopg's server-side ones by itself, past us."""
