@@ -85,16 +85,25 @@ class IDriver(Interface):
         "if there are no such ids."
     )
 
-    # Where to connect to. None of these but `connect` talks to a server.
+    # Where to connect to. None of these but `connect` talks to a database server.
 
     def parse(dsn):
         """The connection parameters in ``dsn``, for `connect` and `address`: strings by name.
 
-        Raises ValueError, which quotes nothing of the DSN, if it cannot be parsed.
+        Raises ValueError, which quotes nothing of the DSN, if it cannot be parsed, or if no server
+        could make a connection of it.
         """
 
     def address(parameters):
         """The server's address for people, without password. Raises nothing."""
+
+    def places(parameters):
+        """The parameters for each place at which the server may be, in the order to try them.
+
+        Several hosts are several places, and so are several addresses of one name, when this is
+        called with the parameters of one of these again. ``[parameters]`` if there is nothing to
+        choose. May ask name servers. Raises nothing.
+        """
 
     def connect(parameters, timeout):
         """A new raw connection, which may be used by another thread than the calling one.

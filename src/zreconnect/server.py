@@ -25,6 +25,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from zreconnect import dsn as dsn_module
+from zreconnect import hosts
 from zreconnect.drivers.base import load_driver
 from zreconnect.interfaces import Meaning
 
@@ -165,7 +166,10 @@ class Server:
 
     def passes(self, error: BaseException) -> bool:
         """Whether connecting may succeed later although it failed with this error."""
-        return self.driver.connect_meaning(error, self._parameters) is Meaning.DISCONNECT
+        return (
+            is_missing_thread(error)
+            or self.driver.connect_meaning(error, self._parameters) is Meaning.DISCONNECT
+        )
 
     def is_missed_by(self, raw: Any) -> bool:
         """Whether the session is with a server of another kind than the one asked for."""
@@ -278,7 +282,8 @@ def server_from_dsn(dsn: str, driver_name: str | None = None) -> Server:
     parameters = driver.parse(dsn)
     # Not the DSN: what it means can depend on where the program is.
     key = (driver.name, tuple(sorted(parameters.items())))
-    return _shared(key, driver, partial(driver.connect, parameters), parameters)
+    open_session = partial(hosts.connect, driver, parameters, open_session=driver.connect)
+    return _shared(key, driver, open_session, parameters)
 
 
 def server_from_factory(connection_factory: Callable[[], Any], driver_name: str) -> Server:

@@ -105,6 +105,9 @@ class BaseDriver:
     supports_two_phase = False
     ledger_answer = ""
 
+    def places(self, parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        return [parameters]
+
     def keep(self, raw: Any) -> Any:
         return None
 

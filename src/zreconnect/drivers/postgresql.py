@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from zreconnect import dsn as dsn_module
 from zreconnect.documented import documented_by
+from zreconnect.drivers import conninfo
 from zreconnect.drivers.base import (
     Condition,
     ServerSession,
@@ -62,30 +62,53 @@ COMMIT_STATEMENT = re.compile(
 )
 # Tags of what the server executed. A SELECT can write all the same, by a function that it calls.
 READING_TAGS = re.compile(r"(SELECT|FETCH|MOVE|SHOW|SET|DECLARE|CLOSE|SAVEPOINT|RELEASE)\b")
-# Errors of connecting carry no SQLSTATE. These are 53300 and 55000, which pass, although they
-# quote the name of the role or the database as refusals do.
+# Errors of connecting carry no SQLSTATE, as long as the modules do not ask libpq for it.
+REFUSAL_CLASSES = ("0A", "22", "28", "3D", "42", "55P02")
+# These pass, although they quote the name of the role or the database as refusals do: 53300, 55000,
+# and PgBouncer's DISABLE.
 PASSING_MESSAGES = (
     "too many connections for",
     "is not currently accepting connections",
+    "is disabled",
 )
-REFUSAL_MESSAGES = (
-    "authentication failed",
-    "no password supplied",
-    "no pg_hba.conf entry",
-    "does not exist",
-    "does not support SSL",
-    "certificate verify failed",
+# Parts of messages of libpq (fe-connect.c, fe-auth.c, fe-secure*.c), of the server (postinit.c,
+# auth.c, guc.c) and of PgBouncer (client.c, objects.c).
+REFUSAL_MESSAGES = re.compile(
+    # Who logs in, and where.
+    "authentication failed|no password supplied|pg_hba.conf (?:entry|rejects)|does not exist"
+    "|permission denied|not permitted to log in|must be superuser|no such (?:user|database)"
+    "|login rejected|bouncer config error"
+    # What the server is asked to set.
+    "|unrecognized configuration parameter|invalid configuration parameter|invalid value for"
+    "|cannot be (?:changed|set)|valid range for parameter|requires a"
+    "|invalid command-line argument|unsupported startup parameter"
+    "|no Python encoding"
+    # How the two agree upon their ways.
+    "|does(?: not|n't) support (?:SSL|GSSAPI)|(?:SSL|TLS connection|certificate) required"
+    "|channel binding|authentication method|authentication mechanisms|protocol version"
+    "|GSSAPI encryption required|requirepeer|unsupported frontend protocol|ALPN"
+    # Certificates.
+    "|certificate verify failed|match host name|host name must be specified|private key"
+    "|certificate file|client certificate|root certificate|certificate present"
+    "|SSL error: .*(?:certificate|alert (?:handshake failure|unknown ca|access denied)"
+    "|unsupported protocol|no protocols available|key too small|md too weak)"
+    # What libpq refuses without having contacted anybody.
+    "|invalid \\S+ value:|invalid integer value|invalid port number|could not match"
+    "|definition of service|service file|may not be used with|could not parse network address"
+    "|socket path .* is too long|invalid SCRAM|invalid connection option"
 )
-
+# Parameters whose values a refusal may quote, whatever its language is.
+QUOTED = (
+    "user",
+    "dbname",
+    "client_encoding",
+    "require_auth",
+    "sslcert",
+    "sslkey",
+    "sslrootcert",
+)
+OPTION_WORDS = re.compile(r"[^\s=]+")
 QUOTES = "\"'«»„“”‚‘’‹›「」『』"  # noqa: RUF001
-# The kernel's defaults notice a silent peer after two hours if nothing is sent, and after a quarter
-# of an hour if something is. tcp_user_timeout is in milliseconds.
-KEEPALIVE = {
-    "keepalives_idle": 30,
-    "keepalives_interval": 10,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 60000,
-}
 # libpq's ConnStatusType.
 CONNECTION_OK = 0
 # pg_current_xact_id() and pg_xact_status() exist since PostgreSQL 13.
@@ -137,6 +160,11 @@ class PostgresqlDriver:
     isolation_levels: Mapping[Any, str]
 
     def parse(self, dsn: str) -> dict[str, str]:
+        parameters = self._parse(dsn)
+        conninfo.check(parameters, self.start_connecting, self.module.Error)
+        return parameters
+
+    def _parse(self, dsn: str) -> dict[str, str]:
         if dsn[:6].lower() == "dbi://":
             return dsn_module.parse_dbi(dsn)
         try:
@@ -148,6 +176,9 @@ class PostgresqlDriver:
                 f"dsn is no connection string that libpq understands; it has the form "
                 f"{dsn_module.FORMS}, with special characters in URLs written as %XX"
             ) from None
+
+    def places(self, parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        return conninfo.places(parameters)
 
     def isolation_level(self, level: Any) -> Any:
         for constant, name in self.isolation_levels.items():
@@ -246,18 +277,21 @@ class PostgresqlDriver:
     def connect_meaning(self, error: BaseException, parameters: Mapping[str, str]) -> Meaning:
         if not isinstance(error, (self.module.OperationalError, OSError)):
             return Meaning.PERMANENT
+        state = self.sqlstate(error)
+        if state is not None:
+            return Meaning.PERMANENT if state.startswith(REFUSAL_CLASSES) else Meaning.DISCONNECT
         message = self.connection_message(error)
         if any(passing in message for passing in PASSING_MESSAGES):
             return Meaning.DISCONNECT
-        if any(refusal in message for refusal in REFUSAL_MESSAGES):
+        if REFUSAL_MESSAGES.search(message):
             return Meaning.PERMANENT
-        # Messages of the server are translated. In every language it is a refusal that quotes the
-        # name of the role or the database; a server that is starting, stopping or full does not.
+        # Messages of the server are translated. In every language it is a refusal that quotes what
+        # it was asked for; a server that is starting, stopping or full does not.
         _, _, answer = message.partition(" failed: ")
-        names = "|".join(
-            re.escape(parameters[part]) for part in ("user", "dbname") if parameters.get(part)
-        )
-        if names and re.search(rf"[{QUOTES}]\s?({names})\s?[{QUOTES}]", answer):
+        asked = [parameters[name] for name in QUOTED if parameters.get(name)]
+        asked += OPTION_WORDS.findall(parameters.get("options", ""))
+        quoted = "|".join(map(re.escape, asked))
+        if quoted and re.search(rf"[{QUOTES}]\s?({quoted})\s?[{QUOTES}]", answer):
             return Meaning.PERMANENT
         return Meaning.DISCONNECT
 
@@ -317,6 +351,10 @@ class PostgresqlDriver:
         """The parameters in libpq's URL or key=value string; raises ProgrammingError."""
         raise NotImplementedError
 
+    def start_connecting(self, parameters: Mapping[str, str]) -> None:
+        """Have libpq start to connect; raises the module's error if it refuses, or cannot."""
+        raise NotImplementedError
+
     def query(self, raw: Any, statement: str, parameters: Any = None) -> list[Any]:
         raise NotImplementedError
 
@@ -331,15 +369,6 @@ class PostgresqlDriver:
     def server_version(self, raw: Any) -> int:
         """The server's version as libpq has it, such as 180001."""
         raise NotImplementedError
-
-
-def connect_keywords(parameters: Mapping[str, str], timeout: float) -> dict[str, Any]:
-    """The parameters for a connection that is given up after ``timeout`` seconds."""
-    # libpq takes whole seconds, for each address of the host.
-    limit = math.ceil(timeout)
-    if int(parameters.get("connect_timeout") or 0) > 0:
-        limit = min(limit, int(parameters["connect_timeout"]))
-    return {**KEEPALIVE, **parameters, "connect_timeout": limit}
 
 
 def begin_statement(level: str | None, readonly: bool | None, deferrable: bool | None) -> str:

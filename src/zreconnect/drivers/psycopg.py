@@ -22,18 +22,18 @@ import psycopg
 from psycopg import IsolationLevel, generators, pq, sql
 from psycopg.abc import PQGen
 from psycopg.adapt import AdaptersMap
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import tuple_row
 
 from zreconnect.documented import implements
 from zreconnect.drivers.base import Begun, SessionSettings
+from zreconnect.drivers.conninfo import connect_keywords
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
     DISCONNECT_MESSAGES,
     READING_TAGS,
     PostgresqlDriver,
     begin_statement,
-    connect_keywords,
 )
 from zreconnect.exceptions import DisconnectionError, ExceptionInfo
 from zreconnect.interfaces import IPipeliningDriver, Meaning
@@ -78,6 +78,11 @@ class PsycopgDriver(PostgresqlDriver):
 
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
         return psycopg.connect(**connect_keywords(parameters, timeout))
+
+    def start_connecting(self, parameters: Mapping[str, str]) -> None:
+        keywords: dict[str, Any] = dict(parameters)
+        started = pq.PGconn.connect_start(make_conninfo("", **keywords).encode())
+        raise psycopg.OperationalError(started.get_error_message())
 
     def parameters(self, raw: Any) -> dict[str, str]:
         # psycopg leaves out what is libpq's default.

@@ -17,12 +17,12 @@ from psycopg2 import extensions
 
 from zreconnect.documented import implements
 from zreconnect.drivers.base import SessionSettings
+from zreconnect.drivers.conninfo import connect_keywords
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
     READING_TAGS,
     PostgresqlDriver,
     begin_statement,
-    connect_keywords,
 )
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.interfaces import IDriver
@@ -63,6 +63,10 @@ class Psycopg2Driver(PostgresqlDriver):
 
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
         return psycopg2.connect(**connect_keywords(parameters, timeout))
+
+    def start_connecting(self, parameters: Mapping[str, str]) -> None:
+        keywords: dict[str, Any] = {**parameters, "async_": True}
+        psycopg2.connect(**keywords)
 
     def parameters(self, raw: Any) -> dict[str, str]:
         return dict(raw.info.dsn_parameters)

@@ -17,9 +17,11 @@ import weakref
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+from zreconnect import hosts
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.drivers.base import load_driver
-from zreconnect.drivers.postgresql import CONNECTION_OK, connect_keywords
+from zreconnect.drivers.conninfo import connect_keywords
+from zreconnect.drivers.postgresql import CONNECTION_OK
 from zreconnect.exceptions import (
     CommitOutcomeUnknown,
     DisconnectionError,
@@ -241,7 +243,11 @@ class _Registration:
                 raw = listener(dialect, None, cargs, cparams)
                 if raw is not None:
                     return raw
-        return dialect.connect(*cargs, **connect_keywords(cparams, timeout))
+
+        def open_session(place: Any, timeout: float) -> Any:
+            return dialect.connect(*cargs, **connect_keywords(place, timeout))
+
+        return hosts.connect(self._driver, cparams, timeout, open_session)
 
 
 class _SessionSetUp:

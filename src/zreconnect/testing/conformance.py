@@ -32,7 +32,8 @@ it, and run it with any runner for `unittest`. This is the one for psycopg2, com
             return [f"postgresql://somebody:{password}%zz@localhost/somewhere"]
 
         def refused_dsns(self):
-            return [self.layer.dsn(user="nobody"), self.layer.dsn(dbname="nothing")]
+            refused = [self.layer.dsn(user="nobody"), self.layer.dsn(dbname="nothing")]
+            return [*refused, self.dsn() + "?options=-cnothing%3D1"]
 
         def connect_plainly(self, autocommit=False):
             raw = psycopg2.connect(self.dsn())

@@ -17,7 +17,7 @@ LAYERS = """
 interfaces turn watchdog commits
 documented
 exceptions policy states drivers.base
-events witness dsn
+events witness dsn hosts
 engines drivers server options branch
 retry session recovery refusals savepoint
 link

@@ -1,8 +1,12 @@
 """Data source names, and what is shown of them."""
 
+import os
+import socket
 import unittest
+from unittest import mock
 
 from zreconnect import connect
+from zreconnect.drivers import conninfo, psycopg
 from zreconnect.drivers.psycopg2 import driver
 from zreconnect.dsn import driver_name, parse_dbi, redacted
 
@@ -84,6 +88,134 @@ class ParseTests(unittest.TestCase):
             self.assertNotIn("s3cret", str(caught.exception))
             self.assertIsNone(caught.exception.__cause__)
             self.assertTrue(caught.exception.__suppress_context__)
+
+
+class MistakeTests(unittest.TestCase):
+    """What libpq refuses whoever the server is, is a mistake in the DSN."""
+
+    def test_values(self):
+        for parameters, message in {
+            "sslmode=verify-ful": 'refused by libpq: invalid sslmode value: "..."',
+            "target_session_attrs=primry": "invalid target_session_attrs value",
+            "gssencmode=maybe": "invalid gssencmode value",
+            "channel_binding=maybe": "invalid channel_binding value",
+            "require_auth=secret": "invalid require_auth value",
+            "load_balance_hosts=maybe": "invalid load_balance_hosts value",
+            "sslnegotiation=maybe": "invalid sslnegotiation value",
+            "sslcertmode=maybe": "invalid sslcertmode value",
+            "ssl_min_protocol_version=SSL": "invalid .*ssl_min_protocol_version",
+            "ssl_min_protocol_version=TLSv1.3 ssl_max_protocol_version=TLSv1.2": "range",
+            "sslrootcert=system sslmode=require": "may not be used with sslrootcert=system",
+            "sslmode=disable sslnegotiation=direct": "may not be used with sslnegotiation",
+            "service=missing": 'service "..." not found',
+            "port=99999": "port must be a number from 1 to 65535",
+            "port=0": "port must be",
+            "port=one": "port must be",
+            "host=a,b port=1,99999": "port must be",
+            "host=a,b port=1,2,3": "could not match 3 port numbers to 2 hosts",
+            "host=a,b,c hostaddr=10.0.0.1": "host and hostaddr must have the same number",
+            "hostaddr=a": "hostaddr must be an IP address",
+            "hostaddr=10.0.0.1,10.0.0.2 port=1,2,3": "could not match 3 port numbers to 2 hosts",
+            "connect_timeout=soon": "connect_timeout must be a whole number",
+            "keepalives_idle=1m": "keepalives_idle must be a whole number",
+            "tcp_user_timeout=": "tcp_user_timeout must be a whole number",
+        }.items():
+            for name in ("psycopg2", "psycopg"):
+                with self.subTest(parameters, name=name):
+                    dsn = f"dbname=db {parameters}"
+                    with self.assertRaisesRegex(ValueError, f"^dsn.*{message}"):
+                        connect(dsn, driver=name)
+
+    def test_no_value_is_quoted(self):
+        for dsn in (
+            # A password with a slash, not written as %2F.
+            "postgresql://me:s3/cret@here/db",
+            "dbi://me:pw@here:s3/db",
+            "dbname=db require_auth=s3",
+        ):
+            with self.assertRaisesRegex(ValueError, "^dsn") as raised:
+                connect(dsn)
+            error = raised.exception
+            context = None if error.__suppress_context__ else error.__context__
+            self.assertNotIn("s3", f"{error} {context}")
+
+    def test_of_the_environment(self):
+        with (
+            mock.patch.dict(os.environ, PGSSLMODE="maybe"),
+            self.assertRaisesRegex(ValueError, "invalid sslmode value"),
+        ):
+            connect("dbname=db")
+
+    def test_none(self):
+        # Nobody is contacted, and the environment or a service may name several hosts.
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.settimeout(0)
+            port = listener.getsockname()[1]
+            with mock.patch.dict(os.environ, PGHOST="a,b", PGPORT="1,2", PGHOSTADDR="::1,::2"):
+                for dsn in (
+                    f"host=127.0.0.1 port={port} gssencmode=require sslmode=require",
+                    f"hostaddr=127.0.0.1,::1 port={port}",
+                    f"host=127.0.0.1,,/run hostaddr=,::1, port=,{port},2 keepalives=0",
+                    "host=missing.invalid port='' target_session_attrs=prefer-standby",
+                    "dbname=db",
+                    "port=1",
+                    "port=1,2",
+                ):
+                    for name in ("psycopg2", "psycopg"):
+                        with self.subTest(dsn, name=name):
+                            connect(dsn, driver=name)
+            self.assertRaises(BlockingIOError, listener.accept)
+
+
+class PlacesTests(unittest.TestCase):
+    def places(self, dsn, *names):
+        found = psycopg.driver.places(driver.parse(dsn))
+        return [tuple(place.get(name) for name in names) for place in found]
+
+    def test_hosts(self):
+        self.assertEqual(
+            self.places("host=a,,/run port=1 dbname=db", "host", "port", "dbname"),
+            [("a", "1", "db"), ("", "1", "db"), ("/run", "1", "db")],
+        )
+        self.assertEqual(
+            self.places("host=a,b hostaddr=,::1 port=1,2", "host", "hostaddr", "port"),
+            [("a", "", "1"), ("b", "::1", "2")],
+        )
+        self.assertEqual(
+            self.places("hostaddr=::1,::2", "host", "hostaddr"), [(None, "::1"), (None, "::2")]
+        )
+
+    def test_what_does_not_fit_is_left_to_libpq(self):
+        parameters = {"host": "a,b", "port": "1,2,3"}
+        self.assertEqual(conninfo.places(parameters), [parameters])
+
+    def test_addresses(self):
+        found = [(0, 0, 0, "", (address, 0)) for address in ("::1", "10.0.0.1", "::1")]
+        with mock.patch.object(socket, "getaddrinfo", return_value=found):
+            self.assertEqual(
+                self.places("host=a", "host", "hostaddr"), [("a", "::1"), ("a", "10.0.0.1")]
+            )
+            for dsn in ("host=a hostaddr=::3", "host=/run", "host=@abstract", "dbname=db"):
+                self.assertEqual(self.places(dsn, "dbname"), [(driver.parse(dsn).get("dbname"),)])
+
+    def test_a_name_that_is_not_known_is_left_to_libpq(self):
+        for error in (socket.gaierror(), UnicodeError()):
+            with mock.patch.object(socket, "getaddrinfo", side_effect=error):
+                self.assertEqual(self.places("host=a", "host", "hostaddr"), [("a", None)])
+
+    def test_standbys_first(self):
+        dsn = "host=a,b target_session_attrs=prefer-standby"
+        passes = psycopg.driver.places(driver.parse(dsn))
+        self.assertEqual([each["target_session_attrs"] for each in passes], ["standby", "any"])
+        for each in passes:
+            self.assertEqual([place["host"] for place in psycopg.driver.places(each)], ["a", "b"])
+        one = "host=127.0.0.1 target_session_attrs=prefer-standby"
+        self.assertEqual(self.places(one, "target_session_attrs"), [("prefer-standby",)])
+
+    def test_load_balancing(self):
+        with mock.patch("random.shuffle", side_effect=list.reverse):
+            dsn = "host=a,b load_balance_hosts=random"
+            self.assertEqual(self.places(dsn, "host"), [("b",), ("a",)])
 
 
 class RedactedTests(unittest.TestCase):

@@ -1,8 +1,21 @@
-"""A primary and its standby change places."""
+"""A primary and its standby change places; one of several hosts is out of order."""
 
+import socket
+import threading
+from contextlib import contextmanager
+from unittest import mock
+
+import psycopg
 import psycopg2
 
-from zreconnect import DisconnectionError, Ledger
+from zreconnect import (
+    FAIL_FAST,
+    PERSIST,
+    DisconnectionError,
+    Ledger,
+    ReconnectingDatabaseAdapter,
+    RetryPolicy,
+)
 from zreconnect.testing import EmbeddedStandby, PortForward
 from zreconnect.tests.base import DatabaseTestCase, wait_until
 
@@ -110,3 +123,122 @@ class FailoverTests(DatabaseTestCase):
     def is_elsewhere(self, connection, seen):
         connection.run(lambda: None)
         return seen
+
+
+class SeveralHostsTests(DatabaseTestCase):
+    """The server is the second one of two hosts."""
+
+    def both(self, port, **more):
+        parameters = {
+            "host": "127.0.0.1,127.0.0.1",
+            "port": f"{port},{self.server.port}",
+            "user": "postgres",
+            "password": self.server.password,
+            "dbname": self.dbname,
+            **more,
+        }
+        return " ".join(f"{name}={value}" for name, value in parameters.items())
+
+    def works(self, dsn, policies=(PERSIST, FAIL_FAST)):
+        for policy in policies:
+            # A busy machine takes its time.
+            seconds = mock.patch.object(type(policy), "longest_attempt", return_value=3.0)
+            with self.subTest(policy=policy), seconds:
+                connection = self.connect(dsn, policy=policy)
+                cursor = connection.cursor()
+                cursor.execute("SELECT 1")
+                self.assertEqual(connection.info.port, self.server.port)
+                connection.close()
+
+    def test_one_that_is_silent(self):
+        with PortForward(self.server.host, self.server.port) as forward:
+            forward.silence()
+            self.works(self.both(forward.port))
+            self.works(self.both(forward.port, target_session_attrs="read-write"), [FAIL_FAST])
+            self.works(self.both(forward.port, target_session_attrs="prefer-standby"), [FAIL_FAST])
+
+    def test_one_that_refuses(self):
+        with PortForward(self.server.host, self.server.port) as forward:
+            forward.refuse()
+            self.works(self.both(forward.port))
+
+    def test_one_that_hangs_up(self):
+        with hanging_up() as port:
+            self.works(self.both(port))
+            self.works(self.both(port, target_session_attrs="primary"), [FAIL_FAST])
+
+    def test_one_that_is_a_standby(self):
+        standby = EmbeddedStandby(self.server)
+        self.addCleanup(standby.stop)
+        standby.start()
+        for target in ("read-write", "primary"):
+            self.works(self.both(standby.port, target_session_attrs=target), [FAIL_FAST])
+        connection = self.connect(self.both(standby.port, target_session_attrs="prefer-standby"))
+        connection.cursor().execute("SELECT 1")
+        self.assertEqual(connection.info.port, standby.port)
+
+    def test_a_session_that_falls_silent_is_followed_by_one_with_the_other(self):
+        with PortForward(self.server.host, self.server.port) as forward:
+            connection = self.connect(self.both(forward.port), response_timeout=0.5)
+            connection.run(lambda: None)
+            self.assertEqual(connection.info.port, forward.port)
+            forward.silence()
+            connection.run(lambda: connection.cursor().execute("SELECT 1"))
+            self.assertEqual(connection.info.port, self.server.port)
+
+    def test_one_address_of_a_name_that_is_silent(self):
+        found = [(0, 0, 0, "", (address, 0)) for address in ("127.0.0.9", "127.0.0.1")]
+        silent = socket.create_server(("127.0.0.9", self.server.port))
+        with silent, mock.patch("socket.getaddrinfo", return_value=found):
+            dsn = self.both(0, host="launchpad") + f" port={self.server.port}"
+            self.works(dsn, [FAIL_FAST])
+
+    def test_what_all_say_is_told(self):
+        with hanging_up() as first, hanging_up() as second:
+            dsn = f"host=127.0.0.1,127.0.0.1 port={first},{second} user=postgres"
+            with self.assertRaises(DisconnectionError) as raised:
+                self.connect(dsn, policy=RetryPolicy(timeout=30, attempts=1)).begin()
+            for port in (first, second):
+                self.assertIn(f"port {port} failed", str(raised.exception))
+
+    def test_a_refusal_is_for_good(self):
+        with hanging_up() as port:
+            dsn = self.both(port, dbname="missing")
+            for policy in (PERSIST, FAIL_FAST):
+                connection = self.connect(dsn, policy=policy)
+                with self.assertRaisesRegex(self.module.OperationalError, "missing") as refused:
+                    connection.begin()
+                self.assertNotIsInstance(refused.exception, DisconnectionError)
+
+    def test_what_the_server_does_not_know_is_for_good(self):
+        for mistake in ("options=-cnothing=1", "client_encoding=nothing"):
+            dsn = self.both(self.server.port) + f" {mistake}"
+            adapter = ReconnectingDatabaseAdapter(dsn, driver=self.driver)
+            for connection in (self.connect(dsn), adapter()):
+                with self.assertRaisesRegex(self.module.OperationalError, "nothing") as refused:
+                    connection.cursor().execute("SELECT 1")
+                self.assertNotIsInstance(refused.exception, DisconnectionError)
+
+
+class SeveralHostsWithPsycopgTests(SeveralHostsTests):
+    driver = "psycopg"
+    module = psycopg
+
+
+@contextmanager
+def hanging_up():
+    """The port of a proxy without servers: it reads what its clients send, and ends them."""
+
+    def serve():
+        while True:
+            client, _ = listener.accept()
+            with client:
+                if not client.recv(1000):
+                    return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        socket.create_connection(listener.getsockname()).close()
+        thread.join()

@@ -411,6 +411,17 @@ class ConnectMeaningTests(unittest.TestCase):
             self.at + 'FATAL:  database "launchpad" is not currently accepting connections\n',
             self.at + "FATAL:  das Datenbanksystem startet\n",
             self.at + "timeout expired\n",
+            self.at + "server is in hot standby mode\n",
+            self.at + "session is read-only\n",
+            self.at + "SSL error: unexpected eof while reading\n",
+            self.at + "FATAL:  remaining connection slots are reserved for non-replication\n",
+            # PgBouncer's.
+            self.at + "FATAL:  query_wait_timeout\n",
+            self.at + "FATAL:  pgbouncer cannot connect to server\n",
+            self.at + "FATAL:  server login has been failing, try again later\n",
+            self.at + "FATAL:  no more connections allowed (max_client_conn)\n",
+            self.at + "FATAL:  client_login_timeout (server down)\n",
+            self.at + 'FATAL:  database "launchpad" is disabled\n',
             self.at + "server closed the connection unexpectedly\n",
             'could not translate host name "launchpad" to address: Name or service not known\n',
             'connection to server on socket "/run/.s.PGSQL.5432" failed: '
@@ -431,10 +442,74 @@ class ConnectMeaningTests(unittest.TestCase):
             'root certificate file "/root.crt" does not exist\n',
             self.at + "FATAL:  Passwort-Authentifizierung für Benutzer »importd« fehlgeschlagen\n",
             self.at + "FATAL:  la base de données « launchpad » n'existe pas\n",
+            self.at + 'FATAL:  permission denied for database "other"\n',
+            self.at + 'FATAL:  role "other" is not permitted to log in\n',
+            self.at + "FATAL:  must be superuser or replication role to start walsender\n",
+            self.at + 'FATAL:  unrecognized configuration parameter "statment_timeout"\n',
+            self.at + 'FATAL:  invalid value for parameter "TimeZone": "nowhere"\n',
+            self.at + 'FATAL:  parameter "server_version" cannot be changed\n',
+            self.at + 'FATAL:  -5 ms is outside the valid range for parameter "work_mem"\n',
+            self.at + "FATAL:  --nothing requires a value\n",
+            self.at + "FATAL:  invalid command-line argument for server process: -z\n",
+            self.at + "FATAL:  unsupported frontend protocol 1.0: server supports 3.0 to 3.0\n",
+            self.at + "FATAL:  connection requires a valid client certificate\n",
+            self.at + 'server certificate for "a" does not match host name "launchpad"\n',
+            self.at + "SSL error: tlsv1 alert unknown ca\n",
+            self.at + "SSL error: tlsv13 alert certificate required\n",
+            self.at + "SSL error: unsupported protocol\n",
+            self.at + 'private key file "/k" has group or world access; file must have\n',
+            self.at + 'certificate present, but not private key file "/k"\n',
+            self.at + 'could not read root certificate file "/r": no certificate or crl found\n',
+            self.at + 'could not open certificate file "/c": No such file or directory\n',
+            self.at + "channel binding required, but SSL not in use\n",
+            self.at + 'authentication method requirement "md5" failed: server requested SASL\n',
+            self.at + "none of the server's SASL authentication mechanisms are supported\n",
+            self.at + 'requirepeer specifies "a", but actual peer user name is "b"\n',
+            self.at + 'server only supports protocol version 3.0, but "min_protocol_version"\n',
+            "GSSAPI encryption required but no credential cache\n",
+            'invalid sslmode value: "verify-ful"\n',
+            'invalid port number: "99999"\n',
+            'definition of service "missing" not found\n',
+            'Unix-domain socket path "/long/.s.PGSQL.1" is too long (maximum 107 bytes)\n',
+            "no Python encoding for PostgreSQL encoding 'NOTHING'\n",
+            # PgBouncer's.
+            self.at + "FATAL:  no such database: launchpad\n",
+            self.at + "FATAL:  no such user: importd\n",
+            self.at + "FATAL:  unsupported startup parameter: options\n",
+            self.at + "FATAL:  bouncer config error\n",
+            self.at + "FATAL:  SSL required\n",
+            self.at + "FATAL:  TLS client certificate required\n",
         ):
             with self.subTest(message):
                 self.assertIs(self.meaning(message), Meaning.PERMANENT)
         self.assertIs(self.meaning("bad argument", TypeError), Meaning.PERMANENT)
+
+    def test_what_quotes_what_was_asked_for_is_refused_in_every_language(self):
+        parameters = {"options": "-c statment_timeout=5s --zone=Nirgends", "sslkey": "/k"}
+        for message in (
+            "FATAL:  unbekannter Konfigurationsparameter »statment_timeout«\n",
+            "FATAL:  ungültiger Wert für Parameter »zone«: »Nirgends«\n",
+            "Datei »/k« hat Zugriffsrechte für Gruppe oder Welt\n",
+        ):
+            meaning = self.meaning(self.at + message, parameters=parameters)
+            self.assertIs(meaning, Meaning.PERMANENT)
+            self.assertIs(self.meaning(self.at + message), Meaning.DISCONNECT)
+
+    def test_sqlstate_first(self):
+        for state, expected in {
+            "57P03": Meaning.DISCONNECT,
+            "53300": Meaning.DISCONNECT,
+            "08P01": Meaning.DISCONNECT,
+            "28P01": Meaning.PERMANENT,
+            "3D000": Meaning.PERMANENT,
+            "42704": Meaning.PERMANENT,
+            "22023": Meaning.PERMANENT,
+            "55000": Meaning.DISCONNECT,
+            "55P02": Meaning.PERMANENT,
+        }.items():
+            error = MeaningTests.Error(self.at + 'FATAL:  "importd"\n')
+            error.pgcode = state
+            self.assertIs(driver.connect_meaning(error, NAMES), expected, state)
 
     def test_without_names(self):
         self.assertIs(

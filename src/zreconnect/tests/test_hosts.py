@@ -1,0 +1,122 @@
+"""A server with several places to be at: which one gives the connection, and what is raised."""
+
+import sqlite3
+import threading
+import unittest
+from unittest import mock
+
+from zreconnect import hosts, server
+from zreconnect.drivers.sqlite import SqliteDriver
+from zreconnect.tests.base import PATIENCE, wait_until
+from zreconnect.tests.test_server import Hanging, connection
+
+# Seconds. Some of what is waited for in vain takes a part of it.
+TIMEOUT = 1.5
+LOCKED = sqlite3.OperationalError("database is locked")
+REFUSED = sqlite3.OperationalError("unable to open database file")
+
+
+class Driver(SqliteDriver):
+    """Its parameters are the places."""
+
+    def places(self, parameters):
+        return parameters if isinstance(parameters, list) else [parameters]
+
+
+def failing(error):
+    return mock.Mock(side_effect=error)
+
+
+class HostsTests(unittest.TestCase):
+    def connect(self, *places, timeout=PATIENCE):
+        raw = hosts.connect(Driver(), list(places), timeout, lambda place, timeout: place())
+        self.addCleanup(raw.close)
+        return raw
+
+    def fails(self, *places, timeout=PATIENCE):
+        with self.assertRaises(sqlite3.OperationalError) as failed:
+            self.connect(*places, timeout=timeout)
+        return failed.exception
+
+    def hanging(self):
+        hanging = Hanging()
+        self.addCleanup(hanging.end)
+        return hanging
+
+    def test_one_is_tried_in_the_same_thread(self):
+        seen = []
+        self.connect(lambda: seen.append(threading.current_thread()) or connection())
+        self.assertEqual(seen, [threading.current_thread()])
+
+    def test_the_first_that_gives_a_connection(self):
+        second, third = mock.Mock(side_effect=connection), mock.Mock(side_effect=connection)
+        self.connect(failing(LOCKED), second, third)
+        self.assertEqual((second.called, third.called), (True, False))
+
+    def test_a_silent_one_keeps_no_other_from_being_tried(self):
+        silent, late, second = self.hanging(), connection(), connection()
+        self.assertIs(self.connect(silent, lambda: second, timeout=TIMEOUT), second)
+        silent.end(lambda: late)
+        wait_until(lambda: late.is_closed)
+        self.assertFalse(second.is_closed)
+
+    def test_a_slow_one_is_not_given_up_for_the_next(self):
+        slow, raw = self.hanging(), connection()
+
+        def end_slow():
+            slow.end(lambda: raw)
+            raise LOCKED
+
+        self.assertIs(self.connect(slow, end_slow, timeout=TIMEOUT), raw)
+
+    def test_a_silent_one_that_fails_while_the_next_is_tried(self):
+        silent, raw = self.hanging(), connection()
+
+        def second():
+            silent.end(failing(LOCKED))
+            threading.Event().wait(0.1)
+            return raw
+
+        self.assertIs(self.connect(silent, second, timeout=TIMEOUT), raw)
+
+    def test_places_in_places(self):
+        raw = connection()
+        self.assertIs(
+            self.connect([self.hanging(), failing(LOCKED)], lambda: raw, timeout=TIMEOUT), raw
+        )
+        self.assertIs(
+            self.connect(failing(LOCKED), [self.hanging(), lambda: raw], timeout=TIMEOUT), raw
+        )
+
+    def test_all_fail(self):
+        other = sqlite3.OperationalError("database table is locked\n")
+        error = self.fails(failing(LOCKED), failing(other))
+        self.assertEqual(str(error), "database is locked\ndatabase table is locked")
+
+    def test_all_are_silent(self):
+        error = self.fails(self.hanging(), self.hanging(), timeout=0.1)
+        self.assertEqual(str(error), "no answer")
+
+    def test_one_fails_and_one_is_silent(self):
+        error = self.fails(self.hanging(), failing(LOCKED), timeout=0.1)
+        self.assertEqual(str(error), "database is locked")
+
+    def test_a_refusal_is_raised_if_no_other_gives_a_connection(self):
+        raw = connection()
+        self.assertIs(self.connect(failing(REFUSED), lambda: raw), raw)
+        self.assertIs(self.fails(failing(REFUSED), failing(LOCKED)), REFUSED)
+        # All have had their share of the time.
+        self.assertIs(self.fails(self.hanging(), failing(REFUSED), timeout=TIMEOUT), REFUSED)
+        self.assertIs(self.fails(failing(REFUSED), self.hanging(), timeout=TIMEOUT), REFUSED)
+
+    def test_without_threads_it_is_a_failure_that_passes(self):
+        error = RuntimeError(server.NO_THREAD)
+        with (
+            mock.patch("threading.Thread.start", side_effect=error),
+            self.assertRaises(RuntimeError) as raised,
+        ):
+            self.connect(connection, connection)
+        self.assertIs(raised.exception, error)
+        some = server.server_from_factory(connection, "sqlite")
+        self.assertTrue(some.passes(error))
+        self.assertFalse(some.passes(RuntimeError("another")))
