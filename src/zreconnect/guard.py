@@ -72,7 +72,7 @@ class Guard:
             return self._meet_closed(moment, error)
         if moment is Moment.STATEMENT:
             moment = self._kind_of_statement(raw_cursor)
-        if self._driver.is_transient(error):
+        if self._driver.is_transient(error) and not self._link.has_committed():
             make_transient(error)
         found = verdict(error, link.server, link.session.raw, link.needs_writes())
         event, keeping, then = CONSEQUENCES[moment][found]
@@ -116,11 +116,10 @@ class Guard:
             work.note(event)
 
     def _kind_of_statement(self, raw_cursor: Any) -> Moment:
-        raw = self._link.session.raw
         if self.work.state is State.IDLE:
             return Moment.STATEMENT if raw_cursor is None else Moment.AUTOCOMMIT
-        if (raw_cursor is not None and self._driver.is_commit(raw_cursor)) or (
-            raw is not None and self._driver.has_committed(raw)
+        if self._link.has_committed() or (
+            raw_cursor is not None and self._driver.is_commit(raw_cursor)
         ):
             return Moment.COMMITTING
         return Moment.STATEMENT
@@ -178,7 +177,7 @@ class Guard:
         if work.state is not State.IDLE and work.ask(Request.STATEMENT) is Answer.GRANTED:
             return
         if work.is_autocommit():
-            self._need_live_session()
+            self.need_live_session()
             commits.note()
         elif not work.implicit_begin:
             raise self._driver.module.ProgrammingError(
@@ -246,12 +245,16 @@ class Guard:
                 del error
         return has_begun
 
-    def _need_live_session(self) -> None:
-        """Have a session for a statement in autocommit mode, which has no BEGIN to find out."""
+    def need_live_session(self, asks: bool = False) -> None:
+        """Have a session outside a transaction, where no BEGIN finds out whether it is lost.
+
+        asks: whether the server is asked in any case, and not only if something has arrived, such
+        as the end of the session.
+        """
         self._link.leave_to_parent()
         session = self._link.session
-        # Only if something has arrived, such as the end of the session, is there a round trip.
-        if session is not NO_SESSION and self._driver.has_sessions and not session.watch.is_quiet():
+        is_there = session is not NO_SESSION and self._driver.has_sessions
+        if is_there and (asks or not session.watch.is_quiet()):
             try:
                 with session.watch.awaiting(
                     self.work.limit_of_begin(self.work.patience.begins(self.work.waited))

@@ -79,6 +79,10 @@ class IDriver(Interface):
         "Whether there is a server, whose sessions can be lost. Without one, no witness is asked."
     )
     supports_two_phase = Attribute("Whether transactions can be prepared.")
+    refused_methods = Attribute(
+        "The names of the raw connection's methods that work around its transaction, such as those "
+        "that execute statements without a cursor. They are not handed on."
+    )
     ledger_table = Attribute("The statement that makes a `Ledger`'s ``{table}``, unless it exists.")
     ledger_answer = Attribute(
         "What makes the ledger's UPDATE, as a rider of `begin`, return the transaction's id; empty "

@@ -60,6 +60,10 @@ class Link:
         """Whether a server that takes no writes is of no use."""
         return self.settings.readonly is not True
 
+    def has_committed(self) -> bool:
+        """Whether a statement of the present transaction may have committed it."""
+        return bool(self.driver.has_committed(self.session.raw))
+
     def answer_limit(self) -> float:
         """The seconds that the answer may take to a request that must not wait for ever."""
         return self.options.response_timeout or LONGEST_ATTEMPT

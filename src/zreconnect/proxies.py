@@ -104,8 +104,14 @@ def guarded_attribute(
         return value
     # cancel() is called while another thread's turn lasts.
     turn = contextlib.nullcontext if is_connection else guard.in_turn
+    driver = guard.work.link.driver
 
     def call(*args: Any, **keywords: Any) -> Any:
+        if is_connection and name in driver.refused_methods:
+            raise driver.module.NotSupportedError(
+                f"{name}() of a connection works around its transaction, and is refused: execute "
+                "statements with a cursor; a session that is lost is replaced by itself"
+            )
         if guard.work.state.shown == DOOMED:
             guard.work.ask(Request.LOOK)
         if is_connection and guard.work.turn.is_anothers():

@@ -75,7 +75,7 @@ def run_unit_of_work(
                 result = function()
                 commit()
             except BaseException as error:
-                is_final = _has_committed_by_itself(guard.work)
+                is_final = _is_ended_by_a_statement(guard.work)
                 abort_after(error)
                 is_final = is_final or committed.sent > 0
                 raise
@@ -95,12 +95,11 @@ def run_unit_of_work(
     return retrying(unit_of_work)
 
 
-def _has_committed_by_itself(work: Work) -> bool:
-    """Whether a statement of the transaction may have committed it, as DDL does in MySQL, or has
-    ended it, as COMMIT does."""
-    raw, driver = work.link.session.raw, work.link.driver
-    return raw is not None and (
-        driver.has_committed(raw) or (work.state is State.ACTIVE and not driver.in_transaction(raw))
+def _is_ended_by_a_statement(work: Work) -> bool:
+    """Whether the function has ended the transaction itself, as by COMMIT as a statement."""
+    raw = work.link.session.raw
+    return (
+        raw is not None and work.state is State.ACTIVE and not work.link.driver.in_transaction(raw)
     )
 
 

@@ -176,6 +176,13 @@ class Server:
         missed: bool = self.driver.misses_target(raw, self._parameters)
         return missed
 
+    def check(self, raw: Any) -> None:
+        """Raise the driver's OperationalError if that is so."""
+        if self.is_missed_by(raw):
+            raise self.driver.module.OperationalError(
+                "the server is no longer what target_session_attrs asks for"
+            )
+
     def lost(self) -> None:
         """A session has ended: the server may be down for everybody."""
         self._is_up = False

@@ -9,7 +9,7 @@ from zreconnect.documented import documented_by
 from zreconnect.guard import Guard
 from zreconnect.interfaces import IReconnectingConnection
 from zreconnect.session import NO_SESSION
-from zreconnect.states import Moment, Request
+from zreconnect.states import Moment, Request, State
 from zreconnect.work import Work
 
 
@@ -157,6 +157,21 @@ class SettingsOfSessions:
             with self.guard.asking():
                 work.link.driver.set_client_encoding(work.link.session.raw, encoding)
             work.link.settings.client_encoding = encoding
+
+    def ping(self, reconnect: bool = False) -> None:
+        """Have a session that lives, as PyMySQL and mysqlclient have it; with all drivers.
+
+        Outside a transaction, a session that is lost is replaced. reconnect: makes no difference.
+        Raises `DisconnectionError` if a transaction's is lost, and what connecting raises.
+        """
+        work = self.work
+        with self.guard.in_turn():
+            if work.state is State.IDLE:
+                self.guard.need_live_session(asks=True)
+            else:
+                work.ask(Request.LOOK)
+                with self.guard.asking():
+                    work.link.driver.query(work.link.session.raw, "SELECT 1")
 
     def reset(self) -> None:
         """Roll back, and forget all settings but those of ``on_connect``; the next transaction

@@ -63,6 +63,7 @@ PATIENCE_OF_ROLLBACK = 10.0
 # A part of what was done is not there, or perhaps not.
 _LOST = frozenset({State.DOOMED, State.UNKNOWN, State.TORN})
 _COMMIT_SENT = frozenset({State.COMMITTING, State.UNSETTLED})
+_GOES_ON = _COMMIT_SENT | {State.ACTIVE}
 # After these the COMMIT that was sent is known to have committed nothing.
 _NOT_COMMITTED = frozenset({Event.REFUSED, Event.GOES_ON, Event.FOUND_ABORTED})
 # The end of the session rolls back what these answer.
@@ -136,8 +137,11 @@ class Work:
             # First: an interrupt before the next line has one loss too many, which is harmless.
             self.losses += 1
         self.state = state
-        if before in _COMMIT_SENT and event in _NOT_COMMITTED:
+        # What a statement may have committed stays counted, whatever becomes of the rest.
+        if before in _COMMIT_SENT and event in _NOT_COMMITTED and not self.link.has_committed():
             self.own.withdraw()
+        if before is State.ACTIVE and state not in _GOES_ON and self.link.has_committed():
+            self.own.sending()
 
     def is_autocommit(self) -> bool:
         """Whether a statement would be a transaction of its own."""
@@ -237,8 +241,7 @@ class Work:
         session.watch.reset()
         with session.watch.awaiting(self.limit_of_begin(policy)):
             self._send_begin(session.raw)
-        if self.link.server.is_missed_by(session.raw):
-            self._refuse_server()
+        self.link.server.check(session.raw)
         self.note(Event.BEGUN)
         if self.patience.is_shared:
             self.patience.has_begun()
@@ -276,8 +279,7 @@ class Work:
             return False, None
         try:
             link.observer.began(begun.row)
-            if link.server.is_missed_by(session.raw):
-                self._refuse_server()
+            link.server.check(session.raw)
             self.note(Event.BEGUN)
             if self.patience.is_shared:
                 self.patience.has_begun()
@@ -297,11 +299,6 @@ class Work:
         # Half of the time is left for connecting again.
         limit = policy.longest_attempt((policy.timeout or 0) / 2)
         return min(limit, self.link.options.response_timeout or limit)
-
-    def _refuse_server(self) -> NoReturn:
-        raise self.link.driver.module.OperationalError(
-            "the server is no longer what target_session_attrs asks for"
-        )
 
     def _begin_first(self, raw: Any) -> None:
         self.link.record_session(raw)

@@ -103,6 +103,7 @@ class BaseDriver:
     module: Any
     has_sessions = True
     supports_two_phase = False
+    refused_methods: frozenset[str] = frozenset()
     ledger_answer = ""
 
     def places(self, parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -15,7 +15,6 @@ import contextlib
 import functools
 import math
 import os
-import re
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,7 @@ from zreconnect.drivers.base import (
     redirect_to_null,
     set_own_default,
 )
+from zreconnect.drivers.mysqltext import READING, is_committing, may_commit
 from zreconnect.interfaces import IDriver, Meaning
 
 FORM = "mysql://user:password@host:port/dbname?option=value"
@@ -106,18 +106,8 @@ CONDITIONS = {
 
 ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 MARK = "zreconnect_transaction"
-# Comments may stand before a statement. The server executes one with an exclamation mark.
-BLANK = r"(?:\s|--\s[^\n]*\n|#[^\n]*\n|/\*M?!\d*|/\*.*?\*/)*"
-# https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
-COMMITTING = re.compile(
-    BLANK + r"(?!(?:CREATE|DROP)\s+TEMPORARY\b)"
-    r"(?:ALTER|ANALYZE|BEGIN|CACHE|CHANGE|CHECK|COMMIT|CREATE|DROP|FLUSH|GRANT|INSTALL|LOCK|OPTIMIZE"
-    r"|RENAME|REPAIR|RESET|REVOKE|SET\s+(?:PASSWORD|(?:SESSION\s+)?(?:@@)?AUTOCOMMIT)|START|STOP|TRUNCATE|UNINSTALL|UNLOCK)\b",
-    re.IGNORECASE | re.DOTALL,
-)
-# A procedure may commit, and nobody can see it from outside.
-CALLING = re.compile(BLANK + r"CALL\b", re.IGNORECASE | re.DOTALL)
-READING = re.compile(BLANK + r"(?:SELECT|SHOW|DESC|EXPLAIN|HELP|SET)\b", re.IGNORECASE | re.DOTALL)
+# The client's flag for a session that takes several statements in one string.
+MULTI_STATEMENTS = 1 << 16
 # Options of DSNs whose values are numbers, in seconds.
 NUMBERS = ("connect_timeout", "read_timeout", "write_timeout")
 TEXTS = ("charset", "collation", "init_command", "sql_mode", "unix_socket")
@@ -209,7 +199,7 @@ class MysqlDriver(BaseDriver):
                 "connection_factory made a connection that is in a transaction"
             )
         raw.autocommit(True)
-        raw.zreconnect_committed = False
+        raw.zreconnect_begun = raw.zreconnect_committed = False
         _keep_alive(self.fileno(raw))
 
     def restore(self, raw: Any, settings: SessionSettings, replaced: dict[str, Any]) -> None:
@@ -261,7 +251,7 @@ class MysqlDriver(BaseDriver):
     # Transactions
 
     def begin(self, raw: Any, settings: SessionSettings, rider: str = "") -> Any:
-        raw.zreconnect_committed = False
+        raw.zreconnect_begun, raw.zreconnect_committed = True, False
         statements = ["SET autocommit = 0"]
         if settings.isolation_level is not None:
             statements.append(f"SET TRANSACTION {_level(settings)}")
@@ -288,19 +278,23 @@ class MysqlDriver(BaseDriver):
                 # What became of it is looked up, as after a lost answer.
                 self.close(raw)
             elif number == ER_SP_DOES_NOT_EXIST:
-                self.rollback(raw)
-                raise self.module.InternalError(
-                    "Nothing was committed: the server has ended the transaction before, by itself "
-                    "or in a procedure. Do not go on to commit after an error."
-                ) from error
+                self._roll_back_too(raw)
+                message = _PARTLY if raw.zreconnect_committed else _NOTHING
+                raise self.module.InternalError(message) from error
             elif number in ENDS_TRANSACTION:
-                self.rollback(raw)
+                self._roll_back_too(raw)
             raise
-        raw.zreconnect_committed = False
+        raw.zreconnect_begun = raw.zreconnect_committed = False
 
     def rollback(self, raw: Any) -> None:
         self._execute_all(raw, ["ROLLBACK", "SET autocommit = 1"])
-        raw.zreconnect_committed = False
+        raw.zreconnect_begun = raw.zreconnect_committed = False
+
+    def _roll_back_too(self, raw: Any) -> None:
+        """The server has rolled back: have the session know it, so that what follows is refused."""
+        has_committed = raw.zreconnect_committed
+        self.rollback(raw)
+        raw.zreconnect_committed = has_committed
 
     def is_at_rest(self, raw: Any) -> bool:
         # It is there from the first request on, which can be before `prepare`.
@@ -310,7 +304,7 @@ class MysqlDriver(BaseDriver):
         return bool(raw.open) and not raw.get_autocommit()
 
     def has_committed(self, raw: Any) -> bool:
-        return bool(raw.zreconnect_committed)
+        return bool(getattr(raw, "zreconnect_committed", False))
 
     def _execute_all(self, raw: Any, statements: list[str]) -> Any:
         """Execute statements, in one round trip if the server can.
@@ -367,8 +361,7 @@ class MysqlDriver(BaseDriver):
         return cursor
 
     def is_commit(self, raw_cursor: Any) -> bool:
-        sent = raw_cursor.zreconnect_sent
-        return COMMITTING.match(sent) is not None or CALLING.match(sent) is not None
+        return may_commit(raw_cursor.zreconnect_sent, are_several=True)
 
     def looks_like_reading(self, raw_cursor: Any) -> bool:
         return READING.match(raw_cursor.zreconnect_sent) is not None
@@ -378,26 +371,34 @@ class MysqlDriver(BaseDriver):
         # PyMySQL's executemany() makes a bytearray.
         text = statement if isinstance(statement, str) else statement.decode(errors="replace")
         cursor.zreconnect_sent = text
-        if not self.in_transaction(raw):
+        if not raw.zreconnect_begun:
             with self._asking(raw):
                 return execute(statement)
-        is_committing = COMMITTING.match(text) is not None
-        if is_committing or CALLING.match(text):
+        self._check_mode(raw)
+        if may_commit(text, bool(raw.client_flag & MULTI_STATEMENTS)):
             raw.zreconnect_committed = True
         try:
             with self._asking(raw):
                 result = execute(statement)
         except self.module.Error as error:
             if errno(error) in ENDS_TRANSACTION or self._timeout_ended_transaction(raw, error):
-                # So that the session knows it too, and the connection refuses what follows.
-                has_committed = raw.zreconnect_committed
-                self.rollback(raw)
-                raw.zreconnect_committed = has_committed
+                self._roll_back_too(raw)
             raise
-        if is_committing and self.in_transaction(raw):
+        self._check_mode(raw)
+        if is_committing(text):
             # What follows is a transaction of its own.
             self.query(raw, f"SAVEPOINT {MARK}")
         return result
+
+    def _check_mode(self, raw: Any) -> None:
+        """Raise what tells that somebody has ended the transaction by switching the mode."""
+        if raw.get_autocommit():
+            raw.zreconnect_committed = True
+            raise self.module.InternalError(
+                "Autocommit mode was switched on inside a transaction, which commits what came "
+                "before. Roll back, and set the connection's attribute autocommit instead, outside "
+                "a transaction: it holds for later sessions, too"
+            )
 
     def _timeout_ended_transaction(self, raw: Any, error: BaseException) -> bool:
         return errno(error) == ER_LOCK_WAIT_TIMEOUT and self.query(
@@ -479,6 +480,16 @@ class MysqlDriver(BaseDriver):
 
     def fileno(self, raw: Any) -> int:
         raise NotImplementedError
+
+
+_NOTHING = (
+    "Nothing was committed: the server has ended the transaction before, by itself. Do not go on "
+    "to commit after an error."
+)
+_PARTLY = (
+    "The rest was not committed: the transaction was ended before, in a procedure or by a "
+    "statement that contains others. What came before that, it may have committed."
+)
 
 
 def errno(error: BaseException) -> int | None:

@@ -31,6 +31,13 @@ class MysqlclientDriver(MysqlDriver):
     connection_class = connections.Connection
     plain_cursor = cursors.Cursor
     server_side_cursor = cursors.SSCursor
+    refused_methods = frozenset(
+        {
+            *("query", "send_query", "read_query_result", "next_result"),
+            *("store_result", "use_result", "discard_result"),
+            *("change_user", "set_server_option"),
+        }
+    )
 
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
         raw = super().connect(parameters, timeout)

@@ -146,6 +146,7 @@ class PostgresqlDriver:
     module: Any
     has_sessions = True
     supports_two_phase = True
+    refused_methods: frozenset[str] = frozenset()
     disconnect_messages: tuple[str, ...] = DISCONNECT_MESSAGES
     ledger_table = (
         "CREATE TABLE IF NOT EXISTS {table} ("

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import pymysql
 from pymysql import cursors
@@ -37,6 +37,7 @@ class PymysqlDriver(MysqlDriver):
     connection_class = pymysql.connections.Connection
     plain_cursor = cursors.Cursor
     server_side_cursor = cursors.SSCursor
+    refused_methods = frozenset({"query", "next_result", "connect"})
 
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
         # Its connect_timeout does not hold for a server that accepts and says nothing.
@@ -46,6 +47,11 @@ class PymysqlDriver(MysqlDriver):
             int(parameters["read_timeout"]) if "read_timeout" in parameters else None
         )
         return raw
+
+    def prepare(self, raw: Any) -> None:
+        super().prepare(raw)
+        # ping(reconnect=True) calls it in the middle of a transaction, too.
+        raw.connect = _refuse_to_connect
 
     def close(self, raw: Any) -> None:
         super().close(raw)
@@ -77,6 +83,13 @@ class PymysqlDriver(MysqlDriver):
             raise pymysql.InterfaceError("The connection is closed")
         number: int = raw._sock.fileno()
         return number
+
+
+def _refuse_to_connect(sock: Any = None) -> NoReturn:
+    raise pymysql.NotSupportedError(
+        "connect() would replace the session behind its transaction's back, without on_connect. A "
+        "session that is lost is replaced when the next transaction begins"
+    )
 
 
 _FILES = ("ssl_ca", "ssl_cert", "ssl_key")

@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import pymysql
+from transaction.interfaces import TransientError
 
 import zreconnect
 from zreconnect import (
@@ -22,6 +23,7 @@ from zreconnect import (
     Ledger,
     ReconnectTimeout,
     RetryPolicy,
+    retry_on_disconnect,
 )
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.drivers import mysql
@@ -236,7 +238,6 @@ class Tests(MysqlTestCase):
 
     def test_a_conflict_at_commit_has_rolled_back(self):
         connection = self.connect()
-        self.insert(connection)
         conflict = self.module.OperationalError(mysql.ER_LOCK_DEADLOCK, "conflict")
         execute_all = self.driver._execute_all
 
@@ -245,12 +246,16 @@ class Tests(MysqlTestCase):
                 raise conflict
             return execute_all(raw, statements)
 
-        with (
-            mock.patch.object(self.driver, "_execute_all", refuse_commit),
-            self.assertRaises(self.module.OperationalError),
-        ):
-            connection.commit()
-        self.assertEqual((connection.state, self.names()), ("idle", []))
+        for statement, names in (("SELECT 1", []), ("TRUNCATE other", ["one"])):
+            self.query("CREATE OR REPLACE TABLE test.other (number int)")
+            with mock.patch.object(self.driver, "_execute_all", refuse_commit):
+                self.insert(connection)
+                connection.cursor().execute(statement)
+                with self.assertRaises(self.module.OperationalError) as raised:
+                    connection.commit()
+            self.assertEqual((connection.state, self.names()), ("idle", names))
+            self.assertEqual(isinstance(raised.exception, TransientError), not names)
+            conflict = self.module.OperationalError(mysql.ER_LOCK_DEADLOCK, "conflict")
 
     # Orphans
 
@@ -427,34 +432,200 @@ class Tests(MysqlTestCase):
         connection.rollback()
         self.assertEqual(self.names(), [])
 
-    def test_what_may_commit(self):
-        cursor = mock.Mock()
-        for statement, expected in {
-            "COMMIT": True,
-            "/* why */ -- when\n commit": True,
-            "CALL work()": True,
-            "create index i on t (c)": True,
-            "TRUNCATE item": True,
-            "LOCK TABLES item WRITE": True,
-            "/*!50001 CREATE TABLE t (c int) */": True,
-            "SET autocommit = 1": True,
-            "SET @@session.sql_mode = ''": False,
-            "DROP TEMPORARY TABLE scratch": False,
-            "ROLLBACK": False,
-            "INSERT INTO item SELECT 'COMMIT'": False,
-            "COMMITTEE": False,
-        }.items():
-            with self.subTest(statement):
-                cursor.zreconnect_sent = statement
-                self.assertIs(self.driver.is_commit(cursor), expected)
+    def lose(self, connection):
+        number = self.number(connection)
+        self.server.kill_session(number)
+        self.wait_for_end(number)
 
-    def test_a_procedure_that_ends_the_transaction(self):
+    def test_a_statement_that_contains_a_commit(self):
         self.query("CREATE PROCEDURE test.work() BEGIN COMMIT; INSERT INTO item VALUES (1, 1); END")
+        for statement in (
+            "CALL work()",
+            "EXECUTE IMMEDIATE 'COMMIT'",
+            "BEGIN NOT ATOMIC COMMIT; END",
+            "IF true THEN COMMIT; END IF",
+            "SET STATEMENT max_statement_time = 9 FOR COMMIT",
+        ):
+            with self.subTest(statement):
+                self.query("DELETE FROM test.item")
+                connection = self.connect()
+                self.insert(connection, "before")
+                connection.cursor().execute(statement)
+                self.insert(connection, "after")
+                with self.assertRaisesRegex(self.module.InternalError, "in a procedure or by a"):
+                    connection.commit()
+                self.assertEqual((connection.state, self.names()), ("idle", ["before"]))
+
+    def test_a_unit_of_work_that_may_have_committed_is_not_run_again(self):
+        self.query("CREATE PROCEDURE test.work() COMMIT")
+
+        def work(connection, statement, is_first):
+            self.insert(connection, "before")
+            connection.cursor().execute(statement)
+            if is_first:
+                self.lose(connection)
+            self.insert(connection, "after")
+
+        for statement in (
+            "CALL work()",
+            "EXECUTE IMMEDIATE 'COMMIT'",
+            "/* a */ COMMIT /* */",
+            "/*! COMMIT */",
+            "TRUNCATE test.other",
+            "SET DEFAULT ROLE NONE",
+        ):
+            with self.subTest(statement):
+                self.query("DELETE FROM test.item")
+                self.query("CREATE OR REPLACE TABLE test.other (number int)")
+                connection = self.connect()
+                attempts = iter((True, False))
+                with self.assertRaises(CommitOutcomeUnknown):
+                    connection.run(lambda: work(connection, statement, next(attempts)))  # noqa: B023
+                self.assertEqual((connection.state, self.names()), ("idle", ["before"]))
+
+    def test_a_statement_that_may_commit_and_is_lost(self):
+        connection = self.connect()
+        for statement in ("EXECUTE IMMEDIATE 'COMMIT'", "SET @number = 1, autocommit = 1"):
+            with self.subTest(statement):
+                self.insert(connection)
+                self.lose(connection)
+                with self.assertRaises(CommitOutcomeUnknown):
+                    connection.cursor().execute(statement)
+                connection.rollback()
+
+    def test_a_unit_of_work_whose_first_transaction_ddl_has_committed(self):
+        """It rolls back, begins again, and then may run again, if nobody knows of the first."""
+
+        def work(connection):
+            self.insert(connection, "before")
+            connection.cursor().execute("CREATE TABLE IF NOT EXISTS other (number int)")
+            connection.rollback()
+            connection.begin()
+            self.insert(connection, "after")
+            self.lose(connection)
+            self.insert(connection, "after")
+
+        for run in (lambda connection: connection.run, self.retry):
+            with self.subTest(run):
+                self.query("DELETE FROM test.item")
+                connection = self.connect()
+                with self.assertRaises(DisconnectionError):
+                    run(connection)(work, connection)
+                connection.rollback()
+                self.assertEqual(self.names(), ["before"])
+
+    def retry(self, connection):
+        def run(function, *args):
+            try:
+                function(*args)
+            finally:
+                connection.rollback()
+
+        return retry_on_disconnect(timeout=PATIENCE)(run)
+
+    def test_a_conflict_after_ddl_is_not_transient(self):
+        self.query("INSERT INTO test.item VALUES ('a', 0), ('b', 0)")
+        runs = []
+        connection = self.connect()
+
+        def work():
+            runs.append(None)
+            self.insert(connection, f"before {len(runs)}")
+            connection.cursor().execute("CREATE TABLE IF NOT EXISTS other (number int)")
+            self.deadlock(connection)
+
+        with self.assertRaises(self.module.OperationalError) as raised:
+            connection.run(work)
+        self.assertNotIsInstance(raised.exception, TransientError)
+        self.assertEqual(self.names(), ["a", "b", "before 1"])
+
+    def test_autocommit_mode_that_is_switched_on_inside_a_transaction(self):
+        self.query("CREATE PROCEDURE test.work() SET autocommit = 1")
+        for statement in (
+            "SET autocommit = 1",
+            "SET @@session.autocommit = 1",
+            "SET LOCAL autocommit = ON",
+            "SET @number = 1, @@local.`autocommit` = 1",
+            "CALL work()",
+            "EXECUTE IMMEDIATE 'SET autocommit = 1'",
+        ):
+            with self.subTest(statement):
+                self.query("DELETE FROM test.item")
+                connection = self.connect()
+                runs = []
+
+                def work():
+                    runs.append(None)  # noqa: B023
+                    self.insert(connection, "before")  # noqa: B023
+                    connection.cursor().execute(statement)  # noqa: B023
+
+                with self.assertRaisesRegex(self.module.InternalError, "attribute autocommit"):
+                    connection.run(work)
+                self.assertEqual((self.names(), len(runs)), (["before"], 1))
+                connection.begin()
+                self.insert(connection, "after")
+                connection.rollback()
+                self.assertEqual(self.names(), ["before"])
+
+    def test_autocommit_mode_that_was_switched_on_with_the_modules_connection(self):
+        connection = self.connect()
+        self.insert(connection, "before")
+        connection.driver_connection.autocommit(True)
+        with self.assertRaisesRegex(self.module.InternalError, "attribute autocommit"):
+            self.insert(connection, "after")
+        with self.assertRaises(self.module.InternalError):
+            connection.commit()
+        self.assertEqual(self.names(), ["before"])
+
+    def test_autocommit_mode_that_is_off_may_be_switched_off(self):
         connection = self.connect()
         self.insert(connection)
-        connection.cursor().callproc("work")
-        with self.assertRaisesRegex(self.module.InternalError, "in a procedure"):
-            connection.commit()
+        connection.cursor().execute("SET autocommit = 0")
+        self.assertEqual(self.names(), [])
+        connection.commit()
+        self.assertEqual(self.names(), ["one"])
+
+    # Methods of the modules' connections
+
+    def test_methods_that_work_around_the_transaction_are_refused(self):
+        connection = self.connect()
+        connection.begin()
+        for name in self.driver.refused_methods:
+            with self.subTest(name):
+                method = getattr(connection, name)
+                with self.assertRaisesRegex(self.module.NotSupportedError, "with a cursor"):
+                    method()
+        self.insert(connection)
+        connection.rollback()
+        self.assertEqual(self.names(), [])
+
+    def test_ping_outside_a_transaction_has_a_session_that_is_set_up(self):
+        def set_up(raw):
+            with contextlib.closing(raw.cursor()) as cursor:
+                cursor.execute("SET time_zone = '+05:00'")
+
+        connection = self.connect(on_connect=set_up)
+        for lose in (lambda: None, lambda: self.lose(connection), self.forward.drop):
+            connection.ping(reconnect=True)
+            lose()
+            connection.ping(reconnect=True)
+            self.assertEqual(connection.state, "idle")
+            with connection.transaction() as cursor:
+                cursor.execute("SELECT @@session.time_zone")
+                self.assertEqual(cursor.fetchone(), ("+05:00",))
+
+    def test_ping_in_a_transaction_does_not_hide_its_loss(self):
+        connection = self.connect()
+        self.insert(connection)
+        connection.ping(reconnect=True)
+        self.lose(connection)
+        with self.assertRaises(DisconnectionError):
+            connection.ping(reconnect=True)
+        with self.assertRaises(DisconnectionError):
+            connection.ping(reconnect=True)
+        connection.rollback()
+        connection.ping()
+        self.assertEqual(self.names(), [])
 
     def test_several_statements_in_one_are_refused(self):
         with self.assertRaises(self.module.ProgrammingError):
@@ -675,6 +846,20 @@ class Tests(MysqlTestCase):
 @on_mariadb()
 class PymysqlTests(Tests, LineTestCase):
     driver_name = "pymysql"
+
+    def test_the_modules_own_ping_does_not_replace_the_session(self):
+        connection = self.connect()
+        self.insert(connection)
+        self.lose(connection)
+        raw = connection.driver_connection
+        with self.assertRaises(pymysql.Error):
+            raw.ping()
+        with self.assertWarns(DeprecationWarning), self.assertRaises(pymysql.NotSupportedError):
+            raw.ping(reconnect=True)
+        with self.assertRaises(DisconnectionError):
+            self.insert(connection, "two")
+        connection.rollback()
+        self.assertEqual(self.names(), [])
 
     def test_a_closed_connection_has_no_socket(self):
         raw = self.connect().driver_connection

@@ -1,0 +1,57 @@
+"""What the text of a statement says of what it may do to a transaction of MySQL's or MariaDB's.
+
+Only what is known to commit nothing is taken for that: the server has many statements that commit,
+some that contain others, and in its next version a few more.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Comments may stand before a statement. The server executes one with an exclamation mark.
+COMMENT = r"--\s[^\n]*\n|#[^\n]*\n|/\*(?!M?!)(?:(?!\*/).)*\*/"
+BLANK = rf"(?:\s|{COMMENT})*"
+EXECUTABLE = r"/\*M?!\d*"
+# https://mariadb.com/kb/en/sql-statements/
+HARMLESS = re.compile(
+    BLANK + r"\(*" + BLANK + r"(?:SET\s+STATEMENT\b(?:(?!\bFOR\b).)*\bFOR\b" + BLANK + r")?"
+    r"(?:SELECT|INSERT|UPDATE|DELETE|REPLACE|WITH|VALUES|TABLE|SHOW|DESC|DESCRIBE|EXPLAIN|HELP|USE|DO"
+    r"|SAVEPOINT|ROLLBACK|RELEASE|PREPARE|DEALLOCATE|KILL|HANDLER|SIGNAL|LOAD\s+(?:DATA|XML)"
+    r"|(?:CREATE(?:\s+OR\s+REPLACE)?|DROP)\s+TEMPORARY"
+    r"|SET(?!\b.*\b(?:AUTOCOMMIT|PASSWORD|DEFAULT\s+ROLE|STATEMENT)\b))\b",
+    re.IGNORECASE | re.DOTALL,
+)
+# https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
+COMMITTING = re.compile(
+    rf"(?:\s|{COMMENT}|{EXECUTABLE})*"
+    r"(?!(?:CREATE(?:\s+OR\s+REPLACE)?|DROP)\s+TEMPORARY\b|BEGIN\s+NOT\b)"
+    r"(?:ALTER|ANALYZE|BEGIN|CACHE|CHANGE|CHECK|COMMIT|CREATE|DROP|FLUSH|GRANT|INSTALL|LOCK|OPTIMIZE"
+    r"|RENAME|REPAIR|RESET|REVOKE|SET\s+(?:PASSWORD|DEFAULT\s+ROLE)|START|STOP|TRUNCATE|UNINSTALL"
+    r"|UNLOCK)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+READING = re.compile(BLANK + r"(?:SELECT|SHOW|DESC|EXPLAIN|HELP|SET)\b", re.IGNORECASE | re.DOTALL)
+SETTING = re.compile(BLANK + r"SET\b", re.IGNORECASE | re.DOTALL)
+# What can contain a semicolon, or a word, that is no part of a statement.
+QUOTED = re.compile(
+    r"'[^'\\]*(?:\\.[^'\\]*)*'"
+    r'|"[^"\\]*(?:\\.[^"\\]*)*"'
+    rf"|`([^`]*)`|{COMMENT}",
+    re.DOTALL,
+)
+
+
+def may_commit(text: str, are_several: bool) -> bool:
+    """Whether a statement may commit, as far as can be seen from outside.
+
+    are_several: whether the session takes several statements in one string.
+    """
+    parts = [text]
+    if are_several or SETTING.match(text):
+        parts = [part for part in QUOTED.sub(r" \1", text).split(";") if part.strip()]
+    return not all(map(HARMLESS.match, parts or [text]))
+
+
+def is_committing(text: str) -> bool:
+    """Whether ``text`` is one statement that is known to commit, before and after itself."""
+    return COMMITTING.match(text) is not None and ";" not in text.rstrip("; \t\r\n")

@@ -1,0 +1,91 @@
+"""What the text of a statement says of what it may do to a transaction on MySQL."""
+
+import unittest
+
+from zreconnect.drivers.mysqltext import READING, is_committing, may_commit
+
+COMMITTING = """
+COMMIT
+/* why */ COMMIT /* */ -- SELECT
+create index i on t (c)
+TRUNCATE item
+LOCK TABLES item WRITE
+SET PASSWORD = ''
+SET DEFAULT ROLE NONE
+/*!50001 CREATE TABLE t (c int) */
+/*M!100000 COMMIT */
+START TRANSACTION;
+"""
+PERHAPS = """
+CALL work()
+EXECUTE IMMEDIATE 'COMMIT'
+EXECUTE prepared
+BEGIN NOT ATOMIC COMMIT; END
+IF 1 THEN COMMIT; END IF
+SET autocommit = 1
+SET LOCAL autocommit = 1
+SET @a = 1, @@session.autocommit = 1
+SET @@local.`autocommit` = 1
+SET @a = 1 /*! , autocommit = 1 */
+SET STATEMENT max_statement_time = 1 FOR COMMIT
+SET STATEMENT sql_mode = 'FOR SELECT' FOR COMMIT
+SET STATEMENT sql_mode = '' FOR COMMIT /* FOR SELECT */
+SET /* */ STATEMENT sql_mode = '' FOR COMMIT
+/*! SELECT */ COMMIT
+XA COMMIT 'a'
+SELECTION
+-- nothing
+INSERT INTO item VALUES ('x'); COMMIT
+"""
+HARMLESS = """
+INSERT INTO item SELECT 'COMMIT'
+INSERT INTO item VALUES ('a;b'); UPDATE item SET name = "it\\'s; COMMIT" WHERE `a;b` = 1;
+SELECT 1
+((SELECT 1) UNION (SELECT 2))
+( /* a */ SELECT 1)
+SET @@session.sql_mode = ''
+SET ROLE NONE
+/* why */ SET @a = 'autocommit'
+SET STATEMENT max_statement_time = 1 FOR SELECT 1
+CREATE OR REPLACE TEMPORARY TABLE scratch (number int)
+DROP TEMPORARY TABLE scratch
+ROLLBACK
+LOAD DATA INFILE 'file' INTO TABLE item
+WITH one AS (SELECT 1) SELECT * FROM one
+"""
+
+
+class MayCommitTests(unittest.TestCase):
+    def lines(self, text):
+        for line in text.strip().splitlines():
+            with self.subTest(line):
+                yield line
+
+    def test_what_commits(self):
+        for line in self.lines(COMMITTING):
+            self.assertTrue(may_commit(line, are_several=False))
+            self.assertTrue(may_commit(line, are_several=True))
+            self.assertTrue(is_committing(line))
+
+    def test_what_may_commit(self):
+        for line in self.lines(PERHAPS):
+            self.assertTrue(may_commit(line, are_several=True))
+            self.assertFalse(is_committing(line))
+
+    def test_what_does_not(self):
+        for line in self.lines(HARMLESS):
+            self.assertFalse(may_commit(line, are_several=False))
+            self.assertFalse(is_committing(line))
+
+    def test_several_in_one(self):
+        self.assertFalse(may_commit("INSERT INTO item VALUES ('a;'); UPDATE t SET a = ';'", True))
+        self.assertTrue(may_commit("INSERT INTO item VALUES ('a;'); COMMIT", True))
+        self.assertFalse(is_committing("COMMIT; INSERT INTO item VALUES (1)"))
+        self.assertTrue(may_commit("", are_several=True))
+
+    def test_comments_over_lines(self):
+        for before in ("/* a\n COMMIT */", "-- COMMIT\n", "# COMMIT\n", " \n"):
+            self.assertFalse(may_commit(f"{before} SELECT 1", are_several=True))
+            self.assertTrue(may_commit(f"{before} COMMIT", are_several=True))
+            self.assertTrue(is_committing(f"{before} COMMIT"))
+            self.assertTrue(READING.match(f"{before} SELECT 1"))
