@@ -104,7 +104,6 @@ def guarded_attribute(
         return value
     # cancel() is called while another thread's turn lasts.
     turn = contextlib.nullcontext if is_connection else guard.in_turn
-    driver = guard.work.link.driver
 
     def call(*args: Any, **keywords: Any) -> Any:
         if is_connection and name in driver.refused_methods:
