@@ -46,7 +46,7 @@ def run_unit_of_work(
     commit: Callable[[], object],
     abort_after: Callable[[BaseException], object],
     attempts: int,
-    timeout: float | None,
+    timeout: float | None = None,
 ) -> Result:
     """Begin, call ``function``, commit; abort and do it all again after an error that allows it.
 
