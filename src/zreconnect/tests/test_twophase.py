@@ -43,11 +43,13 @@ from zreconnect.tests.test_watchdog import RESPONSE_TIMEOUT, watchdogs_time
 SETTINGS = {"fsync": "off", "max_prepared_transactions": 20}
 LAYER = PostgresLayer("TwoPhasePostgresLayer", SETTINGS)
 IMPATIENT = RetryPolicy(timeout=0.2)
+VERY_IMPATIENT = RetryPolicy(timeout=0.02, initial=0.01)
 DATABASES = ("first", "second")
 PREPARED = "SELECT gid FROM pg_prepared_xacts"
 # Cut after every so many bytes.
 STRIDE = 1 if os.environ.get("ZRECONNECT_SWEEP") == "full" else 7
 LONG_STRIDE = 41
+STRIDE_OF_LINE = 1 if os.environ.get("ZRECONNECT_SWEEP") == "full" else 30
 
 
 def make_databases(server, columns):
@@ -1095,12 +1097,14 @@ transaction.commit()
         self.check(rows=0, prepared=1)
 
 
-class SweepTests(TwoPhaseTestCase):
+class SweepTestCase(TwoPhaseTestCase):
     """The line to one of the servers is cut after each of the bytes of a transaction."""
+
+    driver = "psycopg2"
 
     def setUp(self):
         super().setUp()
-        self.connect()
+        self.connect(driver=self.driver)
         self.past = []
         for dsn in self.dsns:
             past = psycopg2.connect(dsn)
@@ -1111,6 +1115,32 @@ class SweepTests(TwoPhaseTestCase):
         transaction.commit()
         self.outcome()
 
+    def work(self, place="", hook=None):
+        """Insert and commit; whether that came to pass, which must be so on both sides."""
+        if hook is not None:
+            Hook(hook[0], **hook[1])
+        try:
+            self.insert()
+            transaction.commit()
+            committed = True
+        except DisconnectionError:
+            transaction.abort()
+            committed = False
+        self.assertEqual(self.outcome(), (committed, committed, 0), place)
+        return committed
+
+    def outcome(self):
+        """The rows on either side, which are removed, and how many transactions are prepared."""
+        rows = [self.ask(past, "DELETE FROM item RETURNING name") for past in self.past]
+        return len(rows[0]), len(rows[1]), len(self.ask(self.past[0], PREPARED))
+
+    def ask(self, past, statement):
+        with past.cursor() as cursor:
+            cursor.execute(statement)
+            return cursor.fetchall()
+
+
+class SweepTests(SweepTestCase):
     def test_cuts(self):
         before = [side.forward.count() for side in self.sides]
         self.work()
@@ -1151,26 +1181,69 @@ class SweepTests(TwoPhaseTestCase):
                         # The transaction has ended before.
                         break
 
-    def work(self, place="", hook=None):
-        """Insert and commit; whether that came to pass, which must be so on both sides."""
-        if hook is not None:
-            Hook(hook[0], **hook[1])
-        try:
-            self.insert()
-            transaction.commit()
-            committed = True
-        except DisconnectionError:
-            transaction.abort()
-            committed = False
-        self.assertEqual(self.outcome(), (committed, committed, 0), place)
+
+class LineStaysCutTests(SweepTestCase):
+    """The line stays cut until the transaction has ended; what is left prepared, `recover` ends."""
+
+    def test_cuts_from_the_vote_on(self):
+        before = {}
+
+        def count():
+            before.update({side: side.forward.count() for side in self.sides})
+
+        self.work(hook=("a", {"tpc_vote": count}))
+        spent = {side: side.forward.count() - before[side] for side in self.sides}
+        outcomes = Counter()
+        for side in self.sides:
+            for direction in ("to_server", "to_client"):
+                length = getattr(spent[side], f"bytes_{direction}")
+                for after in range(0, length, STRIDE_OF_LINE):
+                    with self.subTest(key=side.key, direction=direction, after=after):
+                        outcomes[self.work_without_line(side, direction, after)] += 1
+        self.assertEqual(set(outcomes), {True, False, None})
+        print(f" ({outcomes[True]} committed, {outcomes[False]} not, {outcomes[None]} ?)", end="")
+
+    def work_without_line(self, side, direction, after):
+        """Insert and commit. Whether that came to pass, as far as the program is told, and None
+        if it is not; it must be so on both sides."""
+
+        def cut():
+            side.connection.work.patience.policy = VERY_IMPATIENT
+            reset = bool(after // STRIDE_OF_LINE % 2)
+            side.forward.cut(direction, after, reset, then=side.forward.refuse)
+
+        Hook("a", tpc_vote=cut)
+        committed = None
+        with contextlib.suppress(CommitOutcomeUnknown):
+            try:
+                self.insert()
+                transaction.commit()
+                committed = True
+            except DisconnectionError:
+                committed = False
+        transaction.abort()
+        side.forward.cancel_cut()
+        side.come_back()
+        mine = side.connection.driver_connection.info.backend_pid
+        # What was on its way to them has arrived when the lost sessions have ended.
+        wait_until(lambda: self.sessions(side) <= {mine, *self.pids})
+        recover(*self.dsns, older_than=0, settle=True)
+        outcomes = (0, 1) if committed is None else (int(committed),)
+        self.assertIn(self.outcome(), [(each, each, 0) for each in outcomes])
         return committed
 
-    def outcome(self):
-        """The rows on either side, which are removed, and how many transactions are prepared."""
-        rows = [self.ask(past, "DELETE FROM item RETURNING name") for past in self.past]
-        return len(rows[0]), len(rows[1]), len(self.ask(self.past[0], PREPARED))
+    @property
+    def pids(self):
+        return {past.info.backend_pid for past in self.past}
 
-    def ask(self, past, statement):
-        with past.cursor() as cursor:
-            cursor.execute(statement)
-            return cursor.fetchall()
+    def sessions(self, side):
+        return {
+            pid
+            for (pid,) in self.server.query(
+                "SELECT pid FROM pg_stat_activity WHERE datname = %s", side.dbname
+            )
+        }
+
+
+class PsycopgLineStaysCutTests(LineStaysCutTests):
+    driver = "psycopg"
