@@ -4,10 +4,15 @@ Usage: bin/py benchmarks/soak.py [--seconds S] [--witness xid|ledger] [--seed N]
 
 Processes with several threads each move amounts between accounts, every transfer under an id of its
 own, through zreconnect and through a forwarder for each process, while the server and the lines
-to it are made to fail every second or two. What each call of `run` said is kept in a file before
-the next call. At the end a plain connection compares: the sum of the balances has not changed,
-they agree with the transfers, each acknowledged transfer is there once, none is there that was
-said not to be done.
+to it are made to fail every second or two. Some transfers lead from one database to another, in one
+transaction, of two phases or of one phase each. The processes are interrupted, by signals whose
+handler raises, and they fork in the middle of transfers; the children make some of their own, with
+the connections that they find. What each call of `run` said is kept in a file before the next call.
+At the end a plain connection compares: the sum of the balances has not changed, they agree with the
+transfers, each acknowledged transfer is there once, none is there that was said not to be done, and
+none is in one database alone, but those of which that was said.
+
+What two-phase commits have left prepared is settled by `recover`, as an operator would do it.
 
 The seed decides on the faults and the transfers, though not on the moment at which they meet.
 Exits with 1 if a transfer was lost or doubled, if a call raised what it should not or did not
@@ -30,9 +35,11 @@ import threading
 import time
 import traceback
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from functools import partial
 from pathlib import Path
 
+import transaction
 import zope.event
 
 import zreconnect
@@ -41,7 +48,16 @@ from zreconnect.testing import EmbeddedPostgres, PortForward
 from zreconnect.tests import faults
 
 PROCESSES = 4
-THREADS = 4
+DATABASES = ("first", "second")
+# How the threads of a process make their transfers. The first is another one in each process, for
+# it is its main thread, which is interrupted.
+ONE, TWO_PHASES, ONE_PHASE_EACH = "one", "two_phases", "one_phase_each"
+WAYS = (ONE, TWO_PHASES, ONE_PHASE_EACH, ONE)
+THREADS = len(WAYS)
+SETTINGS = {"max_prepared_transactions": PROCESSES * THREADS, "max_connections": 200}
+TRANSFERS_OF_A_CHILD = 3
+# Seconds after which what is still prepared is not being committed any more.
+LONGEST_PREPARED = 20.0
 ACCOUNTS = 100
 OPENING_BALANCE = 1000
 ATTEMPTS = 10
@@ -57,25 +73,71 @@ WITNESSES = {"xid": lambda: "xid", "ledger": zreconnect.Ledger}
 
 
 def open_accounts(server):
-    # Without a unique constraint, so that a transfer that is done twice is there twice.
-    server.query("CREATE TABLE transfer (id text, source int, target int, amount int)")
-    server.query("CREATE INDEX ON transfer (id)")
-    server.query("CREATE TABLE account (id int PRIMARY KEY, balance int)")
-    server.query(
-        "INSERT INTO account SELECT id, %s FROM generate_series(1, %s) id",
-        OPENING_BALANCE,
-        ACCOUNTS,
-    )
-
-
-def transfer(connection, identifier, source, target, amount):
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "INSERT INTO transfer VALUES (%s, %s, %s, %s)", (identifier, source, target, amount)
+    for dbname in DATABASES:
+        server.create_database(dbname)
+        query = partial(server.query, dbname=dbname)
+        # Without a unique constraint, so that a transfer that is done twice is there twice.
+        query("CREATE TABLE transfer (id text, source int, target int, amount int)")
+        query("CREATE INDEX ON transfer (id)")
+        query("CREATE TABLE account (id int PRIMARY KEY, balance int)")
+        query(
+            "INSERT INTO account SELECT id, %s FROM generate_series(1, %s) id",
+            OPENING_BALANCE,
+            ACCOUNTS,
         )
-        change = "UPDATE account SET balance = balance + %s WHERE id = %s"
-        cursor.execute(change, (-amount, source))
-        cursor.execute(change, (amount, target))
+
+
+INSERT = "INSERT INTO transfer VALUES (%s, %s, %s, %s)"
+CHANGE = "UPDATE account SET balance = balance + %s WHERE id = %s"
+
+
+class InOne:
+    """Transfers in the first database, through a connection's own ``run``."""
+
+    def __init__(self, dsns, options):
+        self._connection = zreconnect.connect(dsns[0], **options)
+        self.run = partial(self._connection.run, attempts=ATTEMPTS)
+        self.undo = self._connection.rollback
+        self.close = self._connection.close
+
+    def transfer(self, identifier, source, target, amount, between):
+        with self._connection.cursor() as cursor:
+            cursor.execute(INSERT, (identifier, source, target, amount))
+            between()
+            cursor.execute(CHANGE, (-amount, source))
+            cursor.execute(CHANGE, (amount, target))
+
+
+class FromOneToTheOther:
+    """Transfers from the first database to the second, in one transaction."""
+
+    def __init__(self, dsns, options, two_phase):
+        self._descriptors = [
+            zreconnect.ConnectionDescriptor(dsn, two_phase=two_phase, **options) for dsn in dsns
+        ]
+        self.run = partial(transaction.manager.run, tries=ATTEMPTS)
+        self.undo = transaction.abort
+
+    def transfer(self, identifier, source, target, amount, between):
+        first, second = (each.connection() for each in self._descriptors)
+        with first.cursor() as cursor:
+            cursor.execute(INSERT, (identifier, source, None, amount))
+            cursor.execute(CHANGE, (-amount, source))
+        between()
+        with second.cursor() as cursor:
+            cursor.execute(INSERT, (identifier, None, target, amount))
+            cursor.execute(CHANGE, (amount, target))
+
+    def close(self):
+        for each in self._descriptors:
+            each.close()
+
+
+MAKERS = {
+    ONE: InOne,
+    TWO_PHASES: partial(FromOneToTheOther, two_phase=True),
+    ONE_PHASE_EACH: partial(FromOneToTheOther, two_phase=False),
+}
 
 
 # The workers: processes of their own
@@ -96,58 +158,180 @@ class Journal:
         if isinstance(event, ConnectionLost):
             self._lost.at = time.monotonic()
         elif isinstance(event, CommitLookedUp):
-            self.write("lookup", event.outcome, self._lost.at)
+            # A commit that was interrupted is looked up without having been lost.
+            self.write("lookup", event.outcome, getattr(self._lost, "at", time.monotonic()))
 
 
-def work(number, dsn, witness, seed, journal_path, end):
+class Interrupted(Exception):
+    """What the handler of a signal raises."""
+
+
+class InterruptedForGood(BaseException):
+    """The same, as KeyboardInterrupt is raised."""
+
+
+INTERRUPTS = (Interrupted, InterruptedForGood)
+HOME = str(Path(zreconnect.__file__).parent) + os.sep
+
+
+class Interrupts:
+    """Raises in the main thread, where a call of zreconnect's is under way, and only there: what
+    comes after it the program would not have been told."""
+
+    def __init__(self, choice):
+        self._choice = choice
+        self.is_wanted = False
+
+    def handle(self, number, frame):
+        # An exception in Thread.start() CPython turns into another one.
+        if not self.is_wanted or frame.f_code.co_filename == threading.__file__:
+            return
+        while frame is not None and not frame.f_code.co_filename.startswith(HOME):
+            frame = frame.f_back
+        if frame is not None:
+            raise self._choice.choice(INTERRUPTS)
+
+
+class Forks:
+    """Forks where a thread asks, once for each signal."""
+
+    def __init__(self):
+        self._wanted = deque()
+        self._children = []
+
+    def handle(self, number, frame):
+        self._wanted.append(number)
+
+    def fork_if_wanted(self, child):
+        """In the child, call the function, and end."""
+        with contextlib.suppress(IndexError):
+            self._wanted.pop()
+            pid = os.fork()
+            if pid:
+                self._children.append(pid)
+                return
+            status = 1
+            try:
+                signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+                self._wanted.clear()
+                child()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+
+    def failed(self):
+        """Wait for all children; how many have failed."""
+        return sum(os.waitpid(pid, 0)[1] != 0 for pid in self._children)
+
+
+def work(number, dsns, witness, seed, journal_path, end):
     """Transfer in several threads until something, or the end of the main process, is sent."""
-    logging.getLogger("zreconnect").addHandler(logging.NullHandler())
+    # Whoever ends this process ends its children, too.
+    os.setpgid(0, 0)
+    for name in ("zreconnect", "txn"):
+        logging.getLogger(name).addHandler(logging.NullHandler())
+    interrupts, forks = Interrupts(random.Random(f"{seed}-{number}")), Forks()
+    signal.signal(signal.SIGUSR1, interrupts.handle)
+    signal.signal(signal.SIGUSR2, forks.handle)
     journal = Journal(journal_path)
     zope.event.subscribers.append(journal.see)
     stop = threading.Event()
-    threads = [
-        threading.Thread(
-            target=make_transfers, args=(f"{seed}-{number}-{name}", dsn, witness, journal, stop)
-        )
-        for name in range(THREADS)
+
+    def wait_for_end():
+        try:
+            end.recv()
+        except EOFError:
+            os._exit(1)
+        stop.set()
+
+    options = {"policy": zreconnect.RetryPolicy(timeout=PATIENCE), "witness": WITNESSES[witness]()}
+    tellers = [
+        Teller(f"{seed}-{number}-{n}", WAYS[(number + n) % THREADS], dsns, options, journal, forks)
+        for n in range(THREADS)
     ]
+    threads = [
+        threading.Thread(target=teller.make_transfers, args=(stop,)) for teller in tellers[1:]
+    ]
+    threads.append(threading.Thread(target=wait_for_end))
     for thread in threads:
         thread.start()
-    try:
-        end.recv()
-    except EOFError:
-        os._exit(1)
-    stop.set()
+    interrupts.is_wanted = True
+    tellers[0].make_transfers(stop, interrupts)
     for thread in threads:
         thread.join()
+    sys.exit(forks.failed())
 
 
-def make_transfers(name, dsn, witness, journal, stop):
-    choice = random.Random(name)
-    policy = zreconnect.RetryPolicy(timeout=PATIENCE)
-    connection = zreconnect.connect(dsn, policy=policy, witness=WITNESSES[witness]())
-    for count in itertools.count():
-        if stop.is_set():
-            break
-        identifier = f"{name}-{count}"
-        source, target = choice.sample(range(1, ACCOUNTS + 1), 2)
-        started = time.monotonic()
-        try:
-            connection.run(
-                transfer,
-                *(connection, identifier, source, target, choice.randint(1, 10)),
-                attempts=ATTEMPTS,
+class Teller:
+    """Makes transfers, one after the other, and takes down what is said of each."""
+
+    def __init__(self, name, way, dsns, options, journal, forks):
+        self._name = name
+        self._way = way
+        self._choice = random.Random(name)
+        self._bank = MAKERS[way](dsns, options)
+        self._journal = journal
+        self._forks = forks
+
+    def make_transfers(self, stop, interrupts=None):
+        for count in itertools.count():
+            if stop.is_set():
+                break
+            self._forks.fork_if_wanted(partial(self._be_a_child, count))
+            self._make_transfer(str(count), lambda count=count: self._be_a_child(count))
+        if interrupts is not None:
+            interrupts.is_wanted = False
+        self._bank.close()
+
+    def _be_a_child(self, count):
+        """The session is the parent's, and so is a transaction that it has begun."""
+        self._undo()
+        for number in range(TRANSFERS_OF_A_CHILD):
+            self._make_transfer(f"{count}-child-{os.getpid()}-{number}", lambda: None)
+
+    def _make_transfer(self, count, child):
+        identifier = f"{self._way}-{self._name}-{count}"
+        source, target = self._choice.sample(range(1, ACCOUNTS + 1), 2)
+        amount = self._choice.randint(1, 10)
+
+        def transfer():
+            self._bank.transfer(
+                *(identifier, source, target, amount),
+                lambda: self._forks.fork_if_wanted(child),
             )
-            answer = "acknowledged"
-        except zreconnect.CommitOutcomeUnknown:
-            answer = "unknown"
+
+        started = time.monotonic()
+        answer = self._answer(transfer)
+        self._journal.write(answer, identifier, time.monotonic() - started)
+
+    def _answer(self, transfer):
+        """What is said of a transfer, in one word."""
+        try:
+            try:
+                self._bank.run(transfer)
+            except INTERRUPTS:
+                self._undo()
+                return "not-done"
+            return "acknowledged"
+        except zreconnect.CommitOutcomeUnknown as unknown:
+            if self._way == ONE_PHASE_EACH:
+                return "in-part"
+            return "acknowledged" if unknown.outcome == "committed" else "unknown"
         except (zreconnect.DisconnectionError, zreconnect.ReconnectTimeout):
-            answer = "not-done"
+            return "not-done"
         except Exception:
-            answer = "unexpected"
             traceback.print_exc()
-        journal.write(answer, identifier, time.monotonic() - started)
-    connection.close()
+            return "unexpected"
+
+    def _undo(self):
+        """Roll back, however often that is interrupted. Raises what is to be said of the commit."""
+        while True:
+            try:
+                return self._bank.undo()
+            except INTERRUPTS:
+                continue
 
 
 FAULTS = [
@@ -166,6 +350,25 @@ FAULTS = [
     faults.cut_at_a_byte,
     faults.cut_and_kill,
 ]
+
+
+class Workers:
+    """The worker processes, and what happens to them: faults, as those in `faults`."""
+
+    def __init__(self):
+        self.processes = []
+
+    def interrupt(self, server, line, choice):
+        deadline = time.monotonic() + choice.uniform(*faults.OUTAGE)
+        process = choice.choice(self.processes)
+        while time.monotonic() < deadline:
+            os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(choice.uniform(0, 0.02))
+
+    def fork(self, server, line, choice):
+        for process in self.processes:
+            for _ in range(choice.randint(1, THREADS)):
+                os.kill(process.pid, signal.SIGUSR2)
 
 
 # The audit
@@ -193,25 +396,47 @@ class Answers:
 
 def audit(server, answers):
     """The counts of what must not be and of what is unknown, from a plain connection."""
-    there = Counter(identifier for (identifier,) in server.query("SELECT id FROM transfer"))
+    there = [
+        Counter(row for (row,) in server.query("SELECT id FROM transfer", dbname=dbname))
+        for dbname in DATABASES
+    ]
+    first, second = there
+    everywhere = first.keys() | second.keys()
+    in_one = {each for each in first.keys() ^ second.keys() if not is_of_one_database(each)}
     acknowledged = set(answers.identifiers["acknowledged"])
     unknown = set(answers.identifiers["unknown"])
+    in_part = set(answers.identifiers["in-part"])
     found = {
-        "lost": len(acknowledged - there.keys()),
-        "doubled": sum(count > 1 for count in there.values()),
-        "done although said not to be": len(there.keys() - acknowledged - unknown),
+        "lost": len((acknowledged - everywhere) | (acknowledged & in_one)),
+        "doubled": sum(count > 1 for each in there for count in each.values()),
+        "done although said not to be": len(everywhere - acknowledged - unknown - in_part),
+        "in one database, and not said so": len(in_one - in_part),
     }
-    ((total,),) = server.query("SELECT sum(balance) FROM account")
-    found["change of the sum of balances"] = total - ACCOUNTS * OPENING_BALANCE
-    found["balances that disagree with the transfers"] = len(
-        server.query(
-            "SELECT id FROM account WHERE balance - %s <>"
-            " (SELECT coalesce(sum(amount), 0) FROM transfer WHERE target = account.id)"
-            " - (SELECT coalesce(sum(amount), 0) FROM transfer WHERE source = account.id)",
-            OPENING_BALANCE,
+    change = disagreeing = 0
+    for dbname, sign in zip(DATABASES, (1, -1), strict=True):
+        query = partial(server.query, dbname=dbname)
+        ((total,),) = query("SELECT sum(balance) FROM account")
+        change += total - ACCOUNTS * OPENING_BALANCE
+        # What has left one database, and not arrived in the other; or the other way round.
+        ((amount,),) = query(
+            "SELECT coalesce(sum(amount), 0) FROM transfer WHERE id = ANY(%s)", list(in_one)
         )
-    )
-    return found, len(unknown & there.keys())
+        change += sign * amount
+        disagreeing += len(
+            query(
+                "SELECT id FROM account WHERE balance - %s <>"
+                " (SELECT coalesce(sum(amount), 0) FROM transfer WHERE target = account.id)"
+                " - (SELECT coalesce(sum(amount), 0) FROM transfer WHERE source = account.id)",
+                OPENING_BALANCE,
+            )
+        )
+    found["change of the sum of balances"] = change
+    found["balances that disagree with the transfers"] = disagreeing
+    return found, len(unknown & everywhere)
+
+
+def is_of_one_database(identifier):
+    return identifier.startswith(f"{ONE}-")
 
 
 def wait_for_end_of_sessions(server):
@@ -246,58 +471,98 @@ def show_lookups(answers, happened):
 
 @contextlib.contextmanager
 def worker_processes(lines, server, options, directory):
-    """Worker processes; those that are left at the end are ended."""
+    """Worker processes; those that are left at the end are ended, with their children."""
     context = multiprocessing.get_context("spawn")
-    workers = []
+    workers = Workers()
+    ends = []
     # An interrupt from the keyboard is for the main process alone.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for number, line in enumerate(lines):
-            dsn = server.dsn(port=line.port)
+            dsns = [server.dsn(dbname=dbname, port=line.port) for dbname in DATABASES]
             end, tell_end = context.Pipe(duplex=False)
-            arguments = (number, dsn, options.witness, options.seed, directory / str(number), end)
+            arguments = (number, dsns, options.witness, options.seed, directory / str(number), end)
             process = context.Process(target=work, args=arguments, daemon=True)
             process.start()
-            workers.append((process, tell_end))
+            workers.processes.append(process)
+            ends.append(tell_end)
             end.close()
         signal.signal(signal.SIGINT, handler)
-        yield workers
+        yield workers, ends
     finally:
         signal.signal(signal.SIGINT, handler)
-        for process, _ in workers:
-            process.terminate()
+        for process in workers.processes:
+            if process.is_alive():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
             process.join()
+
+
+class Operator:
+    """Settles what is left prepared, meanwhile and at the end; ``settled`` is how much it was."""
+
+    def __init__(self, server):
+        self._dsns = [server.dsn(dbname=dbname) for dbname in DATABASES]
+        self.settled = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._stop.set()
+        self._thread.join()
+
+    def settle(self, older_than):
+        """Returns how many there are that cannot be settled."""
+        found = zreconnect.recover(*self._dsns, older_than=older_than, settle=True)
+        self.settled += sum(each.settled for each in found)
+        return sum(not each.settled for each in found)
+
+    def _watch(self):
+        while not self._stop.wait(LONGEST_PREPARED / 4):
+            # The server may be down.
+            with contextlib.suppress(Exception):
+                self.settle(LONGEST_PREPARED)
 
 
 def soak(options):
     choice = random.Random(options.seed)
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        server = stack.enter_context(EmbeddedPostgres())
+        server = stack.enter_context(EmbeddedPostgres(settings=SETTINGS))
         lines = [
             stack.enter_context(PortForward(server.host, server.port)) for _ in range(PROCESSES)
         ]
         open_accounts(server)
-        with worker_processes(lines, server, options, directory) as workers:
+        operator = Operator(server)
+        with worker_processes(lines, server, options, directory) as (workers, ends), operator:
             while not all((directory / str(number)).exists() for number in range(PROCESSES)):
                 time.sleep(0.01)
             started = time.monotonic()
+            kinds = [*FAULTS, workers.interrupt, workers.fork]
             happened = faults.make_faults(
-                FAULTS, PAUSE_BETWEEN_FAULTS, options.seconds, server, lines, choice
+                kinds, PAUSE_BETWEEN_FAULTS, options.seconds, server, lines, choice
             )
             seconds = time.monotonic() - started
-            for _, tell_end in workers:
+            for tell_end in ends:
                 tell_end.send(None)
             deadline = time.monotonic() + LONGEST_END
-            for process, _ in workers:
+            for process in workers.processes:
                 process.join(max(0.0, deadline - time.monotonic()))
-            hanging = sum(process.exitcode != 0 for process, _ in workers)
+            hanging = sum(process.exitcode != 0 for process in workers.processes)
         left = wait_for_end_of_sessions(server)
+        prepared = operator.settle(older_than=0)
         answers = Answers(directory)
         found, committed = audit(server, answers)
         found["worker processes that did not end"] = hanging
         found["sessions left"] = left
+        found["left prepared, and undecidable"] = prepared
         found["unexpected errors"] = answers.count("unexpected")
+        print(f"left prepared, and settled by recover      {operator.settled}")
         return report(options, answers, happened, seconds, found, committed)
 
 
@@ -308,6 +573,7 @@ def report(options, answers, happened, seconds, found, committed):
     print(f"transactions acknowledged                  {acknowledged}")
     print(f"transactions per second                    {acknowledged / seconds:.0f}")
     print(f"not done, and said so                      {answers.count('not-done')}")
+    print(f"done in part, or perhaps, and said so      {answers.count('in-part')}")
     for name, count in found.items():
         print(f"{name:<43}{count}")
     print(f"unknown                                    {unknown} ({committed} were committed)")
