@@ -122,6 +122,8 @@ class Link:
 
     def close(self) -> None:
         """End the present session, in which nothing is under way, for good."""
+        # A forked child has lost all threads but one, and what they held, before anything is told.
+        self.leave_to_parent()
         session = self.session
         if session.raw is not None:
             try:

@@ -160,6 +160,28 @@ class SharedTests:
             self.assertIsNone(join())
             self.assertEqual(self.rows(), ["child", "thread"])
 
+    def test_a_fork_beside_the_idle_connection_of_another_thread(self):
+        """The child has lost the thread, and what the thread held."""
+        for witness in self.witnesses:
+            with self.case(witness, share="descriptor"):
+                idle, leave = threading.Event(), threading.Event()
+
+                def work(idle=idle, leave=leave):
+                    self.use()
+                    idle.set()
+                    leave.wait(PATIENCE)
+                    self.insert("thread")
+                    self.commit()
+
+                join = self.start(work)
+                idle.wait(PATIENCE)
+                before = self.forward.count()
+                Child(self, lambda child: None).join()
+                self.assertEqual(self.forward.count(), before)
+                leave.set()
+                self.assertIsNone(join())
+                self.assertEqual(self.rows(), ["thread"])
+
     def commit_silently(self):
         """Insert a row and commit, with an answer that does not arrive."""
         self.insert("row")
