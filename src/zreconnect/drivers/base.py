@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -161,6 +162,24 @@ class BaseDriver:
 
     def has_transaction_ids(self, raw: Any) -> bool:
         return False
+
+
+def addresses(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The parameters with each address of the host's name as ``hostaddr``; asks name servers.
+
+    Empty if there is no name, or if it is not known, which the database module is to say.
+    """
+    host = parameters.get("host") or ""
+    if not host or host[0] in "/@" or parameters.get("hostaddr"):
+        return []
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    return [
+        {**parameters, "hostaddr": address}
+        for address in dict.fromkeys(address[0] for *_, address in found)
+    ]
 
 
 # Opened early: a child may have no descriptor left to open it with.

@@ -9,6 +9,8 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from zreconnect.drivers.base import addresses
+
 # No directory can be there, so that libpq does not come to contact anybody.
 NOWHERE = "/dev/null/zreconnect"
 INTEGER = re.compile(r"\s*[+-]?\d+\s*")
@@ -61,11 +63,11 @@ def _mistakes(parameters: Mapping[str, str]) -> Iterator[str]:
     for port in filter(None, parameters.get("port", "").split(",")):
         if not INTEGER.fullmatch(port) or not 0 < int(port) <= LAST_PORT:
             yield f"port must be a number from 1 to {LAST_PORT}, or several with commas between"
-    hosts, addresses = parameters.get("host"), parameters.get("hostaddr")
-    if addresses:
-        if hosts and hosts.count(",") != addresses.count(","):
+    hosts, numeric = parameters.get("host"), parameters.get("hostaddr")
+    if numeric:
+        if hosts and hosts.count(",") != numeric.count(","):
             yield "host and hostaddr must have the same number of parts"
-        if not all(_is_address(part) for part in addresses.split(",")):
+        if not all(_is_address(part) for part in numeric.split(",")):
             yield "hostaddr must be an IP address, or several with commas between"
 
 
@@ -93,7 +95,7 @@ def _leading_nowhere(parameters: Mapping[str, str]) -> dict[str, str]:
 
 def places(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """As `IDriver.places`."""
-    found = _hosts(parameters) or _addresses(parameters)
+    found = _hosts(parameters) or addresses(parameters)
     if len(found) < 2:
         return [parameters]
     if parameters.get("target_session_attrs") == "prefer-standby":
@@ -120,20 +122,6 @@ def _hosts(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         }
         for index in range(number)
     ]
-
-
-def _addresses(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The parameters for each address of the host's name."""
-    host = parameters.get("host") or ""
-    if not host or host[0] in "/@" or parameters.get("hostaddr"):
-        return []
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        # libpq will say so.
-        return []
-    addresses = dict.fromkeys(address[0] for *_, address in found)
-    return [{**parameters, "hostaddr": address} for address in addresses]
 
 
 def connect_keywords(parameters: Mapping[str, str], timeout: float) -> dict[str, Any]:

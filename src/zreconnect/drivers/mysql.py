@@ -16,6 +16,7 @@ import functools
 import math
 import os
 import socket
+import ssl
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -67,8 +68,12 @@ CR_CONNECTION_ERROR = 2002
 CR_CONN_HOST_ERROR = 2003
 CR_SERVER_GONE_ERROR = 2006
 CR_SERVER_LOST = 2013
+CR_CANT_READ_CHARSET = 2019
 CR_SSL_CONNECTION_ERROR = 2026
+CR_SECURE_AUTH = 2049
 CR_SERVER_LOST_EXTENDED = 2055
+CR_AUTH_PLUGIN_CANNOT_LOAD = 2059
+CR_AUTH_PLUGIN_ERR = 2061
 FIRST_CLIENT_ERROR, LAST_CLIENT_ERROR = 2000, 2999
 
 LOST = {
@@ -89,6 +94,18 @@ PASSING_WHILE_CONNECTING = LOST | {
     ER_TOO_MANY_USER_CONNECTIONS,
     ER_USER_LIMIT_REACHED,
 }
+REFUSED_BY_CLIENT = {
+    CR_CANT_READ_CHARSET,
+    CR_SECURE_AUTH,
+    CR_AUTH_PLUGIN_CANNOT_LOAD,
+    CR_AUTH_PLUGIN_ERR,
+}
+# Of TLS, the client libraries have one number for what passes and for what does not.
+TLS_REFUSAL = re.compile(
+    "certificate|required|no such file|permission denied|no start line|key values|private key"
+    "|alert|protocol version|unsupported protocol|no protocols|no shared cipher",
+    re.IGNORECASE,
+)
 TRANSIENT = {ER_LOCK_DEADLOCK, ER_LOCK_WAIT_TIMEOUT}
 # InnoDB has rolled the whole transaction back, and not the statement alone.
 ENDS_TRANSACTION = {ER_LOCK_DEADLOCK, ER_LOCK_TABLE_FULL}
@@ -152,7 +169,8 @@ class MysqlDriver(BaseDriver):
             raise ValueError(
                 f"dsn is no URL of the form {FORM}, with special characters written as %XX"
             ) from None
-        if parts.scheme.lower() != "mysql" or not parts.netloc + parts.query or parts.fragment:
+        is_mysql = parts.scheme.lower() == "mysql" and port != 0
+        if not is_mysql or not parts.netloc + parts.query or parts.fragment:
             raise ValueError(f"dsn has not the form {FORM}")
         _check_options(options)
         found = {
@@ -168,6 +186,10 @@ class MysqlDriver(BaseDriver):
         return dsn_module.redacted(parameters, "mysql")
 
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
+        return self.module.connect(**self.connect_keywords(parameters, timeout))
+
+    def connect_keywords(self, parameters: Mapping[str, str], timeout: float) -> dict[str, Any]:
+        """The module's keywords for a connection that is given up after so many seconds."""
         limit = math.ceil(timeout)
         # PEP 249: not in autocommit mode; `prepare` looks whether somebody has changed that.
         keywords: dict[str, Any] = {"charset": CHARSET, "autocommit": False}
@@ -181,7 +203,7 @@ class MysqlDriver(BaseDriver):
             keywords["database"] = parameters["dbname"]
         # At least a second, and not more than asked for.
         keywords["connect_timeout"] = max(1, min(limit, keywords.get("connect_timeout", limit)))
-        return self.module.connect(**keywords, **self.tls_keywords(parameters))
+        return {**keywords, **self.tls_keywords(parameters)}
 
     def prepare(self, raw: Any) -> None:
         if not isinstance(raw, self.connection_class):
@@ -425,13 +447,15 @@ class MysqlDriver(BaseDriver):
     def connect_meaning(self, error: BaseException, parameters: Mapping[str, str]) -> Meaning:
         number = errno(error)
         if isinstance(error, OSError) or number in PASSING_WHILE_CONNECTING:
-            return Meaning.DISCONNECT
+            # PyMySQL has the same numbers for whatever the socket raises.
+            met = getattr(error, "original_exception", None) or error.__context__ or error
+            return Meaning.PERMANENT if _is_refusal_of_tls(met) else Meaning.DISCONNECT
         is_operational = isinstance(error, self.module.OperationalError)
         if not is_operational or not FIRST_CLIENT_ERROR <= (number or 0) <= LAST_CLIENT_ERROR:
             return Meaning.PERMANENT
-        if number == CR_SSL_CONNECTION_ERROR and "certificate" in str(error).lower():
-            return Meaning.PERMANENT
-        return Meaning.DISCONNECT
+        is_refusal = number == CR_SSL_CONNECTION_ERROR and TLS_REFUSAL.search(str(error))
+        is_for_good = is_refusal or number in REFUSED_BY_CLIENT
+        return Meaning.PERMANENT if is_for_good else Meaning.DISCONNECT
 
     # After a loss
 
@@ -490,6 +514,12 @@ _PARTLY = (
     "The rest was not committed: the transaction was ended before, in a procedure or by a "
     "statement that contains others. What came before that, it may have committed."
 )
+
+
+def _is_refusal_of_tls(error: BaseException) -> bool:
+    return isinstance(error, ssl.SSLError) and not isinstance(
+        error, (ssl.SSLEOFError, ssl.SSLSyscallError, ssl.SSLZeroReturnError)
+    )
 
 
 def errno(error: BaseException) -> int | None:

@@ -9,6 +9,7 @@ import MySQLdb
 from MySQLdb import connections, cursors
 
 from zreconnect.documented import implements
+from zreconnect.drivers.base import addresses
 from zreconnect.drivers.mysql import CR_SSL_CONNECTION_ERROR, MysqlDriver
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.interfaces import IDriver
@@ -40,7 +41,10 @@ class MysqlclientDriver(MysqlDriver):
     )
 
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
-        raw = super().connect(parameters, timeout)
+        # The library gives each address of a name the whole time. "localhost" is no name for it.
+        is_name = parameters.get("host") != "localhost" and "unix_socket" not in parameters
+        places = len(addresses(parameters)) if is_name else 1
+        raw = super().connect(parameters, timeout / max(1, places))
         # MariaDB's client library takes this for a wish.
         if parameters.get("ssl_mode") == "REQUIRED" and not self._uses_tls(raw):
             self.close(raw)

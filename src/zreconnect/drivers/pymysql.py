@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import pymysql
 from pymysql import cursors
+from pymysql.charset import charset_by_name
 
 from zreconnect.documented import implements
-from zreconnect.drivers.mysql import MysqlDriver
+from zreconnect.drivers.base import addresses
+from zreconnect.drivers.mysql import CHARSET, MysqlDriver
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.interfaces import IDriver
 
@@ -39,10 +42,26 @@ class PymysqlDriver(MysqlDriver):
     server_side_cursor = cursors.SSCursor
     refused_methods = frozenset({"query", "next_result", "connect"})
 
+    def parse(self, dsn: str) -> dict[str, str]:
+        parameters = super().parse(dsn)
+        try:
+            self._make(parameters, 1.0)
+        except pymysql.ProgrammingError as error:
+            raise ValueError(f"dsn: {error}") from None
+        return parameters
+
+    def places(self, parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        found = [] if "unix_socket" in parameters else addresses(parameters)
+        return found if len(found) > 1 else [parameters]
+
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
         # Its connect_timeout does not hold for a server that accepts and says nothing.
-        limited = {**parameters, "read_timeout": str(math.ceil(timeout))}
-        raw = super().connect(limited, timeout)
+        raw = self._make({**parameters, "read_timeout": str(math.ceil(timeout))}, timeout)
+        if "hostaddr" in parameters:
+            # The host's name stays what the certificate has to be for.
+            raw.connect(_socket(parameters["hostaddr"], raw.port, raw.connect_timeout))
+        else:
+            raw.connect()
         raw._read_timeout = (
             int(parameters["read_timeout"]) if "read_timeout" in parameters else None
         )
@@ -52,6 +71,20 @@ class PymysqlDriver(MysqlDriver):
         super().prepare(raw)
         # ping(reconnect=True) calls it in the middle of a transaction, too.
         raw.connect = _refuse_to_connect
+
+    def _make(self, parameters: Mapping[str, str], timeout: float) -> Any:
+        """A connection that is not connected yet. Raises ProgrammingError for a mistake."""
+        if charset_by_name(parameters.get("charset", CHARSET)) is None:
+            raise pymysql.ProgrammingError("PyMySQL does not know the charset")
+        keywords = self.connect_keywords(parameters, timeout)
+        try:
+            return pymysql.connect(**keywords, defer_connect=True)
+        except Exception as error:
+            # It has read certificates and the configuration file, which its message may quote.
+            reason = getattr(error, "strerror", None) or "see its documentation"
+            raise pymysql.ProgrammingError(
+                f"PyMySQL refuses an option, with {type(error).__name__}: {reason}"
+            ) from None
 
     def close(self, raw: Any) -> None:
         super().close(raw)
@@ -90,6 +123,13 @@ def _refuse_to_connect(sock: Any = None) -> NoReturn:
         "connect() would replace the session behind its transaction's back, without on_connect. A "
         "session that is lost is replaced when the next transaction begins"
     )
+
+
+def _socket(address: str, port: int, timeout: float) -> socket.socket:
+    """A socket as PyMySQL makes it."""
+    connected = socket.create_connection((address, port), timeout)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connected
 
 
 _FILES = ("ssl_ca", "ssl_cert", "ssl_key")

@@ -4,6 +4,8 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import socket
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -44,6 +46,12 @@ from zreconnect.tests.base import (
 
 # For statements that wait in vain otherwise.
 PATIENCE = 30
+
+
+def caused_by(original, error):
+    """An error as PyMySQL raises it when the socket raises one."""
+    error.__context__ = original
+    return error
 
 
 class MysqlTestCase:
@@ -785,8 +793,16 @@ class Tests(MysqlTestCase):
 
     def test_a_server_without_tls_is_refused_if_tls_is_asked_for(self):
         for mode in ("REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY"):
-            with self.subTest(mode), self.assertRaises((DisconnectionError, self.module.Error)):
-                self.connect(f"{self.dsn}?ssl_mode={mode}", policy=FAIL_FAST).begin()
+            self.is_refused(f"ssl_mode={mode}")
+
+    def test_what_the_server_or_the_module_does_not_know_is_refused(self):
+        for option in ("charset=nothing", "collation=nothing", "sql_mode=nothing"):
+            self.is_refused(option)
+
+    def is_refused(self, option):
+        with self.subTest(option), self.assertRaises((ValueError, self.module.Error)) as refused:
+            self.connect(f"{self.dsn}?{option}").begin()
+        self.assertNotIsInstance(refused.exception, DisconnectionError)
 
     def test_a_socket_of_the_file_system(self):
         path = self.server._temporary / "socket"
@@ -802,6 +818,14 @@ class Tests(MysqlTestCase):
         meaning = {
             error(2026, "SSL connection error: certificate verify failed"): Meaning.PERMANENT,
             error(2026, "SSL connection error: unexpected eof"): Meaning.DISCONNECT,
+            error(2026, "TLS/SSL error: No such file or directory (2)"): Meaning.PERMANENT,
+            error(2026, "TLS/SSL error: tlsv1 alert unknown ca"): Meaning.PERMANENT,
+            error(2019, "Can't initialize character set"): Meaning.PERMANENT,
+            error(2061, "Authentication plugin error"): Meaning.PERMANENT,
+            caused_by(ssl.SSLCertVerificationError(), error(2003)): Meaning.PERMANENT,
+            caused_by(ssl.SSLEOFError(), error(2006)): Meaning.DISCONNECT,
+            caused_by(ssl.SSLError(), error(2013)): Meaning.PERMANENT,
+            caused_by(ConnectionRefusedError(), error(2003)): Meaning.DISCONNECT,
             error(2005, "Unknown host"): Meaning.DISCONNECT,
             error(1193, "Unknown system variable"): Meaning.PERMANENT,
             error("strange"): Meaning.PERMANENT,
@@ -861,6 +885,26 @@ class PymysqlTests(Tests, LineTestCase):
         connection.rollback()
         self.assertEqual(self.names(), [])
 
+    def test_an_address_that_is_silent_keeps_no_other_from_being_tried(self):
+        def addresses(parameters):
+            found = [] if "hostaddr" in parameters else ["127.0.0.9", "127.0.0.1"]
+            return [{**parameters, "hostaddr": address} for address in found]
+
+        dsn = self.server.dsn(host="mariadb")
+        with (
+            socket.create_server(("127.0.0.9", self.server.port)),
+            mock.patch("zreconnect.drivers.pymysql.addresses", addresses),
+            mock.patch.object(type(FAIL_FAST), "longest_attempt", return_value=3.0),
+        ):
+            connection = self.connect(dsn, policy=FAIL_FAST)
+            connection.run(self.insert, connection)
+        self.assertEqual(connection.driver_connection.host, "mariadb")
+
+    def test_one_place(self):
+        for dsn in ("mysql://127.0.0.1/db", "mysql://localhost/db?unix_socket=/s"):
+            parameters = self.driver.parse(dsn)
+            self.assertEqual(self.driver.places(parameters), [parameters])
+
     def test_a_closed_connection_has_no_socket(self):
         raw = self.connect().driver_connection
         self.driver.close(raw)
@@ -874,6 +918,21 @@ class PymysqlTests(Tests, LineTestCase):
 @needs_mysqlclient
 class MysqlclientTests(Tests, LineTestCase):
     driver_name = "mysqlclient"
+
+    def test_the_time_is_shared_among_addresses(self):
+        for dsn, expected in {
+            "mysql://db/x": 5,
+            "mysql://localhost/x": 10,
+            "mysql://db/x?unix_socket=/s": 10,
+            "mysql:///x?charset=utf8": 10,
+        }.items():
+            found = [(0, 0, 0, "", (address, 0)) for address in ("::1", "127.0.0.1")]
+            with (
+                mock.patch("socket.getaddrinfo", return_value=found),
+                mock.patch.object(self.module, "connect") as connect,
+            ):
+                self.driver.connect(self.driver.parse(dsn), 10.0)
+            self.assertEqual(connect.call_args.kwargs["connect_timeout"], expected, dsn)
 
 
 @on_mariadb()
@@ -939,8 +998,15 @@ class TlsTests(unittest.TestCase):
                     verified = f"ssl_mode={mode}&ssl_ca="
                     self.assertTrue(self.cipher(driver, f"{verified}{self.certificate}"))
                     # Who has signed it is not among those of the system.
-                    with self.assertRaises(load_driver(driver).module.OperationalError):
+                    with self.assertRaises(load_driver(driver).module.OperationalError) as refused:
                         self.cipher(driver, f"ssl_mode={mode}")
+                    self.assertNotIsInstance(refused.exception, DisconnectionError)
+                for option in ("ssl_ca=/missing", "ssl_mode=REQUIRED&ssl_cert=/no&ssl_key=/no"):
+                    # PyMySQL reads the files earlier.
+                    errors = (ValueError, load_driver(driver).module.OperationalError)
+                    with self.assertRaises(errors) as refused:
+                        self.cipher(driver, option)
+                    self.assertNotIsInstance(refused.exception, DisconnectionError)
 
 
 class DsnTests(unittest.TestCase):
@@ -965,7 +1031,11 @@ class DsnTests(unittest.TestCase):
             "mysql:///": "has not the form",
             "mysql://host/db#part": "has not the form",
             "mariadb://host/db": "has not the form",
+            "mysql://host:0/db": "has not the form",
             "mysql://host/db?colour=red": "unknown option 'colour'",
+            "mysql://host/db?charset=nothing": "does not know the charset",
+            "mysql://host/db?ssl_ca=/missing": "FileNotFoundError: No such file or directory",
+            "mysql://host/db?write_timeout=0": "refuses an option, with ValueError",
             "mysql://host/db?connect_timeout=soon": "connect_timeout must be a whole number",
             "mysql://host/db?ssl_mode=maybe": "ssl_mode must be one of",
         }.items():
