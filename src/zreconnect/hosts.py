@@ -25,13 +25,13 @@ def connect(driver: Any, parameters: Mapping[str, Any], timeout: float, open_ses
     timeout; as `IDriver.connect`.
 
     Raises what ``open_session`` raised: if there are several places, what one of them refuses for
-    good, or the module's OperationalError with the messages of all. Then none has given a
-    connection, and each has had its share of the time.
+    good, or the module's OperationalError with the messages of all, or TimeoutError if there are
+    none. Then no place has given a connection, and each has had its share of the time.
     """
     places = driver.places(parameters)
     if len(places) == 1:
         return open_session(places[0], timeout)
-    race = _Race(driver, parameters, time.monotonic() + timeout, open_session)
+    race = _Race(driver, parameters, timeout, open_session)
     try:
         return race.run(places)
     finally:
@@ -42,11 +42,12 @@ class _Race:
     """An attempt to connect to several places."""
 
     def __init__(
-        self, driver: Any, parameters: Mapping[str, Any], deadline: float, open_session: Open
+        self, driver: Any, parameters: Mapping[str, Any], timeout: float, open_session: Open
     ) -> None:
         self._driver = driver
         self._parameters = parameters
-        self._deadline = deadline
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
         self._open_session = open_session
         # A place with its connection, or with the error that there is none.
         self._outcomes: queue.SimpleQueue[tuple[Any, Any, BaseException | None]]
@@ -115,6 +116,8 @@ class _Race:
     def _failure(self) -> BaseException:
         if (refusal := self._refusal()) is not None:
             return refusal
+        if not self._errors:
+            return TimeoutError(f"no answer within {self._timeout:.1f} seconds")
         messages = "\n".join(str(error).strip() for error in self._errors)
-        failure: BaseException = self._driver.module.OperationalError(messages or "no answer")
+        failure: BaseException = self._driver.module.OperationalError(messages)
         return failure
