@@ -313,9 +313,16 @@ class IDriver(Interface):
         """The `Condition` that an error of a statement of zreconnect's own tells, or None."""
 
     def is_refused_by_standby(error, raw):
-        """Whether ``error`` says that the server takes no writes, as one that was a primary."""
+        """Whether ``error`` says that the server takes no writes, as one that was a primary.
+
+        Not if the connection was to lead to such a server.
+        """
 
     # After a loss. Without sessions, none of these is called.
+
+    def takes_writes(raw):
+        """Whether the server takes writes, as far as it knows. One round trip, after a session was
+        lost by an error for which `is_refused_by_standby` is true."""
 
     def has_transaction_ids(raw):
         """Whether the server tells transactions' ids, and what became of them."""

@@ -11,8 +11,10 @@ from zreconnect import events
 from zreconnect.drivers.base import SessionSettings
 from zreconnect.options import Options
 from zreconnect.policy import LONGEST_ATTEMPT, RetryPolicy
-from zreconnect.server import Server
+from zreconnect.server import AttemptFailed, Server
 from zreconnect.session import NO_SESSION, Session, open_session, tell_if_cut
+
+TAKES_NO_WRITES = "the server takes no writes: it is a standby, or read-only"
 
 Use = Callable[[Any], object]
 Check = Callable[[], object]
@@ -42,6 +44,8 @@ class Link:
         # What the driver has kept of the last raw connection.
         self._kept: Any = None
         self._had_session = False
+        # Whether a server has refused a write since.
+        self._was_refused = False
 
     def fork(self) -> Link:
         """For another connection with the same settings."""
@@ -60,6 +64,10 @@ class Link:
         """Whether a server that takes no writes is of no use."""
         return self.settings.readonly is not True
 
+    def is_refused(self, error: BaseException, raw: Any) -> bool:
+        """Whether ``error`` says that the server takes no writes, and it is asked to."""
+        return self.needs_writes() and bool(self.driver.is_refused_by_standby(error, raw))
+
     def has_committed(self) -> bool:
         """Whether a statement of the present transaction may have committed it."""
         return bool(self.driver.has_committed(self.session.raw))
@@ -73,8 +81,12 @@ class Link:
 
         check: called before each attempt; raises what makes it unnecessary.
 
+        If a server has refused a write, this one has to take writes.
+
         Raises what `open_session` raises.
         """
+        # Whoever gives up may read where nobody can write.
+        was_refused, self._was_refused = self._was_refused, False
 
         def prepare(session: Session) -> None:
             raw = session.raw
@@ -83,13 +95,21 @@ class Link:
                 before.end()
             if self._kept is not None:
                 self.driver.inherit(raw, self._kept)
-            if self.options.on_connect is not None:
-                self.options.on_connect(raw)
-            self.replaced = {}
-            self.driver.restore(raw, self.settings, self.replaced)
-            # Until the orphan of the session before has ended, it can commit late, and holds locks.
-            self.observer.fence(raw)
-            first_use(raw)
+            try:
+                if self.options.on_connect is not None:
+                    self.options.on_connect(raw)
+                self.replaced = {}
+                self.driver.restore(raw, self.settings, self.replaced)
+                # Until the orphan of the session before has ended, it can commit late, and holds
+                # locks.
+                self.observer.fence(raw)
+                if was_refused and self.needs_writes() and not self.driver.takes_writes(raw):
+                    raise AttemptFailed(self.driver.module.OperationalError(TAKES_NO_WRITES))
+                first_use(raw)
+            except self.driver.module.Error as error:
+                if self.is_refused(error, raw):
+                    raise AttemptFailed(error) from error
+                raise
 
         def adopt(session: Session) -> bool:
             had_session, self._had_session = self._had_session, True
@@ -115,6 +135,7 @@ class Link:
     def lost(self, error: BaseException, state: str) -> None:
         """End the present session, which is lost, and tell. state: the connection's."""
         watch = self.session.watch
+        self._was_refused = self._was_refused or self.is_refused(error, self.session.raw)
         self.end()
         self.server.lost()
         tell_if_cut(watch)

@@ -149,6 +149,9 @@ class BaseDriver:
     def is_refused_by_standby(self, error: BaseException, raw: Any) -> bool:
         return False
 
+    def takes_writes(self, raw: Any) -> bool:
+        return True
+
     def misses_target(self, raw: Any, parameters: Mapping[str, str]) -> bool:
         return False
 

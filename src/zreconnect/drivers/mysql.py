@@ -15,6 +15,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import socket
 import ssl
 import uuid
@@ -39,7 +40,9 @@ FORM = "mysql://user:password@host:port/dbname?option=value"
 
 # The server's errors: https://mariadb.com/kb/en/mariadb-error-code-reference/
 ER_CON_COUNT_ERROR = 1040
+ER_OPEN_AS_READONLY = 1036
 ER_DBACCESS_DENIED_ERROR = 1044
+ER_UNKNOWN_COM_ERROR = 1047
 ER_TABLE_EXISTS_ERROR = 1050
 ER_SERVER_SHUTDOWN = 1053
 ER_NORMAL_SHUTDOWN = 1077
@@ -59,6 +62,7 @@ ER_OPTION_PREVENTS_STATEMENT = 1290
 ER_SP_DOES_NOT_EXIST = 1305
 ER_QUERY_INTERRUPTED = 1317
 ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION = 1792
+ER_READ_ONLY_MODE = 1836
 ER_CONNECTION_KILLED = 1927
 ER_STATEMENT_TIMEOUT = 1969
 ER_QUERY_TIMEOUT = 3024
@@ -106,6 +110,7 @@ TLS_REFUSAL = re.compile(
     "|alert|protocol version|unsupported protocol|no protocols|no shared cipher",
     re.IGNORECASE,
 )
+READ_ONLY = {ER_OPEN_AS_READONLY, ER_READ_ONLY_MODE}
 TRANSIENT = {ER_LOCK_DEADLOCK, ER_LOCK_WAIT_TIMEOUT}
 # InnoDB has rolled the whole transaction back, and not the statement alone.
 ENDS_TRANSACTION = {ER_LOCK_DEADLOCK, ER_LOCK_TABLE_FULL}
@@ -383,7 +388,7 @@ class MysqlDriver(BaseDriver):
         return cursor
 
     def is_commit(self, raw_cursor: Any) -> bool:
-        return may_commit(raw_cursor.zreconnect_sent, are_several=True)
+        return bool(raw_cursor.zreconnect_may_commit)
 
     def looks_like_reading(self, raw_cursor: Any) -> bool:
         return READING.match(raw_cursor.zreconnect_sent) is not None
@@ -397,14 +402,18 @@ class MysqlDriver(BaseDriver):
             with self._asking(raw):
                 return execute(statement)
         self._check_mode(raw)
-        if may_commit(text, bool(raw.client_flag & MULTI_STATEMENTS)):
-            raw.zreconnect_committed = True
+        had_committed = raw.zreconnect_committed
+        cursor.zreconnect_may_commit = may_commit(text, bool(raw.client_flag & MULTI_STATEMENTS))
+        raw.zreconnect_committed = had_committed or cursor.zreconnect_may_commit
         try:
             with self._asking(raw):
                 result = execute(statement)
         except self.module.Error as error:
             if errno(error) in ENDS_TRANSACTION or self._timeout_ended_transaction(raw, error):
                 self._roll_back_too(raw)
+            elif errno(error) == ER_OPTION_PREVENTS_STATEMENT and is_committing(text):
+                # It was refused before it could commit anything.
+                raw.zreconnect_committed, cursor.zreconnect_may_commit = had_committed, False
             raise
         self._check_mode(raw)
         if is_committing(text):
@@ -430,7 +439,7 @@ class MysqlDriver(BaseDriver):
     # Errors
 
     def meaning(self, error: BaseException, raw: Any) -> Meaning:
-        if not raw.open or errno(error) in LOST:
+        if not raw.open or errno(error) in LOST or _is_refused_by_node(error):
             return Meaning.DISCONNECT
         return Meaning.TRANSIENT if errno(error) in TRANSIENT else Meaning.USER
 
@@ -441,8 +450,18 @@ class MysqlDriver(BaseDriver):
         return CONDITIONS.get(errno(error) or 0)
 
     def is_refused_by_standby(self, error: BaseException, raw: Any) -> bool:
+        number = errno(error)
         # The message quotes the option, in every language.
-        return errno(error) == ER_OPTION_PREVENTS_STATEMENT and "read-only" in str(error)
+        return number in READ_ONLY or (
+            number == ER_OPTION_PREVENTS_STATEMENT and "read-only" in str(error)
+        )
+
+    def takes_writes(self, raw: Any) -> bool:
+        return not self.query(
+            raw,
+            "SHOW GLOBAL VARIABLES WHERE value <> 'OFF'"
+            " AND variable_name IN ('read_only', 'innodb_read_only')",
+        )
 
     def connect_meaning(self, error: BaseException, parameters: Mapping[str, str]) -> Meaning:
         number = errno(error)
@@ -450,6 +469,8 @@ class MysqlDriver(BaseDriver):
             # PyMySQL has the same numbers for whatever the socket raises.
             met = getattr(error, "original_exception", None) or error.__context__ or error
             return Meaning.PERMANENT if _is_refusal_of_tls(met) else Meaning.DISCONNECT
+        if _is_refused_by_node(error):
+            return Meaning.DISCONNECT
         is_operational = isinstance(error, self.module.OperationalError)
         if not is_operational or not FIRST_CLIENT_ERROR <= (number or 0) <= LAST_CLIENT_ERROR:
             return Meaning.PERMANENT
@@ -528,12 +549,19 @@ def errno(error: BaseException) -> int | None:
     return number if isinstance(number, int) else None
 
 
+def _is_refused_by_node(error: BaseException) -> bool:
+    """Whether a node of a Galera cluster answers nothing, as without its primary component."""
+    # The message is not translated; the number alone is that of an unknown command.
+    return errno(error) == ER_UNKNOWN_COM_ERROR and "WSREP" in str(error)
+
+
 @functools.cache
 def _watched(cursor_class: type[Any]) -> type[Any]:
     """A subclass that lets the driver execute its statements."""
 
     class Watched(cursor_class):
         zreconnect_sent = ""
+        zreconnect_may_commit = False
         zreconnect_driver: Any
 
         def _query(self, statement: Any) -> Any:

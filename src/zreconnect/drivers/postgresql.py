@@ -30,6 +30,8 @@ DISCONNECT_STATES = {
     "25P03",  # idle_in_transaction_session_timeout
 }
 READ_ONLY_SQL_TRANSACTION = "25006"
+# Of target_session_attrs, for programs that do not want to write.
+READING = ("read-only", "standby", "prefer-standby")
 TRANSIENT_STATES = {
     "40001",  # serialization_failure
     "40P01",  # deadlock_detected
@@ -261,10 +263,21 @@ class PostgresqlDriver:
         return isinstance(error, self.module.Error) and self.sqlstate(error) in TRANSIENT_STATES
 
     def is_refused_by_standby(self, error: BaseException, raw: Any) -> bool:
-        if self.sqlstate(error) != READ_ONLY_SQL_TRANSACTION:
+        if self.sqlstate(error) != READ_ONLY_SQL_TRANSACTION or self._is_for_reading(raw):
             return False
         # Reported since PostgreSQL 14; before, nobody can tell.
         return self.parameter_status(raw, "in_hot_standby") != "off"
+
+    def _is_for_reading(self, raw: Any) -> bool:
+        """Whether the session itself says that nobody wants to write in it."""
+        return (
+            self.begins_read_only(raw, SessionSettings())
+            or self.parameter_status(raw, "default_transaction_read_only") == "on"
+            or self.parameters(raw).get("target_session_attrs") in READING
+        )
+
+    def takes_writes(self, raw: Any) -> bool:
+        return self.query(raw, "SELECT pg_is_in_recovery()") == [(False,)]
 
     def misses_target(self, raw: Any, parameters: Mapping[str, str]) -> bool:
         target = parameters.get("target_session_attrs", "any")
@@ -357,6 +370,10 @@ class PostgresqlDriver:
         raise NotImplementedError
 
     def query(self, raw: Any, statement: str, parameters: Any = None) -> list[Any]:
+        raise NotImplementedError
+
+    def parameters(self, raw: Any) -> dict[str, str]:
+        """The parameters that ``raw`` was connected with."""
         raise NotImplementedError
 
     def sqlstate(self, error: BaseException) -> str | None:

@@ -105,4 +105,5 @@ class BaseDriverTests(unittest.TestCase):
         self.assertFalse(driver.supports_two_phase)
         self.assertFalse(driver.is_transient(error))
         self.assertFalse(driver.is_refused_by_standby(error, None))
+        self.assertTrue(driver.takes_writes(None))
         self.assertTrue(driver.begins_read_only(None, SessionSettings(readonly=True)))

@@ -8,16 +8,19 @@ from unittest import mock
 import psycopg
 import psycopg2
 
+import zreconnect
 from zreconnect import (
     FAIL_FAST,
     PERSIST,
     DisconnectionError,
     Ledger,
+    ReconnectingConnection,
     ReconnectingDatabaseAdapter,
+    ReconnectTimeout,
     RetryPolicy,
 )
 from zreconnect.testing import EmbeddedStandby, PortForward
-from zreconnect.tests.base import DatabaseTestCase, wait_until
+from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until
 
 
 class FailoverTests(DatabaseTestCase):
@@ -69,13 +72,66 @@ class FailoverTests(DatabaseTestCase):
         cursor.execute("CREATE TABLE other (n int)")
         direct.commit()
 
+    def test_until_it_takes_writes_it_is_waited_for(self):
+        for driver in ("psycopg2", "psycopg"):
+            connection = zreconnect.connect(self.both, driver)
+            self.addCleanup(connection.close)
+            connection.run(lambda: None)
+            self.forward.refuse()
+            self.forward.drop()
+            runs = []
+
+            def work(connection=connection, runs=runs, driver=driver):
+                runs.append(None)
+                connection.execute("INSERT INTO item VALUES (%s)", (driver,))
+
+            running = threading.Thread(target=connection.run, args=(work,))
+            with self.events() as events:
+                running.start()
+                wait_until(lambda events=events: self.waits_for_writes(events))
+                self.forward.accept()
+                running.join()
+            self.assertEqual(len(runs), 2)
+        self.assertEqual(self.query("SELECT count(*) FROM item"), [(2,)])
+
+    def waits_for_writes(self, events):
+        return any("takes no writes" in str(event) for event in events)
+
+    def test_who_has_waited_in_vain_for_writes_may_read(self):
+        connection = self.connect(self.standby.dsn())
+        connection.run(lambda: None)
+        with policy_of(connection, timeout=0), self.assertRaises(ReconnectTimeout):
+            connection.run(connection.execute, "CREATE TABLE other (n int)")
+        with connection.transaction() as cursor:
+            cursor.execute("SELECT 1")
+
     def test_not_if_it_was_made_read_only(self):
         for dsn in (self.standby.dsn(), self.dsn):
             connection = self.connect(dsn)
             connection.readonly = True
-            with self.assertRaises(psycopg2.errors.ReadOnlySqlTransaction):
-                connection.cursor().execute("CREATE TABLE other (n int)")
-            self.assertEqual(connection.state, "active")
+            self.assert_refused(connection)
+
+    def assert_refused(self, connection):
+        with self.assertRaises(psycopg2.errors.ReadOnlySqlTransaction):
+            connection.execute("CREATE TABLE other (n int)")
+        self.assertEqual(connection.state, "active")
+        connection.close()
+
+    def test_not_if_a_standby_was_asked_for(self):
+        dsn = self.standby.dsn()
+        for attributes in ("standby", "prefer-standby", "read-only"):
+            self.assert_refused(self.connect(f"{dsn}?target_session_attrs={attributes}"))
+
+        def set_up(raw):
+            raw.cursor().execute("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")
+
+        def make():
+            raw = psycopg2.connect(dsn)
+            raw.readonly = True
+            return raw
+
+        self.assert_refused(self.connect(dsn, on_connect=set_up))
+        self.assert_refused(ReconnectingConnection(make))
 
     def test_not_if_the_primary_is_asked_in_a_read_only_transaction(self):
         connection = self.connect()

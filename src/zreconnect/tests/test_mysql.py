@@ -32,7 +32,7 @@ from zreconnect.drivers import mysql
 from zreconnect.drivers.base import Meaning, SessionSettings, load_driver
 from zreconnect.drivers.mysql import MysqlDriver
 from zreconnect.dsn import driver_name
-from zreconnect.events import CommitLookedUp
+from zreconnect.events import CommitLookedUp, ConnectionAttemptFailed
 from zreconnect.server import server_from_dsn
 from zreconnect.testing import EmbeddedMariaDB
 from zreconnect.tests.base import (
@@ -40,6 +40,7 @@ from zreconnect.tests.base import (
     LineTestCase,
     needs_mysqlclient,
     on_mariadb,
+    policy_of,
     wait_until,
     with_time_to_connect,
 )
@@ -717,17 +718,102 @@ class Tests(MysqlTestCase):
         connection.commit()
         self.assertEqual(self.names(), ["child's", "one"])
 
-    def test_a_server_that_takes_no_writes_any_more(self):
-        self.query("CREATE USER writer@'%%' IDENTIFIED BY %s", self.server.password)
-        self.addCleanup(self.query, "DROP USER writer@'%'")
+    # Servers that take no writes
+
+    def writer(self, **keywords):
+        """A connection of somebody's whom ``read_only`` concerns."""
+        self.query("CREATE USER IF NOT EXISTS writer@'%%' IDENTIFIED BY %s", self.server.password)
+        self.addCleanup(self.query, "DROP USER IF EXISTS writer@'%'")
         self.query("GRANT ALL ON test.* TO writer@'%'")
-        connection = self.connect(self.layer.dsn(user="writer"))
+        self.addCleanup(self.query, "SET GLOBAL read_only = 0")
+        return self.connect(self.layer.dsn(user="writer"), **keywords)
+
+    def is_waiting(self, events):
+        return any(isinstance(event, ConnectionAttemptFailed) for event in events)
+
+    def test_a_server_that_takes_no_writes_for_a_while_is_waited_for(self):
+        for witness, runs_needed in ((Ledger(), 1), (None, 2)):
+            with self.subTest(witness):
+                self.query("DELETE FROM test.item")
+                connection = self.writer(witness=witness, policy=RetryPolicy(timeout=PATIENCE))
+                connection.run(lambda: None)
+                self.query("SET GLOBAL read_only = 1")
+                runs = []
+
+                def work():
+                    runs.append(None)  # noqa: B023
+                    self.insert(connection)  # noqa: B023
+
+                running = threading.Thread(target=connection.run, args=(work,))
+                with self.events() as events:
+                    running.start()
+                    wait_until(lambda: self.is_waiting(events))
+                    self.query("SET GLOBAL read_only = 0")
+                    running.join()
+                self.assertEqual((self.names(), len(runs)), (["one"], runs_needed))
+
+    def test_who_has_waited_in_vain_for_a_server_that_takes_writes_may_read(self):
+        connection = self.writer(witness=None)
         connection.run(lambda: None)
         self.query("SET GLOBAL read_only = 1")
-        self.addCleanup(self.query, "SET GLOBAL read_only = 0")
+        with policy_of(connection, timeout=0), self.assertRaises(ReconnectTimeout) as gave_up:
+            connection.run(self.insert, connection)
+        self.assertIn("takes no writes", str(gave_up.exception))
+        with connection.transaction() as cursor:
+            cursor.execute("SELECT count(*) FROM item")
+            self.assertEqual(cursor.fetchone(), (0,))
+
+    def test_ddl_that_a_server_refuses_has_committed_nothing(self):
+        connection = self.writer()
+        self.insert(connection)
+        self.query("SET GLOBAL read_only = 1")
+        with self.assertRaises(DisconnectionError):
+            connection.cursor().execute("CREATE TABLE other (number int)")
+        connection.rollback()
+        self.assertEqual(self.names(), [])
+
+    def test_a_read_only_connection_does_not_mind(self):
+        connection = self.writer()
+        connection.readonly = True
+        self.query("SET GLOBAL read_only = 1")
         with self.assertRaises(self.module.OperationalError) as refused:
-            connection.begin()
-        self.assertEqual(mysql.errno(refused.exception), mysql.ER_OPTION_PREVENTS_STATEMENT)
+            self.insert(connection)
+        self.assertEqual(mysql.errno(refused.exception), 1290)
+        self.assertEqual(connection.state, "active")
+
+    def test_what_says_that_a_server_takes_no_writes(self):
+        error = self.module.OperationalError
+        for refused, expected in {
+            error(1290, "The server is running with the --super-read-only option"): True,
+            error(1290, "The server is running with the --secure-file-priv option"): False,
+            error(1036, "Table 'item' is read only"): True,
+            error(1836, "Running in read-only mode"): True,
+            error(1792, "Cannot execute statement in a READ ONLY transaction"): False,
+        }.items():
+            with self.subTest(refused):
+                self.assertIs(self.driver.is_refused_by_standby(refused, None), expected)
+
+    def test_a_node_without_its_cluster_is_waited_for(self):
+        refused = self.module.OperationalError(1047, "WSREP has not yet prepared node")
+        unknown = self.module.OperationalError(1047, "Unknown command")
+        connection = self.connect()
+        raw = connection.driver_connection
+        self.assertIs(self.driver.meaning(refused, raw), Meaning.DISCONNECT)
+        self.assertIs(self.driver.connect_meaning(refused, {}), Meaning.DISCONNECT)
+        self.assertIs(self.driver.meaning(unknown, raw), Meaning.USER)
+        self.assertIs(self.driver.connect_meaning(unknown, {}), Meaning.PERMANENT)
+        refusals = iter([refused] * 3)
+        execute_all = self.driver._execute_all
+
+        def refuse(raw, statements):
+            for refusal in refusals:
+                raise refusal
+            return execute_all(raw, statements)
+
+        with mock.patch.object(self.driver, "_execute_all", refuse), self.events() as events:
+            connection.run(self.insert, connection)
+        self.assertTrue(self.is_waiting(events))
+        self.assertEqual(self.names(), ["one"])
 
     # Round trips
 
