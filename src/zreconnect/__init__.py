@@ -12,10 +12,11 @@ from zreconnect.exceptions import (
     PartlyCommitted,
     ReconnectTimeout,
 )
+from zreconnect.ledger import Ledger
 from zreconnect.policy import FAIL_FAST, PERSIST, RetryPolicy
 from zreconnect.recovery import PreparedTransaction, recover
 from zreconnect.retry import retry_on_disconnect
-from zreconnect.witness import Ledger, XidWitness
+from zreconnect.witness import XidWitness
 from zreconnect.zopeless import ZopelessTransactionManager, initZopeless, isZopeless
 
 __all__ = [

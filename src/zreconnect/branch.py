@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from zreconnect.witness import Outcome, outcome_by_id
+from zreconnect.witness import CONFIRM, Outcome, outcome_by_id
 
 PREFIX = "zreconnect:"
 GID = re.compile(
@@ -80,7 +80,10 @@ def decided(driver: Any, raw: Any, branch: Branch) -> Outcome:
     if system_identifier != branch.system_identifier:
         return Outcome.UNKNOWN
     # In another timeline the id may be that of another transaction.
-    return outcome_by_id(driver, raw, branch.xid, believe=timeline == branch.timeline)
+    outcome = outcome_by_id(driver, raw, branch.xid, believe=timeline == branch.timeline)
+    if outcome is Outcome.COMMITTED:
+        driver.query(raw, CONFIRM)
+    return outcome
 
 
 def end_branch(driver: Any, raw: Any, gid: str, outcome: Outcome) -> None:

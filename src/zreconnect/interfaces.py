@@ -84,9 +84,21 @@ class IDriver(Interface):
         "that execute statements without a cursor. They are not handed on."
     )
     ledger_table = Attribute("The statement that makes a `Ledger`'s ``{table}``, unless it exists.")
-    ledger_answer = Attribute(
-        "What makes the ledger's UPDATE, as a rider of `begin`, return the transaction's id; empty "
-        "if there are no such ids."
+    ledger_conflict = Attribute(
+        "What follows upon the ledger's INSERT, and is followed by assignments, to have them made "
+        "in a row of that id if there is one."
+    )
+    ledger_isolation = Attribute(
+        "The isolation level for what is done in the ledger outside the program's transactions, in "
+        "which others' changes of it are no error; None for the session's own."
+    )
+    ledger_free = Attribute(
+        "What has a query of a row of the ledger leave out one that is locked; empty if there is "
+        "no such thing."
+    )
+    ledger_writer = Attribute(
+        "What tells, of a row of the ledger, the id of the transaction that has written it last, "
+        "also if that is under way; None if there is no such thing."
     )
 
     # Where to connect to. None of these but `connect` talks to a database server.
@@ -203,8 +215,7 @@ class IDriver(Interface):
     def begin(raw, settings, rider=""):
         """Begin a transaction with the modes in ``settings``, in one round trip.
 
-        rider: a statement that is sent along. Its row is returned, or None if it has none; for one
-        that returns no rows, whatever is not None if it has changed a row.
+        rider: a statement that is sent along. Its row is returned, or None if it has none.
         """
 
     def begins_read_only(raw, settings):
@@ -330,12 +341,14 @@ class IDriver(Interface):
     def identify(raw):
         """What the server knows the session by, a `ServerSession`. Called in any state."""
 
-    def end_session(raw, session, xid):
-        """Tell the server to end another session; whether it still was there.
+    def end_session(raw, session, evidence):
+        """Tell the server to end the session that holds a transaction; whether there was one.
 
-        Returns without waiting for its end, and is called again until it returns False. Not if it
-        works in a transaction other than ``xid``, of somebody to whom a pooler has given it. A
-        session that may not be ended is left alone.
+        session: the one in which the transaction was begun. evidence: an `Evidence`, of which a
+        driver uses what it needs to be certain: what may be somebody else's, to whom a pooler has
+        given the session, is left alone, and so is the session that ``raw`` has. Returns without
+        waiting for its end, and is called again until it returns False. True also for one that may
+        be seen and not ended.
         """
 
     def full_name(raw, table):
@@ -365,7 +378,7 @@ class IPipeliningDriver(IDriver):
     def begin_with(raw, settings, rider, execute, answered):
         """Begin a transaction and execute its first statement, in one round trip.
 
-        rider: as in `begin`; but if it has no row, the statement must not be executed.
+        rider: as in `begin`; if it fails, the statement must not be executed.
         execute: called without arguments, sends the statement; once.
         answered: to be called when the server begins to answer; until then it may be silent.
 
@@ -401,13 +414,16 @@ class IObserver(Interface):
         """The statement that goes along with BEGIN, or an empty string."""
 
     def began(row):
-        """Record what the rider returned; whether the transaction can go on."""
+        """The transaction has begun. row: what the rider returned, or None."""
 
     def executed(raw_cursor):
         """A statement of the transaction was executed."""
 
     def commit(raw):
         """Commit, after recording what is known only now. Raises the driver's errors."""
+
+    def rollback(raw):
+        """Roll back. Raises the driver's errors."""
 
     def has_written(raw):
         """Whether the present transaction has written anything of the program's, or may have.
@@ -416,8 +432,8 @@ class IObserver(Interface):
         """
 
     def fence(raw):
-        """End the session on the server, so that it can neither commit late nor hold locks; wait
-        until it has ended, for a while."""
+        """End the transaction's session on the server, so that it can neither commit late nor hold
+        locks; wait until it has ended, for a while. Nothing if no transaction was under way."""
 
     def outcome(raw):
         """What became of the transaction, an `Outcome`. Call `fence` before."""

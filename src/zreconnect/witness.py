@@ -11,31 +11,39 @@ until then it could commit late.
 from __future__ import annotations
 
 import enum
-import re
 import time
-import uuid
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 from zreconnect.documented import documented_by, implements
-from zreconnect.drivers.base import Condition, ServerSession, SessionSettings
+from zreconnect.drivers.base import Evidence, Mark, ServerSession, SessionSettings
 from zreconnect.interfaces import IObserver, IWitness
 
-# How long an orphaned server process that was told to end, or may not be told to, is waited for.
-PATIENCE_WITH_ORPHANS = 10.0
+# How long an orphaned server process that was told to end, or may not be told to, is waited for:
+# less than the longest attempt to connect, of which this is a part.
+PATIENCE_WITH_ORPHANS = 8.0
 POLL_INTERVAL = 0.01
-# How long a row of the ledger is kept that nobody has used.
-KEPT_DAYS = 30
+LONGEST_POLL_INTERVAL = 0.5
+# What the server knows a transaction by: the process that it is in, and when it began.
+MARK = "pg_backend_pid(), extract(epoch FROM now())"
+# Something that COMMIT has to write, so that it waits for synchronous standbys, if there are any.
+# All that was committed before is there when it has its answer.
+CONFIRM = (
+    f"SELECT concat_ws(' ', {MARK}), pg_logical_emit_message(true, 'zreconnect', '')"
+    " WHERE current_setting('synchronous_standby_names') <> ''"
+)
 # Goes along with COMMIT, and fails if the transaction has an id, which it gets when it first
-# writes. So a COMMIT that the server has executed had nothing to commit. If it fails, the savepoint
-# lets the transaction go on.
+# writes to a table. If it fails, the savepoint lets the transaction go on.
 NOTHING_WRITTEN = (
     "SAVEPOINT zreconnect_commit;"
     "SELECT ('written by ' || pg_current_xact_id_if_assigned()::text)::integer"
 )
 GO_ON = "ROLLBACK TO SAVEPOINT zreconnect_commit;"
-ASSIGNED_ID = "SELECT pg_current_xact_id_if_assigned()"
+# Not everything that a transaction does has an id: a notification gets one inside COMMIT, and a
+# write to another server none. Who asks gets one that COMMIT then has, too.
+ID = f"SELECT concat_ws(' ', {MARK}, pg_current_xact_id())"
+ASSIGNED_ID = f"SELECT concat_ws(' ', {MARK}, pg_current_xact_id_if_assigned())"
 
 
 class Outcome(enum.Enum):
@@ -92,30 +100,6 @@ class XidWitness:
         return XidAtCommitObserver(driver) if self.at_commit else XidObserver(driver)
 
 
-@implements(IWitness)
-class Ledger:
-    """Keeps a row for each connection, which each transaction updates along with its work.
-
-    The update rides on BEGIN and costs no round trip. It decides in every case in which the
-    database can be reached again: after crashes and failovers too.
-
-    table: the table's name, with or without a schema. It is made on first use by those who may.
-
-    Raises ValueError if ``table`` is no plain name.
-    """
-
-    def __init__(self, table: str = "zreconnect_ledger") -> None:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)?", table):
-            raise ValueError(f"table must be a name or schema.name, not {table!r}")
-        self.table = table
-
-    def __repr__(self) -> str:
-        return f"Ledger(table={self.table!r})"
-
-    def observer(self, driver: Any) -> LedgerObserver:
-        return LedgerObserver(driver, self.table)
-
-
 @implements(IObserver)
 class NoObserver:
     """For a connection without a witness: it knows nothing of any transaction."""
@@ -133,14 +117,17 @@ class NoObserver:
     def rider(self, raw: Any, settings: SessionSettings) -> str:
         return ""
 
-    def began(self, row: Any) -> bool:
-        return True
+    def began(self, row: Any) -> None:
+        """Nothing is recorded."""
 
     def executed(self, raw_cursor: Any) -> None:
         """Nothing is recorded."""
 
     def commit(self, raw: Any) -> None:
         self._driver.commit(raw)
+
+    def rollback(self, raw: Any) -> None:
+        self._driver.rollback(raw)
 
     def has_written(self, raw: Any) -> bool:
         has_written: bool = self._driver.has_written(raw)
@@ -160,30 +147,81 @@ class NoObserver:
 
 
 @documented_by(IObserver)
-class _SessionObserver(NoObserver):
-    """What the witnesses have in common: which session, and which transaction."""
+class SessionObserver(NoObserver):
+    """What the witnesses have in common: which session, and whether something is under way."""
 
     # In which what is written is not the program's.
     _own_table: str | None = None
+    _asks_at_commit = False
 
     def __init__(self, driver: Any) -> None:
         super().__init__(driver)
         self._session: ServerSession | None = None
-        self._xid: int | None = None
+        self._is_under_way = False
+        self._knows_ids = False
+        # Whether a statement of the transaction was watched that may have written something.
+        self._has_written = False
+        # When BEGIN was answered.
+        self._began: float | None = None
+        # Until when its orphan is waited for.
+        self._deadline: float | None = None
         self.may_have_written = False
+
+    def began(self, row: Any) -> None:
+        self._began = time.monotonic()
+
+    def executed(self, raw_cursor: Any) -> None:
+        if not self._driver.looks_like_reading(raw_cursor):
+            self._has_written = self.may_have_written = True
+
+    def commit(self, raw: Any) -> None:
+        self._driver.commit(raw)
+        self._is_under_way = False
+
+    def rollback(self, raw: Any) -> None:
+        self._driver.rollback(raw)
+        self._is_under_way = False
 
     def has_written(self, raw: Any) -> bool:
         has_written: bool = self._driver.has_written(raw, self._own_table)
-        return has_written and self.may_have_written
+        return (has_written and self.may_have_written) or self._has_written
 
     def fence(self, raw: Any) -> None:
-        if self._session is None:
+        # If BEGIN had no answer, nothing would tell it from that of another one in its process.
+        if not self._is_under_way or self._began is None:
             return
-        deadline = time.monotonic() + PATIENCE_WITH_ORPHANS
+        evidence, pause = self._evidence(raw, self._began), POLL_INTERVAL
+        deadline = time.monotonic() + self._patience_left()
         while (
-            self._driver.end_session(raw, self._session, self._xid) and time.monotonic() < deadline
+            self._driver.end_session(raw, self._session, evidence) and time.monotonic() < deadline
         ):
-            time.sleep(POLL_INTERVAL)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_POLL_INTERVAL)
+
+    def _evidence(self, raw: Any, began: float) -> Evidence:
+        """What tells the transaction from those of others."""
+        return Evidence(began)
+
+    def _patience_left(self) -> float:
+        """For how many seconds the transaction's end is waited for, if it cannot be brought about.
+
+        All attempts to reach the server share them.
+        """
+        now = time.monotonic()
+        if self._deadline is None:
+            self._deadline = now + PATIENCE_WITH_ORPHANS
+        return max(self._deadline - now, POLL_INTERVAL)
+
+    def _note_begin(self, raw: Any, settings: SessionSettings) -> None:
+        assert self._session is not None
+        self._is_under_way = True
+        self._began = None
+        self._has_written = False
+        self.may_have_written = self._can_write(raw, settings)
+        # A read-only transaction may notify all the same, but on a standby.
+        self.watches_statements = self._knows_ids and not (
+            self._session.is_standby or (self.may_have_written and not self._asks_at_commit)
+        )
 
     def _can_write(self, raw: Any, settings: SessionSettings) -> bool:
         assert self._session is not None
@@ -200,32 +238,57 @@ class _SessionObserver(NoObserver):
     def _identify(self, raw: Any) -> ServerSession:
         session: ServerSession = self._driver.identify(raw)
         self._session = session
-        self._xid = None
+        self._knows_ids = self._driver.has_transaction_ids(raw)
+        self._is_under_way = False
+        self._deadline = None
         return session
 
 
 @implements(IObserver)
-class XidObserver(_SessionObserver):
+class XidObserver(SessionObserver):
     """Knows the id of a connection's last transaction, and the history that the id belongs to."""
 
-    _history: History | None = None
-    _knows_status = False
+    def __init__(self, driver: Any) -> None:
+        super().__init__(driver)
+        self._xid: int | None = None
+        # Those of the transaction, and of those in which it was looked up in vain.
+        self._marks: tuple[Mark, ...] = ()
+        self._history: History | None = None
 
     def record_session(self, raw: Any, settings: SessionSettings) -> None:
         session = self._identify(raw)
-        self._knows_status = self._driver.has_transaction_ids(raw)
         self._history = None
-        if self._knows_status and not session.is_standby:
+        if self._knows_ids and not session.is_standby:
             self._history = self._present_history(raw)
 
     def rider(self, raw: Any, settings: SessionSettings) -> str:
-        self.may_have_written = self._can_write(raw, settings)
+        self._note_begin(raw, settings)
+        self._xid, self._marks = None, ()
         # An id is given to every transaction that asks, and there are but 2**31 before a vacuum.
-        return "SELECT pg_current_xact_id()" if self.may_have_written and self._knows_status else ""
+        return ID if self.may_have_written and self._knows_ids else ""
 
-    def began(self, row: Any) -> bool:
-        self._xid = None if row is None else int(row[0])
-        return True
+    def began(self, row: Any) -> None:
+        self._began = time.monotonic()
+        if row is not None:
+            pid, start, *xid = row[0].split()
+            self._marks = (Mark(int(pid), start),)
+            self._xid = int(xid[0]) if xid else None
+
+    def _evidence(self, raw: Any, began: float) -> Evidence:
+        return Evidence(began, self._marks)
+
+    def commit(self, raw: Any) -> None:
+        if self._has_written and not self._driver.in_failed_transaction(raw):
+            self._ask_id(raw, ID)
+        self._driver.commit(raw)
+        self._is_under_way = False
+
+    def _ask_id(self, raw: Any, question: str) -> None:
+        # As long as no COMMIT is sent that has something to commit, losing the session rolls back.
+        self.may_have_written = False
+        (row,) = self._driver.query(raw, question)
+        self.began(row)
+        self.may_have_written = self._xid is not None
 
     def outcome(self, raw: Any) -> Outcome:
         if self._xid is None:
@@ -233,7 +296,19 @@ class XidObserver(_SessionObserver):
         history = self._present_history(raw)
         if not self._is_same_system(history):
             return Outcome.UNKNOWN
-        return outcome_by_id(self._driver, raw, self._xid, believe=history == self._history)
+        outcome = outcome_by_id(self._driver, raw, self._xid, believe=history == self._history)
+        if outcome is Outcome.COMMITTED:
+            self._confirm(raw)
+        return outcome
+
+    def _confirm(self, raw: Any) -> None:
+        """Wait for the standbys that COMMIT waits for, if there are any."""
+        row = self._driver.begin(raw, SessionSettings(), CONFIRM)
+        if row is not None:
+            # If this wait is cut off, the next attempt ends it before it waits itself.
+            pid, start = row[0].split()
+            self._marks += (Mark(int(pid), start),)
+        self._driver.commit(raw)
 
     def _is_same_system(self, history: History | None) -> bool:
         return (
@@ -266,146 +341,47 @@ class XidObserver(_SessionObserver):
 
 @implements(IObserver)
 class XidAtCommitObserver(XidObserver):
-    """Asks for the id just before COMMIT, and only a transaction that has written."""
+    """Asks for the id just before COMMIT, and only a transaction that has written, or may have."""
 
-    watches_statements = True
+    _asks_at_commit = True
 
     def __init__(self, driver: Any) -> None:
         super().__init__(driver)
-        self._has_written = False
         self._reads_write = False
 
     def rider(self, raw: Any, settings: SessionSettings) -> str:
-        self._has_written = False
-        self.may_have_written = self._can_write(raw, settings)
-        return ""
-
-    def executed(self, raw_cursor: Any) -> None:
-        if not self._driver.looks_like_reading(raw_cursor):
-            self._has_written = True
+        self._note_begin(raw, settings)
+        self._xid, self._marks = None, ()
+        assert self._session is not None
+        # Behind a pooler only the transaction itself knows which process it is in.
+        return ASSIGNED_ID if self._session.is_pooled and self._knows_ids else ""
 
     def commit(self, raw: Any) -> None:
         if (
-            not self.may_have_written
-            or not self._knows_status
+            self._has_written
+            or not self.may_have_written
+            or not self._knows_ids
             or self._driver.in_failed_transaction(raw)
         ):
-            self._driver.commit(raw)
+            super().commit(raw)
             return
-        # As long as no COMMIT is sent that has something to commit, losing the session rolls back.
         self.may_have_written = False
-        if self._has_written or self._reads_write:
-            self._commit_with_id(raw, ASSIGNED_ID)
-            return
+        if self._reads_write:
+            self._ask_id(raw, ASSIGNED_ID)
+            self._driver.commit(raw)
+        else:
+            self._commit_unless_written(raw)
+        self._is_under_way = False
+
+    def _commit_unless_written(self, raw: Any) -> None:
         try:
             self._driver.commit(raw, NOTHING_WRITTEN)
         except self._driver.module.DataError:
-            # A SELECT that calls a function or locks rows. The server logs the error, so that this
-            # connection does not try again.
+            # A SELECT that locks rows, or reads from a view that writes. The server logs the error,
+            # so that this connection does not try again.
             self._reads_write = True
-            self._commit_with_id(raw, GO_ON + ASSIGNED_ID)
-
-    def _commit_with_id(self, raw: Any, question: str) -> None:
-        ((xid,),) = self._driver.query(raw, question)
-        if xid is not None:
-            self._xid = int(xid)
-            self.may_have_written = True
-        self._driver.commit(raw)
-
-
-@implements(IObserver)
-class LedgerObserver(_SessionObserver):
-    """Knows a connection's row in the ledger, and the number of its last transaction there."""
-
-    def __init__(self, driver: Any, table: str) -> None:
-        super().__init__(driver)
-        self._table = table
-        self._id = str(uuid.uuid4())
-        self._number = 0
-
-    def record_session(self, raw: Any, settings: SessionSettings) -> None:
-        self._identify(raw)
-        if self._can_write(raw, settings):
-            self._open_row(raw)
-
-    def rider(self, raw: Any, settings: SessionSettings) -> str:
-        self.may_have_written = self._can_write(raw, settings)
-        if not self.may_have_written:
-            return ""
-        self._number += 1
-        return (
-            f"UPDATE {self._table} SET number = {self._number}, used = now()"
-            f" WHERE id = '{self._id}'{self._driver.ledger_answer}"
-        )
-
-    def began(self, row: Any) -> bool:
-        self._xid = int(row[0]) if row is not None and self._driver.ledger_answer else None
-        return row is not None or not self.may_have_written
-
-    def outcome(self, raw: Any) -> Outcome:
-        # The transaction has the row locked until it has ended, whichever way.
-        limit = self._driver.limit_lock_waits(raw, PATIENCE_WITH_ORPHANS)
-        try:
-            rows = self._driver.query(
-                raw, f"SELECT number FROM {self._table} WHERE id = %s FOR UPDATE", (self._id,)
-            )
-        except self._driver.module.Error as error:
-            if self._driver.condition(error) is not Condition.LOCK_NOT_AVAILABLE:
-                raise
-            rows = []
-        self._driver.limit_lock_waits(raw, limit)
-        if not rows:
-            return Outcome.UNKNOWN
-        return Outcome.COMMITTED if rows[0][0] == self._number else Outcome.ABORTED
-
-    def describe(self) -> str:
-        return (
-            f"{self._describe_session()} Its row in the ledger is {self._id}: it was committed if "
-            f"SELECT number FROM {self._table} WHERE id = '{self._id}' gives {self._number}."
-        )
-
-    def close(self, raw: Any) -> None:
-        self._driver.query(raw, f"DELETE FROM {self._table} WHERE id = %s", (self._id,))
-
-    def _open_row(self, raw: Any) -> None:
-        self._resolve_name(raw)
-        try:
-            self._insert_row(raw)
-        except self._driver.module.Error as error:
-            condition = self._driver.condition(error)
-            if condition is Condition.READ_ONLY_TRANSACTION:
-                raise self._driver.module.ProgrammingError(
-                    "The ledger cannot be written, because default_transaction_read_only is on: "
-                    "set readonly on the connection, or use another witness"
-                ) from error
-            if condition is not Condition.UNDEFINED_TABLE:
-                raise
-            make_ledger(self._driver, raw, self._table)
-            self._resolve_name(raw)
-            self._insert_row(raw)
-        # A connection may be waiting for its server, to look up its outcome here.
-        # The rows are looked for first: MySQL's DELETE waits for the locks of those it passes by.
-        unused = f"used < now() - INTERVAL '{KEPT_DAYS}' DAY"
-        for (identifier,) in self._driver.query(
-            raw, f"SELECT id FROM {self._table} WHERE {unused}"
-        ):
-            self._driver.query(
-                raw,
-                f"DELETE FROM {self._table} WHERE id = %s AND {unused}",
-                (str(identifier),),
-            )
-
-    def _resolve_name(self, raw: Any) -> None:
-        """Settle which table it is, once: what the session looks for by a name may change."""
-        if self._own_table is None:
-            self._own_table = self._driver.full_name(raw, self._table)
-            self._table = self._own_table or self._table
-
-    def _insert_row(self, raw: Any) -> None:
-        """Insert the connection's row, unless it is there from an earlier session."""
-        table, parameters = self._table, (self._id,)
-        if not self._driver.query(raw, f"SELECT 1 FROM {table} WHERE id = %s", parameters):
-            self._driver.query(raw, f"INSERT INTO {table} (id) VALUES (%s)", parameters)
+            self._ask_id(raw, GO_ON + ASSIGNED_ID)
+            self._driver.commit(raw)
 
 
 def outcome_by_id(driver: Any, raw: Any, xid: int, believe: bool) -> Outcome:
@@ -421,25 +397,3 @@ def outcome_by_id(driver: Any, raw: Any, xid: int, believe: bool) -> Outcome:
     if status == "aborted":
         return Outcome.ABORTED
     return Outcome.COMMITTED if status == "committed" and believe else Outcome.UNKNOWN
-
-
-def make_ledger(driver: Any, raw: Any, table: str) -> None:
-    """Make the table of a `Ledger`, unless it exists.
-
-    raw: a raw connection in autocommit mode. Raises the driver's ProgrammingError without the
-    right to create tables.
-    """
-    statement = driver.ledger_table.format(table=table)
-    try:
-        driver.query(raw, statement)
-    except driver.module.Error as error:
-        condition = driver.condition(error)
-        if condition is Condition.INSUFFICIENT_PRIVILEGE:
-            raise driver.module.ProgrammingError(
-                f"There is no ledger {table}, and this role may not create it. Have somebody who "
-                f"may run: zreconnect ledger --table {table} DSN"
-            ) from error
-        if condition is not Condition.ALREADY_EXISTS:
-            raise
-        # Another session makes it at this moment, and IF NOT EXISTS is no lock.
-        driver.query(raw, statement)

@@ -307,12 +307,7 @@ class Work:
     def _send_begin(self, raw: Any) -> None:
         link = self.link
         driver, observer, settings = link.driver, link.observer, link.settings
-        row = driver.begin(raw, settings, observer.rider(raw, settings))
-        if not observer.began(row):
-            # Somebody has emptied the ledger.
-            driver.rollback(raw)
-            link.record_session(raw)
-            observer.began(driver.begin(raw, settings, observer.rider(raw, settings)))
+        observer.began(driver.begin(raw, settings, observer.rider(raw, settings)))
 
     # Ending
 
@@ -341,7 +336,7 @@ class Work:
         session.watch.reset()
         # A session that does not answer is given up, which rolls back as well.
         with session.watch.awaiting(self.link.answer_limit()):
-            self.link.driver.rollback(session.raw)
+            self.link.observer.rollback(session.raw)
 
     def rolled_back(self) -> None:
         """It is rolled back: the server has said so, or its session has ended."""

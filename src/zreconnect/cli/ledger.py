@@ -8,8 +8,8 @@ from typing import Any
 from zreconnect.cli.errors import CommandError
 from zreconnect.drivers.base import Condition
 from zreconnect.exceptions import one_line
+from zreconnect.ledger import Ledger, make_ledger
 from zreconnect.server import Server, server_from_dsn
-from zreconnect.witness import Ledger, make_ledger
 
 CONNECT_TIMEOUT = 10.0
 

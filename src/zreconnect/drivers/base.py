@@ -15,7 +15,16 @@ from typing import Any
 from zreconnect.documented import documented_by
 from zreconnect.interfaces import IDriver, Meaning
 
-__all__ = ["BaseDriver", "Begun", "Condition", "Meaning", "ServerSession", "SessionSettings"]
+__all__ = [
+    "BaseDriver",
+    "Begun",
+    "Condition",
+    "Evidence",
+    "Mark",
+    "Meaning",
+    "ServerSession",
+    "SessionSettings",
+]
 
 DRIVERS = {
     "mysqlclient": "zreconnect.drivers.mysqlclient",
@@ -47,11 +56,34 @@ class ServerSession:
     pid: the server's number for it, which may be given again when it has ended.
     start: what tells it from the others of that number.
     is_standby: whether the server takes no writes.
+    is_pooled: whether a pooler lies in between, so that any transaction may be in another one.
     """
 
     pid: int
     start: Any
     is_standby: bool = False
+    is_pooled: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A transaction as its server knows it: the number of its session, and its start there."""
+
+    pid: int
+    start: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What tells a transaction of ours from all others, as far as it is known.
+
+    began: the monotonic time at which BEGIN had been answered. marks: what the server has told.
+    xid: the id of whoever has written or locked our row of a ledger last.
+    """
+
+    began: float
+    marks: tuple[Mark, ...] = ()
+    xid: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +137,10 @@ class BaseDriver:
     has_sessions = True
     supports_two_phase = False
     refused_methods: frozenset[str] = frozenset()
-    ledger_answer = ""
+    ledger_conflict = "ON CONFLICT (id) DO UPDATE SET"
+    ledger_isolation: str | None = None
+    ledger_free = ""
+    ledger_writer: str | None = None
 
     def places(self, parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         return [parameters]

@@ -28,6 +28,7 @@ from zreconnect.documented import documented_by
 from zreconnect.drivers.base import (
     BaseDriver,
     Condition,
+    Evidence,
     ServerSession,
     SessionSettings,
     redirect_to_null,
@@ -157,6 +158,7 @@ class MysqlDriver(BaseDriver):
         " used timestamp NOT NULL DEFAULT CURRENT_TIMESTAMP"
         ") ENGINE=InnoDB"
     )
+    ledger_conflict = "ON DUPLICATE KEY UPDATE"
     # The module's class of connections, and its usual cursors.
     connection_class: Any
     plain_cursor: type
@@ -334,18 +336,13 @@ class MysqlDriver(BaseDriver):
         return bool(getattr(raw, "zreconnect_committed", False))
 
     def _execute_all(self, raw: Any, statements: list[str]) -> Any:
-        """Execute statements, in one round trip if the server can.
-
-        The row of the last one, or, if it returns no rows, True if it has changed some.
-        """
+        """Execute statements, in one round trip if the server can; the row of the last one."""
         if self._is_mariadb(raw):
             statements = [f"BEGIN NOT ATOMIC {'; '.join(statements)}; END"]
         with self._asking(raw), contextlib.closing(self.plain_cursor(raw)) as cursor:
             for statement in statements:
                 cursor.execute(statement)
-            if cursor.description:
-                return cursor.fetchone()
-            return cursor.rowcount > 0 or None
+            return cursor.fetchone() if cursor.description else None
 
     @contextlib.contextmanager
     def _asking(self, raw: Any) -> Iterator[None]:
@@ -493,7 +490,7 @@ class MysqlDriver(BaseDriver):
             locked = False
         return ServerSession(raw.thread_id(), lock if locked else None)
 
-    def end_session(self, raw: Any, session: ServerSession, xid: int | None) -> bool:
+    def end_session(self, raw: Any, session: ServerSession, evidence: Evidence) -> bool:
         if session.start is None:
             return False
         ((number,),) = self.query(raw, "SELECT IS_USED_LOCK(%s)", (session.start,))

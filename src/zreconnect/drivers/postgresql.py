@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from zreconnect.documented import documented_by
 from zreconnect.drivers import conninfo
 from zreconnect.drivers.base import (
     Condition,
+    Evidence,
     ServerSession,
     SessionSettings,
     redirect_to_null,
@@ -62,8 +64,29 @@ COMMIT_STATEMENT = re.compile(
     rb"(?:COMMIT|END|PREPARE\s+TRANSACTION)\b",
     re.IGNORECASE,
 )
-# Tags of what the server executed. A SELECT can write all the same, by a function that it calls.
+# Tags of what the server executed.
 READING_TAGS = re.compile(r"(SELECT|FETCH|MOVE|SHOW|SET|DECLARE|CLOSE|SAVEPOINT|RELEASE)\b")
+# A SELECT can write all the same: in a WITH, as a prepared statement, by a function that it calls.
+# A comment can stand between the function's name and its arguments.
+WRITING = re.compile(rb"--|\*/\s*\(|\b(?:insert|update|delete|merge|execute)\b")
+CALLED = re.compile(rb'([\w$."\x80-\xff]+)\s*\(')
+# Words before a parenthesis that are no functions, and functions that do nothing but compute.
+HARMLESS = frozenset(
+    b"""
+    abs age all and any array array_agg as avg between bit bool_and bool_or by case cast
+    ceil char char_length clock_timestamp coalesce concat concat_ws count current_schema
+    current_setting date_part date_trunc decimal distinct else every except exists extract
+    filter first_value float floor format from generate_series greatest group having in
+    initcap intersect interval is join json_agg json_build_object json_object_agg jsonb_agg
+    jsonb_build_object jsonb_object_agg lag last_value lateral lead least left length like
+    limit lower lpad ltrim materialized max md5 min mod not now ntile nullif numeric
+    octet_length offset on or over overlay pg_backend_pid position power quote_ident random
+    rank regexp_replace replace right round row row_number row_to_json rows rtrim select
+    some split_part sqrt string_agg strpos substr substring sum then time timestamp to_char
+    to_date to_json to_jsonb to_number to_timestamp trim trunc union unnest upper using
+    values varchar version when where with
+    """.split()
+)
 # Errors of connecting carry no SQLSTATE, as long as the modules do not ask libpq for it.
 REFUSAL_CLASSES = ("0A", "22", "28", "3D", "42", "55P02")
 # These pass, although they quote the name of the role or the database as refusals do: 53300, 55000,
@@ -115,12 +138,15 @@ QUOTES = "\"'«»„“”‚‘’‹›「」『』"  # noqa: RUF001
 CONNECTION_OK = 0
 # pg_current_xact_id() and pg_xact_status() exist since PostgreSQL 13.
 FIRST_VERSION_WITH_XACT_STATUS = 130000
-# backend_xid has the lower half of the 64 bits that pg_current_xact_id() gives. A process that
-# works in a transaction of somebody else, to whom a pooler has given it, is not ours any more.
-ORPHAN = (
-    "FROM pg_stat_activity WHERE pid = %s AND backend_start = %s"
-    " AND (backend_xid IS NULL OR backend_xid::text = %s)"
-)
+# As the role that has logged in: after SET ROLE its other sessions may neither be seen nor ended.
+# Statements that are sent together are one transaction.
+AS_WHO_LOGGED_IN = "SET LOCAL SESSION AUTHORIZATION DEFAULT; SET LOCAL ROLE NONE; "
+# backend_xid has the lower half of a transaction id's 64 bits, as xmax has.
+# Who has been given the session, or the lock of our row, has it after our transaction's end.
+SINCE_BEGIN = "xact_start <= clock_timestamp() - make_interval(secs => %s)"
+BY_SESSION = f"(pid = %s AND backend_start = %s AND {SINCE_BEGIN})"
+BY_MARK = "(pid = %s AND extract(epoch FROM xact_start)::text = %s)"
+BY_ROW = f"(backend_xid::text = %s AND {SINCE_BEGIN})"
 # Whoever writes to a table keeps one of the other locks on it until the transaction ends; an index
 # has the same as its table. On system catalogues locks are given back at once, so what has been
 # written there, such as a function or a large object, is counted, for up to a second too long.
@@ -158,7 +184,10 @@ class PostgresqlDriver:
         # Room for updates in place, which leave the index alone.
         ") WITH (fillfactor = 50)"
     )
-    ledger_answer = " RETURNING pg_current_xact_id()"
+    ledger_conflict = "ON CONFLICT (id) DO UPDATE SET"
+    ledger_isolation = "READ COMMITTED"
+    ledger_free = "FOR UPDATE SKIP LOCKED"
+    ledger_writer = "xmax::text"
     # The names in SQL of the module's own constants.
     isolation_levels: Mapping[Any, str]
 
@@ -317,18 +346,34 @@ class PostgresqlDriver:
     def identify(self, raw: Any) -> ServerSession:
         ((pid, start, is_standby),) = self.query(
             raw,
-            "SELECT pid, backend_start, pg_is_in_recovery() FROM pg_stat_activity"
-            " WHERE pid = pg_backend_pid()",
+            f"{AS_WHO_LOGGED_IN}SELECT pid, backend_start, pg_is_in_recovery()"
+            " FROM pg_stat_activity WHERE pid = pg_backend_pid()",
         )
-        return ServerSession(pid, start, is_standby)
+        # A pooler gives its clients numbers of its own, to cancel their requests.
+        return ServerSession(pid, start, is_standby, is_pooled=pid != raw.info.backend_pid)
 
-    def end_session(self, raw: Any, session: ServerSession, xid: int | None) -> bool:
-        parameters = (session.pid, session.start, None if xid is None else str(xid % 2**32))
+    def end_session(self, raw: Any, session: ServerSession, evidence: Evidence) -> bool:
+        seconds = time.monotonic() - evidence.began
+        found: list[tuple[str, Any]] = [
+            (BY_MARK, (mark.pid, mark.start)) for mark in evidence.marks
+        ]
+        if not session.is_pooled:
+            found.append((BY_SESSION, (session.pid, session.start, seconds)))
+        if evidence.xid is not None:
+            found.append((BY_ROW, (evidence.xid, seconds)))
+        if not found:
+            return False
+        conditions = " OR ".join(condition for condition, _ in found)
+        orphan = f"FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND ({conditions})"
+        values = [value for _, values in found for value in values]
         try:
-            return bool(self.query(raw, f"SELECT pg_terminate_backend(pid) {ORPHAN}", parameters))
+            rows = self.query(
+                raw, f"{AS_WHO_LOGGED_IN}SELECT pg_terminate_backend(pid) {orphan}", values
+            )
         except self.module.ProgrammingError:
             # A session of a superuser's cannot be ended by others; it is waited for.
-            return bool(self.query(raw, f"SELECT true {ORPHAN}", parameters))
+            rows = self.query(raw, f"{AS_WHO_LOGGED_IN}SELECT pid {orphan}", values)
+        return bool(rows)
 
     def has_written(self, raw: Any, but_for: str | None = None) -> bool:
         ((has_written,),) = self.query(raw, HAS_WRITTEN, (but_for,))
@@ -387,6 +432,17 @@ class PostgresqlDriver:
     def server_version(self, raw: Any) -> int:
         """The server's version as libpq has it, such as 180001."""
         raise NotImplementedError
+
+
+def looks_like_reading(tag: str | None, text: bytes | None) -> bool:
+    """Whether a statement writes nothing, as far as can be seen.
+
+    tag: what the server has said of it. text: the statement; None if it is not known.
+    """
+    if not text or READING_TAGS.match(tag or "") is None:
+        return False
+    text = text.lower()
+    return WRITING.search(text) is None and HARMLESS.issuperset(CALLED.findall(text))
 
 
 def begin_statement(level: str | None, readonly: bool | None, deferrable: bool | None) -> str:

@@ -31,9 +31,9 @@ from zreconnect.drivers.conninfo import connect_keywords
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
     DISCONNECT_MESSAGES,
-    READING_TAGS,
     PostgresqlDriver,
     begin_statement,
+    looks_like_reading,
 )
 from zreconnect.exceptions import DisconnectionError, ExceptionInfo
 from zreconnect.interfaces import IPipeliningDriver, Meaning
@@ -214,7 +214,7 @@ class PsycopgDriver(PostgresqlDriver):
         trip = _SharedTrip(raw)
         companion = trip.add(_begin(raw, settings), answered)
         if rider:
-            companion = trip.add(_failing_without_row(rider))
+            companion = trip.add(rider)
         trip.answer_so_far()
         error: BaseException | None = None
         try:
@@ -264,7 +264,12 @@ class PsycopgDriver(PostgresqlDriver):
         )
 
     def looks_like_reading(self, raw_cursor: Any) -> bool:
-        return READING_TAGS.match(raw_cursor.statusmessage or "") is not None
+        query = raw_cursor._last_query
+        if isinstance(query, sql.Composable):
+            query = query.as_bytes(raw_cursor.connection)
+        elif isinstance(query, str):
+            query = query.encode()
+        return looks_like_reading(raw_cursor.statusmessage, query)
 
     # What libpq knows
 
@@ -411,16 +416,6 @@ def _begin(raw: Any, settings: SessionSettings) -> str:
         None if level is None else ISOLATION_LEVELS[level],
         raw.read_only if settings.readonly is None else settings.readonly,
         raw.deferrable if settings.deferrable is None else settings.deferrable,
-    )
-
-
-def _failing_without_row(rider: str) -> str:
-    """A statement that returns the rider's row, or fails if there is none."""
-    if rider.startswith("SELECT"):
-        return rider
-    return (
-        f"WITH rider AS ({rider}) SELECT rider.*, 1 / (SELECT count(*) FROM rider)"
-        " FROM (VALUES (1)) AS always LEFT JOIN rider ON true"
     )
 
 

@@ -20,9 +20,9 @@ from zreconnect.drivers.base import SessionSettings
 from zreconnect.drivers.conninfo import connect_keywords
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
-    READING_TAGS,
     PostgresqlDriver,
     begin_statement,
+    looks_like_reading,
 )
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.interfaces import IDriver
@@ -94,7 +94,7 @@ class Psycopg2Driver(PostgresqlDriver):
     def begin(self, raw: Any, settings: SessionSettings, rider: str = "") -> Any:
         cursor = extensions.cursor(raw)  # As in query().
         cursor.execute(f"{_begin(raw, settings)};{rider}")
-        return cursor.fetchone() if rider else None
+        return cursor.fetchone() if cursor.description else None
 
     def commit(self, raw: Any, rider: str = "") -> None:
         failed = self.in_failed_transaction(raw)
@@ -196,7 +196,7 @@ class Psycopg2Driver(PostgresqlDriver):
         raw.cursor_factory = factory
 
     def looks_like_reading(self, raw_cursor: Any) -> bool:
-        return READING_TAGS.match(raw_cursor.statusmessage or "") is not None
+        return looks_like_reading(raw_cursor.statusmessage, raw_cursor.query)
 
 
 def _begin(raw: Any, settings: SessionSettings) -> str:

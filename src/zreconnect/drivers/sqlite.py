@@ -30,7 +30,13 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from zreconnect.documented import implements
-from zreconnect.drivers.base import BaseDriver, Condition, ServerSession, SessionSettings
+from zreconnect.drivers.base import (
+    BaseDriver,
+    Condition,
+    Evidence,
+    ServerSession,
+    SessionSettings,
+)
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.interfaces import IDriver, Meaning
 
@@ -257,8 +263,6 @@ class SqliteDriver(BaseDriver):
     def _first_row(self, raw: Any, rider: str) -> Any:
         cursor = sqlite3.Cursor(raw)
         cursor.execute(rider)
-        if cursor.description is None:
-            return cursor.rowcount or None
         return cursor.fetchone()
 
     def _set_read_only(self, raw: Any, settings: SessionSettings) -> None:
@@ -288,7 +292,7 @@ class SqliteDriver(BaseDriver):
     def identify(self, raw: Any) -> ServerSession:
         return ServerSession(os.getpid(), None)
 
-    def end_session(self, raw: Any, session: ServerSession, xid: int | None) -> bool:
+    def end_session(self, raw: Any, session: ServerSession, evidence: Evidence) -> bool:
         return False
 
     def full_name(self, raw: Any, table: str) -> str | None:

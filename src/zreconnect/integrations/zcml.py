@@ -11,7 +11,7 @@ from zope.interface import Interface
 from zreconnect.adapter import RESPONSE_TIMEOUT, ReconnectingDatabaseAdapter
 from zreconnect.integrations import needs
 from zreconnect.interfaces import IZopeDatabaseAdapter
-from zreconnect.witness import Ledger
+from zreconnect.ledger import Ledger
 
 with needs(__name__, "zreconnect[zope]"):
     from zope.component.zcml import utility

@@ -18,7 +18,7 @@ interfaces turn watchdog commits
 documented
 exceptions policy states drivers.base
 events witness dsn hosts
-engines drivers server options branch
+ledger engines drivers server options branch
 retry session recovery refusals savepoint
 link
 work lent
@@ -40,6 +40,7 @@ LEVELS = {
 # Names with an underscore of other projects, for which there are no public ones.
 FOREIGN_NAMES = {
     ("drivers.psycopg", "_adapters"): "a connection's; taken over by its next session",
+    ("drivers.psycopg", "_last_query"): "what a cursor was given to execute",
     ("drivers.psycopg", "_query"): "what a cursor has sent, as bytes",
     ("drivers.psycopg", "_prepared"): "a connection's prepared statements",
     ("drivers.psycopg", "_counts"): "those that it counts before it prepares them",

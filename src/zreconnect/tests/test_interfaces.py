@@ -10,7 +10,7 @@ from zope.interface.verify import verifyClass, verifyObject
 from zope.publisher.interfaces import IRetry, Retry
 
 import zreconnect
-from zreconnect import events, interfaces
+from zreconnect import events, interfaces, ledger
 from zreconnect import witness as witnesses
 from zreconnect.connection import Savepoint
 from zreconnect.datamanager import ConnectionDataManager
@@ -49,7 +49,7 @@ class InterfaceTests(DatabaseTestCase):
         for witness in (
             witnesses.XidWitness(),
             witnesses.XidWitness(at_commit=True),
-            witnesses.Ledger(),
+            ledger.Ledger(),
         ):
             verifyObject(interfaces.IWitness, witness)
             verifyObject(interfaces.IObserver, witness.observer(psycopg2_driver.driver))

@@ -29,7 +29,7 @@ from zreconnect import (
 )
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.drivers import mysql
-from zreconnect.drivers.base import Meaning, SessionSettings, load_driver
+from zreconnect.drivers.base import Evidence, Meaning, SessionSettings, load_driver
 from zreconnect.drivers.mysql import MysqlDriver
 from zreconnect.dsn import driver_name
 from zreconnect.events import CommitLookedUp, ConnectionAttemptFailed
@@ -291,7 +291,7 @@ class Tests(MysqlTestCase):
         for error, expected in ((gone, contextlib.nullcontext()), (self.wrong(), self.refused())):
             query = mock.patch.object(self.driver, "query", side_effect=[[(1,)], error])
             with query, expected:
-                self.assertTrue(self.driver.end_session(raw, session, None))
+                self.assertTrue(self.driver.end_session(raw, session, Evidence(0.0)))
 
     def wrong(self):
         return self.module.OperationalError(1064, "You have an error in your SQL syntax")
@@ -306,7 +306,7 @@ class Tests(MysqlTestCase):
             with mock.patch.object(self.driver, "query", **answer):
                 session = self.driver.identify(raw)
             self.assertEqual((session.pid, session.start), (raw.thread_id(), None))
-            self.assertFalse(self.driver.end_session(raw, session, None))
+            self.assertFalse(self.driver.end_session(raw, session, Evidence(0.0)))
         lost = self.module.OperationalError(mysql.CR_SERVER_LOST, "Lost connection")
         with (
             mock.patch.object(self.driver, "query", side_effect=lost),

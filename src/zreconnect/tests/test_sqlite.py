@@ -21,7 +21,7 @@ import zope.event
 import zreconnect
 from zreconnect import cli, events
 from zreconnect.drivers import sqlite as sqlite_driver
-from zreconnect.drivers.base import Meaning, ServerSession, SessionSettings
+from zreconnect.drivers.base import Evidence, Meaning, ServerSession, SessionSettings
 from zreconnect.drivers.sqlite import driver
 from zreconnect.interfaces import ACTIVE, DOOMED, IDLE
 from zreconnect.policy import FAIL_FAST, RetryPolicy
@@ -605,7 +605,7 @@ class SessionTests(SqliteTestCase):
     def test_there_is_one_session_and_nobody_else_ends_it(self):
         raw = self.raw()
         self.assertEqual(driver.identify(raw), ServerSession(os.getpid(), None))
-        self.assertFalse(driver.end_session(raw, driver.identify(raw), None))
+        self.assertFalse(driver.end_session(raw, driver.identify(raw), Evidence(0.0)))
 
     def test_lock_waits(self):
         raw = self.raw()

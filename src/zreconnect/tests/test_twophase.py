@@ -738,6 +738,7 @@ class WaitingForStandbyTests(TwoPhaseTestCase):
         self.insert()
         self.before_finish(lambda: self.set("synchronous_standby_names", "nobody"))
         problems = []
+        self.committed = []
 
         def cut():
             try:
@@ -751,6 +752,7 @@ class WaitingForStandbyTests(TwoPhaseTestCase):
         thread.start()
         try:
             transaction.commit()
+            self.committed.append(True)
         finally:
             thread.join()
             self.assertEqual(problems, [])
@@ -763,20 +765,18 @@ class WaitingForStandbyTests(TwoPhaseTestCase):
         wait_until(lambda: self.server.log().count("is busy") > busy)
         ((pid,),) = self.orphan()
         self.server.terminate_backend(pid)
-
-    def test_it_is_fenced(self):
-        self.connect()
-        self.commit(afterwards=lambda: None)
-        self.check(rows=1)
-        self.assertEqual(self.orphan(), [])
+        # Who looks waits for the standby, as COMMIT PREPARED does.
+        wait_until(lambda: self.orphan() not in ([], [(pid,)]))
+        self.assertEqual(self.committed, [])
+        self.set("synchronous_standby_names", "")
 
     def test_it_is_waited_for(self):
-        self.connect(witness=None)
+        self.connect()
         self.commit(afterwards=self.end_orphan)
         self.check(rows=1)
 
     def test_it_is_not_waited_for_for_ever(self):
-        self.connect(witness=None)
+        self.connect()
         with (
             mock.patch.object(twophase, "PATIENCE_WITH_ORPHANS", 0),
             self.assertRaises(CommitOutcomeUnknown),

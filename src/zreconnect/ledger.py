@@ -1,0 +1,198 @@
+"""A table as the witness: each transaction leaves its number there, along with its work."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from zreconnect.documented import implements
+from zreconnect.drivers.base import Condition, Evidence, SessionSettings
+from zreconnect.interfaces import IObserver, IWitness, Meaning
+from zreconnect.witness import Outcome, SessionObserver
+
+# How long a row of the ledger is kept that nobody has used.
+KEPT_DAYS = 30
+
+
+@implements(IWitness)
+class Ledger:
+    """Keeps a row for each connection, which each transaction updates along with its work.
+
+    That rides on BEGIN and costs no round trip. It decides in every case in which the
+    database can be reached again: after crashes and failovers too.
+
+    table: the table's name, with or without a schema. It is made on first use by those who may.
+
+    Raises ValueError if ``table`` is no plain name.
+    """
+
+    def __init__(self, table: str = "zreconnect_ledger") -> None:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)?", table):
+            raise ValueError(f"table must be a name or schema.name, not {table!r}")
+        self.table = table
+
+    def __repr__(self) -> str:
+        return f"Ledger(table={self.table!r})"
+
+    def observer(self, driver: Any) -> LedgerObserver:
+        return LedgerObserver(driver, self.table)
+
+
+@implements(IObserver)
+class LedgerObserver(SessionObserver):
+    """Knows a connection's row in the ledger, and the number of its last transaction there."""
+
+    def __init__(self, driver: Any, table: str) -> None:
+        super().__init__(driver)
+        self._table = table
+        self._id = str(uuid.uuid4())
+        self._number = 0
+        # Whether the last transaction has written it down.
+        self._is_entered = False
+
+    def record_session(self, raw: Any, settings: SessionSettings) -> None:
+        self._identify(raw)
+        if self._can_write(raw, settings):
+            self._open_row(raw)
+
+    def rider(self, raw: Any, settings: SessionSettings) -> str:
+        self._note_begin(raw, settings)
+        self._is_entered = self.may_have_written
+        if not self._is_entered:
+            return ""
+        self._number += 1
+        return self._upsert(self._number, f"number = {self._number}, used = now()")
+
+    def outcome(self, raw: Any) -> Outcome:
+        if not self._is_entered:
+            return Outcome.UNKNOWN
+        driver = self._driver
+        limit = driver.limit_lock_waits(raw, self._patience_left())
+        try:
+            # The transaction has the row locked until it has ended, whichever way, and also if
+            # nobody else can see it yet. This COMMIT is as durable as that one would have been.
+            with self._transaction(raw, self._upsert(-self._number, "used = now()")):
+                rows = driver.query(
+                    raw, f"SELECT number FROM {self._table} WHERE id = %s", (self._id,)
+                )
+        except driver.module.Error as error:
+            if driver.condition(error) is not Condition.LOCK_NOT_AVAILABLE:
+                raise
+            rows = [(-self._number,)]
+        driver.limit_lock_waits(raw, limit)
+        ((number,),) = rows
+        if number == -self._number:
+            # Somebody had removed the row.
+            return Outcome.UNKNOWN
+        return Outcome.COMMITTED if number == self._number else Outcome.ABORTED
+
+    def describe(self) -> str:
+        if not self._is_entered:
+            return f"{self._describe_session()} It was read-only, and is not in the ledger."
+        return (
+            f"{self._describe_session()} Its row in the ledger is {self._id}: it was committed if "
+            f"SELECT number FROM {self._table} WHERE id = '{self._id}' gives {self._number}."
+        )
+
+    def close(self, raw: Any) -> None:
+        self._driver.query(raw, f"DELETE FROM {self._table} WHERE id = %s", (self._id,))
+
+    def _evidence(self, raw: Any, began: float) -> Evidence:
+        evidence, writer = Evidence(began), self._driver.ledger_writer
+        if writer is None or not self._is_entered:
+            return evidence
+        # Without the row, or the right to read it, there is no evidence in it.
+        with contextlib.suppress(self._driver.module.ProgrammingError), self._transaction(raw):
+            for (xid,) in self._driver.query(
+                raw, f"SELECT {writer} FROM {self._table} WHERE id = %s", (self._id,)
+            ):
+                return replace(evidence, xid=xid)
+        return evidence
+
+    def _upsert(self, number: int, update: str) -> str:
+        """Insert the connection's row with that number or, if it is there, do the update."""
+        return (
+            f"INSERT INTO {self._table} (id, number) VALUES ('{self._id}', {number})"
+            f" {self._driver.ledger_conflict} {update}"
+        )
+
+    @contextlib.contextmanager
+    def _transaction(self, raw: Any, rider: str = "") -> Iterator[None]:
+        """One in which others' changes of the ledger are no conflict, whatever is usual for the
+        session."""
+        driver = self._driver
+        level = driver.isolation_level(driver.ledger_isolation)
+        try:
+            driver.begin(raw, SessionSettings(isolation_level=level), rider)
+            yield
+            driver.commit(raw)
+        except driver.module.Error as error:
+            if driver.meaning(error, raw) is not Meaning.DISCONNECT:
+                driver.rollback(raw)
+            raise
+
+    def _open_row(self, raw: Any) -> None:
+        self._resolve_name(raw)
+        try:
+            self._insert_row(raw)
+        except self._driver.module.Error as error:
+            condition = self._driver.condition(error)
+            if condition is Condition.READ_ONLY_TRANSACTION:
+                raise self._driver.module.ProgrammingError(
+                    "The ledger cannot be written, because default_transaction_read_only is on: "
+                    "set readonly on the connection, or use another witness"
+                ) from error
+            if condition is not Condition.UNDEFINED_TABLE:
+                raise
+            make_ledger(self._driver, raw, self._table)
+            self._resolve_name(raw)
+            self._insert_row(raw)
+
+    def _resolve_name(self, raw: Any) -> None:
+        """Settle which table it is, once: what the session looks for by a name may change."""
+        if self._own_table is None:
+            self._own_table = self._driver.full_name(raw, self._table)
+            self._table = self._own_table or self._table
+
+    def _insert_row(self, raw: Any) -> None:
+        """Insert the connection's row, unless it is there from an earlier session and free, and
+        remove those that nobody has used for long."""
+        query, table = self._driver.query, self._table
+        unused = f"used < now() - INTERVAL '{KEPT_DAYS}' DAY"
+        with self._transaction(raw):
+            free = f"SELECT 1 FROM {table} WHERE id = %s {self._driver.ledger_free}"
+            if not query(raw, free, (self._id,)):
+                # Whoever has it locked, for as long as he likes, has that one to himself.
+                self._id = str(uuid.uuid4())
+                query(raw, f"INSERT INTO {table} (id) VALUES (%s)", (self._id,))
+            # A connection may be waiting for its server, to look up its outcome here.
+            rows = query(raw, f"SELECT id FROM {table} WHERE {unused}")
+        # By their ids: MySQL's DELETE waits for the locks of those it passes by.
+        for (identifier,) in rows:
+            query(raw, f"DELETE FROM {table} WHERE id = %s AND {unused}", (str(identifier),))
+
+
+def make_ledger(driver: Any, raw: Any, table: str) -> None:
+    """Make the table of a `Ledger`, unless it exists.
+
+    raw: a raw connection in autocommit mode. Raises the driver's ProgrammingError without the
+    right to create tables.
+    """
+    statement = driver.ledger_table.format(table=table)
+    try:
+        driver.query(raw, statement)
+    except driver.module.Error as error:
+        condition = driver.condition(error)
+        if condition is Condition.INSUFFICIENT_PRIVILEGE:
+            raise driver.module.ProgrammingError(
+                f"There is no ledger {table}, and this role may not create it. Have somebody who "
+                f"may run: zreconnect ledger --table {table} DSN"
+            ) from error
+        if condition is not Condition.ALREADY_EXISTS:
+            raise
+        # Another session makes it at this moment, and IF NOT EXISTS is no lock.
+        driver.query(raw, statement)
