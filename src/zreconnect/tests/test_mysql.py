@@ -236,8 +236,15 @@ class Tests(MysqlTestCase):
         connection = self.connect()
         self.insert(connection)
         interrupted = self.module.OperationalError(mysql.ER_QUERY_INTERRUPTED, "interrupted")
+        execute_all, ours = self.driver._execute_all, connection.driver_connection
+
+        def interrupt(raw, statements):
+            if raw is ours:
+                raise interrupted
+            return execute_all(raw, statements)
+
         with (
-            mock.patch.object(self.driver, "_execute_all", side_effect=interrupted),
+            mock.patch.object(self.driver, "_execute_all", interrupt),
             self.events() as events,
             self.assertRaises(DisconnectionError),
         ):
