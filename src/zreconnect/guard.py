@@ -220,6 +220,8 @@ class Guard:
             # if the program has closed the driver's connection.
             and session.watch.is_quiet()
             and not session.raw.closed
+            # The answer to BEGIN tells whether a standby still is one.
+            and not (self._link.is_on_standby and self._link.needs_writes())
         )
 
     def begin_with_statement(self, raw_cursor: Any, execute: Callable[[], object]) -> bool:

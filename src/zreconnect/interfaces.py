@@ -331,6 +331,10 @@ class IDriver(Interface):
 
     # After a loss. Without sessions, none of these is called.
 
+    def is_standby(raw):
+        """Whether the server is one that replays another one's writes, as its last answer has it;
+        False where that is not known. No round trip. Raises nothing."""
+
     def takes_writes(raw):
         """Whether the server takes writes, as far as it knows. One round trip, after a session was
         lost by an error for which `is_refused_by_standby` is true."""

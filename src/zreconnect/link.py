@@ -27,6 +27,7 @@ class Link:
     session: the present one, or `NO_SESSION`.
     settings: what the user has set, and each later session gets, too. replaced: what the driver
     has replaced for that in the present session.
+    is_on_standby: whether the server was a standby when the observer recorded the session.
     observer: the `IObserver` of the present session and, if that is lost, of its last transaction;
     another one in another process.
     """
@@ -44,6 +45,7 @@ class Link:
         # What the driver has kept of the last raw connection.
         self._kept: Any = None
         self._had_session = False
+        self.is_on_standby = False
         # Whether a server has refused a write since.
         self._was_refused = False
 
@@ -121,6 +123,7 @@ class Link:
     def record_session(self, raw: Any) -> None:
         """Have the observer know a new session. Raises the driver's errors."""
         self.observer.record_session(raw, self.settings)
+        self.is_on_standby = self.driver.is_standby(raw)
 
     def end(self) -> None:
         """End the present session, if there is one."""

@@ -308,6 +308,11 @@ class Work:
         link = self.link
         driver, observer, settings = link.driver, link.observer, link.settings
         observer.began(driver.begin(raw, settings, observer.rider(raw, settings)))
+        if link.is_on_standby and not driver.is_standby(raw):
+            # What was a standby takes writes, unwitnessed.
+            observer.rollback(raw)
+            link.record_session(raw)
+            observer.began(driver.begin(raw, settings, observer.rider(raw, settings)))
 
     # Ending
 

@@ -184,6 +184,9 @@ class BaseDriver:
     def is_refused_by_standby(self, error: BaseException, raw: Any) -> bool:
         return False
 
+    def is_standby(self, raw: Any) -> bool:
+        return False
+
     def takes_writes(self, raw: Any) -> bool:
         return True
 

@@ -305,6 +305,9 @@ class PostgresqlDriver:
             or self.parameters(raw).get("target_session_attrs") in READING
         )
 
+    def is_standby(self, raw: Any) -> bool:
+        return self.parameter_status(raw, "in_hot_standby") == "on"
+
     def takes_writes(self, raw: Any) -> bool:
         return self.query(raw, "SELECT pg_is_in_recovery()") == [(False,)]
 

@@ -19,6 +19,7 @@ from zreconnect import (
     ReconnectTimeout,
     RetryPolicy,
 )
+from zreconnect.events import CommitLookedUp
 from zreconnect.testing import EmbeddedStandby, PortForward
 from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until
 
@@ -149,6 +150,39 @@ class FailoverTests(DatabaseTestCase):
                 forward.drop()
                 with self.assertRaises(DisconnectionError):
                     connection.commit()
+
+    def test_a_commit_in_a_session_that_was_with_a_standby_is_looked_up(self):
+        self.connect(witness=Ledger()).run(lambda: None)
+        wait_until(
+            lambda: (
+                self.standby.query("SELECT to_regclass('zreconnect_ledger') IS NOT NULL")
+                == [(True,)]
+            )
+        )
+        sessions = []
+        for driver in ("psycopg2", "psycopg"):
+            for witness in ("xid", Ledger()):
+                forward = PortForward(self.standby.host, self.standby.port)
+                forward.start()
+                self.addCleanup(forward.stop)
+                dsn = self.standby.dsn(port=forward.port, dbname=self.dbname)
+                connection = zreconnect.connect(dsn, driver, witness=witness)
+                self.addCleanup(connection.close)
+                for _ in range(2):
+                    connection.execute("SELECT 1")
+                    connection.commit()
+                sessions.append((f"{driver}, {witness}", connection, forward))
+        self.standby.promote()
+        for name, connection, forward in sessions:
+            with self.subTest(name):
+                connection.execute("INSERT INTO item VALUES (%s)", (name,))
+                forward.cut("to_client", 0)
+                with self.events() as events:
+                    connection.commit()
+                (outcome,) = (each.outcome for each in events if isinstance(each, CommitLookedUp))
+                self.assertEqual(outcome, "committed")
+        rows = self.standby.query("SELECT count(*) FROM item", dbname=self.dbname)
+        self.assertEqual(rows, [(4,)])
 
     def test_a_session_that_misses_its_target_is_left(self):
         other = EmbeddedStandby(self.server)
