@@ -257,13 +257,15 @@ class Guard:
         session = self._link.session
         is_there = session is not NO_SESSION and self._driver.has_sessions
         if is_there and (asks or not session.watch.is_quiet()):
+            is_inside = self._driver.in_transaction(session.raw)
             try:
                 with session.watch.awaiting(
                     self.work.limit_of_begin(self.work.patience.begins(self.work.waited))
                 ):
                     self._driver.query(session.raw, "SELECT 1")
             except BaseException as error:
-                if not self.meet(error, Moment.OURS):
+                # Statements of the program's may have begun a transaction.
+                if not self.meet(error, Moment.STATEMENT if is_inside else Moment.OURS):
                     raise
         self.work.need_session()
 

@@ -223,6 +223,34 @@ class DisconnectTests(DatabaseTestCase):
                 self.assertEqual(connection.state, "idle")
 
 
+class StatementsInAutocommitModeTests(DatabaseTestCase):
+    def test_a_transaction_that_statements_have_begun_is_not_continued_in_another_session(self):
+        self.make_table()
+        for driver in ("psycopg2", "psycopg"):
+            with self.subTest(driver):
+                connection = zreconnect.connect(self.dsn, driver)
+                self.addCleanup(connection.close)
+                connection.autocommit = True
+                connection.execute("BEGIN")
+                connection.execute("INSERT INTO item VALUES ('one')")
+                self.forward.drop()
+                wait_until(lambda: not connection.work.link.session.watch.is_quiet())  # noqa: B023
+                with self.assertRaises(DisconnectionError):
+                    connection.execute("INSERT INTO item VALUES ('two')")
+                connection.execute("INSERT INTO item VALUES (%s)", (driver,))
+        self.assertEqual(self.names(), ["psycopg", "psycopg2"])
+
+    def test_ping(self):
+        connection = self.connect()
+        connection.ping()
+        self.forward.drop()
+        connection.ping()
+        connection.begin()
+        self.forward.drop()
+        with self.assertRaises(DisconnectionError):
+            connection.ping()
+
+
 class DoomedTests(DatabaseTestCase):
     def setUp(self):
         super().setUp()

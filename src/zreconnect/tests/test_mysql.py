@@ -601,6 +601,18 @@ class Tests(MysqlTestCase):
         connection.commit()
         self.assertEqual(self.names(), ["one"])
 
+    def test_a_transaction_that_autocommit_mode_ends_for_is_not_continued_in_another_session(self):
+        connection = self.connect()
+        connection.autocommit = True
+        connection.cursor().execute("SET autocommit = 0")
+        self.insert(connection, "first half")
+        self.lose(connection)
+        wait_until(lambda: not connection.work.link.session.watch.is_quiet())
+        with self.assertRaises(DisconnectionError):
+            self.insert(connection, "second half")
+        self.insert(connection)
+        self.assertEqual(self.names(), ["one"])
+
     # Methods of the modules' connections
 
     def test_methods_that_work_around_the_transaction_are_refused(self):
