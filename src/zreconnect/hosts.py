@@ -18,11 +18,18 @@ from zreconnect.interfaces import Meaning
 Open = Callable[[Mapping[str, Any], float], Any]
 
 
-def connect(driver: Any, parameters: Mapping[str, Any], timeout: float, open_session: Open) -> Any:
+def connect(
+    driver: Any,
+    parameters: Mapping[str, Any],
+    timeout: float,
+    open_session: Open,
+    share: float | None = None,
+) -> Any:
     """A new raw connection to one of the places that the parameters name.
 
     timeout: seconds for all of them. open_session: called with the parameters of one place and a
-    timeout; as `IDriver.connect`.
+    timeout; as `IDriver.connect`. share: the seconds in which all are to be tried; None for all of
+    the timeout.
 
     Raises what ``open_session`` raised: if there are several places, what one of them refuses for
     good, or the module's OperationalError with the messages of all, or TimeoutError if there are
@@ -33,7 +40,7 @@ def connect(driver: Any, parameters: Mapping[str, Any], timeout: float, open_ses
         return open_session(places[0], timeout)
     race = _Race(driver, parameters, timeout, open_session)
     try:
-        return race.run(places)
+        return race.run(places, timeout if share is None else share)
     finally:
         race.is_over.set()
 
@@ -55,12 +62,14 @@ class _Race:
         self._errors: list[BaseException] = []
         self.is_over = threading.Event()
 
-    def run(self, places: list[Mapping[str, Any]]) -> Any:
+    def run(self, places: list[Mapping[str, Any]], seconds: float) -> Any:
+        """The connection. seconds: what is shared among the places."""
+        end = time.monotonic() + seconds
         for number, place in enumerate(places):
-            self._start(place)
             now = time.monotonic()
             # The last share is for all that are still under way.
-            share = (self._deadline - now) / (len(places) - number + 1)
+            share = max(0.0, end - now) / (len(places) - number + 1)
+            self._start(place, share)
             raw = self._first(now + share, number + 1, place)
             if raw is not None:
                 return raw
@@ -70,15 +79,18 @@ class _Race:
                 return raw
         raise self._failure()
 
-    def _start(self, place: Mapping[str, Any]) -> None:
+    def _start(self, place: Mapping[str, Any], share: float) -> None:
         threading.Thread(
-            target=self._try, args=(place,), name="zreconnect connection attempt", daemon=True
+            target=self._try,
+            args=(place, share),
+            name="zreconnect connection attempt",
+            daemon=True,
         ).start()
 
-    def _try(self, place: Mapping[str, Any]) -> None:
+    def _try(self, place: Mapping[str, Any], share: float) -> None:
         timeout = max(0.0, self._deadline - time.monotonic())
         try:
-            raw = connect(self._driver, place, timeout, self._open_session)
+            raw = connect(self._driver, place, timeout, self._open_session, share)
         except BaseException as error:
             self._outcomes.put((place, None, error))
         else:

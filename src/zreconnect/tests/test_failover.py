@@ -218,10 +218,10 @@ class FailoverTests(DatabaseTestCase):
 class SeveralHostsTests(DatabaseTestCase):
     """The server is the second one of two hosts."""
 
-    def both(self, port, **more):
+    def both(self, first, **more):
         parameters = {
             "host": "127.0.0.1,127.0.0.1",
-            "port": f"{port},{self.server.port}",
+            "port": f"{first},{self.server.port}",
             "user": "postgres",
             "password": self.server.password,
             "dbname": self.dbname,
@@ -263,9 +263,11 @@ class SeveralHostsTests(DatabaseTestCase):
         standby.start()
         for target in ("read-write", "primary"):
             self.works(self.both(standby.port, target_session_attrs=target), [FAIL_FAST])
-        connection = self.connect(self.both(standby.port, target_session_attrs="prefer-standby"))
-        connection.cursor().execute("SELECT 1")
-        self.assertEqual(connection.info.port, standby.port)
+        for ports in (f"{self.server.port},{standby.port}", f"{standby.port},{self.server.port}"):
+            dsn = self.both(0, port=ports, target_session_attrs="prefer-standby")
+            connection = self.connect(dsn)
+            connection.cursor().execute("SELECT 1")
+            self.assertEqual(connection.info.port, standby.port)
 
     def test_a_session_that_falls_silent_is_followed_by_one_with_the_other(self):
         with PortForward(self.server.host, self.server.port) as forward:
@@ -280,7 +282,7 @@ class SeveralHostsTests(DatabaseTestCase):
         found = [(0, 0, 0, "", (address, 0)) for address in ("127.0.0.9", "127.0.0.1")]
         silent = socket.create_server(("127.0.0.9", self.server.port))
         with silent, mock.patch("socket.getaddrinfo", return_value=found):
-            dsn = self.both(0, host="launchpad") + f" port={self.server.port}"
+            dsn = self.both(0, host="launchpad", port=self.server.port)
             self.works(dsn, [FAIL_FAST])
 
     def test_what_all_say_is_told(self):

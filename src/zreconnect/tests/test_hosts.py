@@ -100,6 +100,12 @@ class HostsTests(unittest.TestCase):
             self.connect(failing(LOCKED), [self.hanging(), lambda: raw], timeout=TIMEOUT), raw
         )
 
+    def test_all_places_in_a_place_are_tried_before_the_next(self):
+        last, raw = mock.Mock(side_effect=connection), connection()
+        places = [failing(LOCKED), self.hanging(), lambda: raw]
+        self.assertIs(self.connect(places, last, timeout=2 * TIMEOUT), raw)
+        self.assertFalse(last.called)
+
     def test_all_fail(self):
         other = sqlite3.OperationalError("database table is locked\n")
         error = self.fails(failing(LOCKED), failing(other))
