@@ -294,6 +294,13 @@ class DriverConformance(TestCase):
         )
         self.assertNotIn("password", self.driver.parameters(raw))
 
+    def test_each_place_can_be_connected_to(self) -> None:
+        places = self.driver.places(self.driver.parse(self.dsn()))
+        self.assertTrue(places)
+        for place in places:
+            self.assertEqual(self.driver.places(place), [place])
+            self.driver.close(self.driver.connect(place, PATIENCE))
+
     def test_a_refused_port_means_to_try_again(self) -> None:
         self._line().refuse()
         parameters = self.driver.parse(self.dsn())

@@ -4,11 +4,13 @@ import contextlib
 import io
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 import django.db
 from django.apps import apps
@@ -271,6 +273,15 @@ class WaitingTests(DjangoTestCase):
             self.assertIsInstance(caught.exception, DisconnectionError)
         self.server.start()
         self.work()
+        self.assertEqual(self.paths(), ["pack.py"])
+
+    def test_a_silent_host_keeps_no_other_from_being_tried(self):
+        self.use(policy=FAIL_FAST)
+        seconds = mock.patch.object(type(FAIL_FAST), "longest_attempt", return_value=3.0)
+        with socket.create_server(("127.0.0.1", 0)) as silent, seconds:
+            connection.settings_dict["HOST"] = "127.0.0.1,127.0.0.1"
+            connection.settings_dict["PORT"] = f"{silent.getsockname()[1]},{self.server.port}"
+            self.work()
         self.assertEqual(self.paths(), ["pack.py"])
 
     def test_wrong_password(self):

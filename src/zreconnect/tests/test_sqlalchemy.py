@@ -4,6 +4,7 @@ import gc
 import itertools
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from unittest import mock
 
 import psycopg
 import sqlalchemy
@@ -202,6 +204,19 @@ class Psycopg2Tests(SqlalchemyTestCase):
         register(engine)
         with self.assertRaisesRegex(sqlalchemy.exc.OperationalError, "authentication failed"):
             engine.connect()
+
+    def test_a_silent_host_keeps_no_other_from_being_tried(self):
+        seconds = mock.patch.object(type(FAIL_FAST), "longest_attempt", return_value=3.0)
+        with socket.create_server(("127.0.0.1", 0)) as silent, seconds:
+            hosts = (
+                f"127.0.0.1:{silent.getsockname()[1]}",
+                f"127.0.0.1:{self.server.port}",
+            )
+            url = self.url().set(host=None, port=None).update_query_dict({"host": hosts})
+            engine = sqlalchemy.create_engine(url)
+            self.addCleanup(engine.dispose)
+            register(engine, FAIL_FAST)
+            self.assertEqual(self.scalar(engine), 1)
 
     def test_its_address_is_known_before_it_is_reached(self):
         engine = self.engine(SHORT)

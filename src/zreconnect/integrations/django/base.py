@@ -5,12 +5,17 @@ Django looks for ``DatabaseWrapper`` in the module ``base`` of what a database's
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from zreconnect import hosts
 from zreconnect.connection import ReconnectingConnection
+from zreconnect.drivers.base import load_driver
+from zreconnect.drivers.conninfo import connect_keywords
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.integrations import needs
+from zreconnect.server import Server
 from zreconnect.states import State
 
 with needs(__name__, "Django"):
@@ -68,13 +73,16 @@ class DatabaseWrapper(base.DatabaseWrapper):
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> ReconnectingConnection:
         ours = {name: conn_params.pop(name) for name in OPTIONS if name in conn_params}
-        return ReconnectingConnection(
-            # It sets up each new connection of the driver's, too.
-            partial(super().get_new_connection, conn_params),
-            driver=base.Database.__name__,
-            on_connect=self._set_up_session,
-            **ours,
-        )
+        driver = load_driver(base.Database.__name__)
+        # It sets up each new connection of the driver's, too.
+        get_new_connection = super().get_new_connection
+
+        def open_session(place: Mapping[str, Any], timeout: float) -> Any:
+            return get_new_connection(connect_keywords(place, timeout))
+
+        connect = partial(hosts.connect, driver, conn_params, open_session=open_session)
+        server = Server(driver, connect, {})
+        return ReconnectingConnection(server, on_connect=self._set_up_session, **ours)
 
     def _set_up_session(self, raw: Any) -> None:
         # Django does it for the first, not knowing of the others.
