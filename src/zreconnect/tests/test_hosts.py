@@ -11,7 +11,7 @@ from zreconnect.tests.base import PATIENCE, wait_until
 from zreconnect.tests.test_server import Hanging, connection
 
 # Seconds. Some of what is waited for in vain takes a part of it.
-TIMEOUT = 1.5
+TIMEOUT = 3.0
 LOCKED = sqlite3.OperationalError("database is locked")
 REFUSED = sqlite3.OperationalError("unable to open database file")
 
