@@ -301,8 +301,12 @@ class ReconnectingCursor:
         if session is not self._work.link.session:
             _close_lost(raw, self._error)
             return
-        with self._guard.in_turn(), self._guard.asking():
-            raw.close()
+        try:
+            with self._guard.in_turn(), self._guard.asking():
+                raw.close()
+        except self._error:
+            _close_lost(raw, self._error)
+            raise
 
     def __enter__(self) -> ReconnectingCursor:
         return self

@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 import transaction
 from transaction.interfaces import AlreadyInTransaction
 
+from zreconnect import events
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.descriptor import ConnectionDescriptor
 from zreconnect.documented import implements
-from zreconnect.exceptions import ConflictingTransactionManagerError
+from zreconnect.exceptions import ConflictingTransactionManagerError, one_line
 from zreconnect.interfaces import IZopelessTransactionManager
 from zreconnect.options import Witness
 from zreconnect.policy import RetryPolicy
@@ -85,8 +86,8 @@ class ZopelessTransactionManager:
         self.transaction_manager.begin()
         try:
             connection.begin()
-        except BaseException:
-            self.transaction_manager.abort()
+        except BaseException as error:
+            self._abort_after(error, self.transaction_manager.abort)
             raise
 
     def commit(self) -> None:
@@ -119,11 +120,21 @@ class ZopelessTransactionManager:
             check_idle=self._check_idle,
             begin=begin,
             commit=self.commit,
-            abort_after=lambda error: guard.roll_back_after(error, self.abort),
+            abort_after=lambda error: self._abort_after(error, self.abort),
             attempts=attempts,
             timeout=timeout,
         )
         return work.own.told(result)
+
+    def _abort_after(self, error: BaseException, abort: Callable[[], object]) -> None:
+        """Abort because of ``error``, which is to be raised afterwards."""
+        try:
+            self.descriptor.connection().guard.roll_back_after(error, abort)
+        except Exception as problem:
+            # That of another data manager's, or of an abort that is too late.
+            if not isinstance(error, (TimeoutError, KeyboardInterrupt, SystemExit)):
+                raise
+            events.logger.error("The transaction could not be aborted: %s", one_line(problem))
 
     def _check_idle(self) -> None:
         self._check_installed()

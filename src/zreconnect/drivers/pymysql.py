@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import socket
+import traceback
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -17,6 +19,8 @@ from zreconnect.drivers.mysql import CHARSET, MysqlDriver
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.interfaces import IDriver
 
+# Where the errors of a socket come from. Others are a signal handler's.
+SOCKETS = frozenset({"eventlet", "gevent", "pymysql", "socket", "ssl"})
 TLS: Mapping[str, Mapping[str, Any]] = {
     "DISABLED": {"ssl_disabled": True},
     "PREFERRED": {},
@@ -69,6 +73,7 @@ class PymysqlDriver(MysqlDriver):
 
     def prepare(self, raw: Any) -> None:
         super().prepare(raw)
+        raw.__class__ = _passing_on(raw.__class__)
         # ping(reconnect=True) calls it in the middle of a transaction, too.
         raw.connect = _refuse_to_connect
 
@@ -130,6 +135,47 @@ def _socket(address: str, port: int, timeout: float) -> socket.socket:
     connected = socket.create_connection((address, port), timeout)
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connected
+
+
+@functools.cache
+def _passing_on(connection_class: type[Any]) -> type[Any]:
+    """A subclass that raises what a signal's handler has raised while it reads or writes.
+
+    PyMySQL takes each OSError, and so a TimeoutError, for the loss of the connection.
+    """
+
+    class PassingOn(connection_class):
+        def _read_bytes(self, number: int) -> Any:
+            try:
+                return super()._read_bytes(number)
+            except pymysql.OperationalError as error:
+                _pass_on_what_is_behind(error)
+                raise
+
+        def _write_bytes(self, data: Any) -> None:
+            try:
+                super()._write_bytes(data)
+            except pymysql.OperationalError as error:
+                _pass_on_what_is_behind(error)
+                raise
+
+    PassingOn.__name__ = connection_class.__name__
+    PassingOn.__qualname__ = connection_class.__qualname__
+    PassingOn.__module__ = connection_class.__module__
+    return PassingOn
+
+
+def _pass_on_what_is_behind(error: BaseException) -> None:
+    """Raise what a signal's handler has raised, if that is what the error was made from."""
+    behind = error.__context__
+    if isinstance(behind, OSError):
+        packages = [
+            str(frame.f_globals.get("__name__")).partition(".")[0]
+            for frame, _ in traceback.walk_tb(behind.__traceback__)
+        ]
+        # What the program handles already, when it makes the request, has not come from PyMySQL.
+        if packages[:1] == ["pymysql"] and packages[-1] not in SOCKETS:
+            raise behind
 
 
 _FILES = ("ssl_ca", "ssl_cert", "ssl_key")

@@ -126,6 +126,33 @@ class ExplicitTests(ZopelessTestCase):
         self.assertEqual(len(calls), 4)
         self.assertEqual(self.manager.connection().state, "idle")
 
+    def test_what_is_raised_in_run_is_not_hidden_by_an_abort_that_fails(self):
+        class Broken:
+            transaction_manager = transaction.manager
+
+            def sortKey(self):
+                return "broken"
+
+            def abort(self, transaction):
+                raise LookupError("of another data manager")
+
+        def work(error):
+            self.insert(self.manager, "one")
+            transaction.get().join(Broken())
+            raise error
+
+        for cause in (TimeoutError, KeyboardInterrupt, SystemExit):
+            error = cause("the program's own")
+            with self.assertLogs("zreconnect", "ERROR"), self.assertRaises(cause) as raised:
+                self.manager.run(lambda error=error: work(error))
+            self.assertIs(raised.exception, error)
+            self.assertEqual(self.manager.connection().state, "idle")
+            self.manager.abort()
+        with self.assertRaises(LookupError):
+            self.manager.run(lambda: work(ValueError()))
+        self.manager.abort()
+        self.assertEqual(self.names(), [])
+
     def test_run_inside_a_transaction_changes_nothing(self):
         self.manager.begin()
         self.insert(self.manager, "one")
