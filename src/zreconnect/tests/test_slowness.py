@@ -269,6 +269,20 @@ class Psycopg2Tests(PostgresqlTests, DatabaseTestCase):
                 "COPY blob_of_text FROM STDIN", io.StringIO("one\ttwo\n")
             )
 
+    def test_a_cursor_class_that_looks_at_the_file(self):
+        seen = []
+
+        class Looking(psycopg2.extensions.cursor):
+            def copy_expert(self, sql, file, size):
+                seen.extend((file.encoding, isinstance(file, SlowFile)))
+                super().copy_expert(sql, file, size)
+
+        with self.connection as connection:
+            connection.cursor(cursor_factory=Looking).copy_expert(
+                "COPY blob_of_text FROM STDIN", SlowFile(self.take_long)
+            )
+        self.assertEqual(seen, ["utf-8", True])
+
     def test_no_file(self):
         with self.assertRaises(TypeError), self.connection as connection:
             connection.cursor().copy_expert("COPY blob_of_text FROM STDIN", None)
