@@ -191,6 +191,12 @@ class Interrupts:
         if frame is not None:
             raise self._choice.choice(INTERRUPTS)
 
+    @staticmethod
+    def hide_ignored(unraisable):
+        """What is raised in a finalizer, the interpreter swallows."""
+        if not isinstance(unraisable.exc_value, INTERRUPTS):
+            sys.__unraisablehook__(unraisable)
+
 
 class Forks:
     """Forks where a thread asks, once for each signal."""
@@ -233,6 +239,7 @@ def work(number, dsns, witness, seed, journal_path, end):
     for name in ("zreconnect", "txn"):
         logging.getLogger(name).addHandler(logging.NullHandler())
     interrupts, forks = Interrupts(random.Random(f"{seed}-{number}")), Forks()
+    sys.unraisablehook = interrupts.hide_ignored
     signal.signal(signal.SIGUSR1, interrupts.handle)
     signal.signal(signal.SIGUSR2, forks.handle)
     journal = Journal(journal_path)
