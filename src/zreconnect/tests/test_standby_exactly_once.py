@@ -182,13 +182,11 @@ class StandbySweepTests:
                     for reset in (False, True):
                         first, spacing = (0, 1) if FULL else (step // 2 if reset else 0, step)
                         sweep = Sweep(part, direction, reset, False, first, spacing)
-                        lane.sweep(sweep, self.never, tally)
+                        lane.sweep(sweep, threading.Event(), tally)
             acknowledged, unknown, others = lane.lose_the_primary()
             self.assertEqual(acknowledged, {1})
             self.assertLessEqual(unknown, {0, 1})
             self.assertEqual(others, {})
-
-    never = threading.Event()
 
 
 class Psycopg2XidTests(StandbySweepTests, unittest.TestCase):
