@@ -172,6 +172,8 @@ class InterruptedForGood(BaseException):
 
 INTERRUPTS = (Interrupted, InterruptedForGood)
 HOME = str(Path(zreconnect.__file__).parent) + os.sep
+# An exception between two lines of these leaves a lock locked, or becomes another one.
+NOT_INTERRUPTED = (logging.__file__, threading.__file__)
 
 
 class Interrupts:
@@ -183,12 +185,16 @@ class Interrupts:
         self.is_wanted = False
 
     def handle(self, number, frame):
-        # An exception in Thread.start() CPython turns into another one.
-        if not self.is_wanted or frame.f_code.co_filename == threading.__file__:
-            return
-        while frame is not None and not frame.f_code.co_filename.startswith(HOME):
+        stack = []
+        while frame is not None:
+            stack.append(frame.f_code)
             frame = frame.f_back
-        if frame is not None:
+        if (
+            self.is_wanted
+            and stack[0].co_filename not in NOT_INTERRUPTED
+            and Forks.fork_if_wanted.__code__ not in stack
+            and any(code.co_filename.startswith(HOME) for code in stack)
+        ):
             raise self._choice.choice(INTERRUPTS)
 
     @staticmethod
