@@ -172,7 +172,7 @@ class InterruptedForGood(BaseException):
 
 INTERRUPTS = (Interrupted, InterruptedForGood)
 HOME = str(Path(zreconnect.__file__).parent) + os.sep
-# An exception between two lines of these leaves a lock locked, or becomes another one.
+# An exception between two lines of these leaves a lock locked.
 NOT_INTERRUPTED = (logging.__file__, threading.__file__)
 
 
@@ -192,7 +192,7 @@ class Interrupts:
         if (
             self.is_wanted
             and stack[0].co_filename not in NOT_INTERRUPTED
-            and Forks.fork_if_wanted.__code__ not in stack
+            and not any(function.__code__ in stack for function in UNINTERRUPTED)
             and any(code.co_filename.startswith(HOME) for code in stack)
         ):
             raise self._choice.choice(INTERRUPTS)
@@ -236,6 +236,10 @@ class Forks:
     def failed(self):
         """Wait for all children; how many have failed."""
         return sum(os.waitpid(pid, 0)[1] != 0 for pid in self._children)
+
+
+# What is raised in these becomes another exception, or is ignored.
+UNINTERRUPTED = (Forks.fork_if_wanted, threading.Thread.start)
 
 
 def work(number, dsns, witness, seed, journal_path, end):

@@ -260,7 +260,8 @@ class PostgresqlDriver:
     def abandon(self, raw: Any) -> None:
         # Whatever libpq may still write goes to the null device, and the parent's socket has one
         # holder less. psycopg2 does not finish a connection in a process that did not make it.
-        with contextlib.suppress(self.module.Error):
+        # There is no socket if a thread of the parent's was just about to learn that it has ended.
+        with contextlib.suppress(self.module.Error, OSError):
             redirect_to_null(raw.fileno())
 
     def attribute(self, raw: Any, name: str) -> Any:

@@ -5,6 +5,7 @@ import sqlite3
 import threading
 from functools import partial
 from itertools import product
+from unittest import mock
 
 import psycopg
 import transaction
@@ -333,6 +334,14 @@ class SharedTests:
 
 class PostgresTests(PostgresSituations, SharedTests):
     layer = PortForwardLayer(LAYER, "TwoPhasePortForwardLayer")
+
+    def test_a_session_that_has_lost_its_socket(self):
+        """As when another thread of the parent's was just about to learn of its end."""
+        with self.case():
+            raw = mock.Mock()
+            raw.fileno.return_value = -1
+            self.connection.work.link.driver.abandon(raw)
+            raw.fileno.assert_called_once()
 
     def test_forks_between_the_phases(self):
         ends = ("tpc_finish", "tpc_abort")
