@@ -195,6 +195,9 @@ class Interrupts:
             and not any(function.__code__ in stack for function in UNINTERRUPTED)
             and any(code.co_filename.startswith(HOME) for code in stack)
         ):
+            # Once: `transaction` calls no data manager's abort() again that was interrupted, and so
+            # could not be told what it has found.
+            self.is_wanted = False
             raise self._choice.choice(INTERRUPTS)
 
     @staticmethod
@@ -274,15 +277,18 @@ def work(number, dsns, witness, seed, journal_path, end):
     threads.append(threading.Thread(target=wait_for_end))
     for thread in threads:
         thread.start()
-    interrupts.is_wanted = True
-    tellers[0].make_transfers(stop, interrupts)
+    tellers[0].interrupts = interrupts
+    tellers[0].make_transfers(stop)
     for thread in threads:
         thread.join()
     sys.exit(forks.failed())
 
 
 class Teller:
-    """Makes transfers, one after the other, and takes down what is said of each."""
+    """Makes transfers, one after the other, and takes down what is said of each.
+
+    interrupts: those of the main thread; None in another one.
+    """
 
     def __init__(self, name, way, dsns, options, journal, forks):
         self._name = name
@@ -291,20 +297,19 @@ class Teller:
         self._bank = MAKERS[way](dsns, options)
         self._journal = journal
         self._forks = forks
+        self.interrupts = None
 
-    def make_transfers(self, stop, interrupts=None):
+    def make_transfers(self, stop):
         for count in itertools.count():
             if stop.is_set():
                 break
             self._forks.fork_if_wanted(partial(self._be_a_child, count))
             self._make_transfer(str(count), lambda count=count: self._be_a_child(count))
-        if interrupts is not None:
-            interrupts.is_wanted = False
         self._bank.close()
 
     def _be_a_child(self, count):
         """The session is the parent's, and so is a transaction that it has begun."""
-        self._undo()
+        self._bank.undo()
         for number in range(TRANSFERS_OF_A_CHILD):
             self._make_transfer(f"{count}-child-{os.getpid()}-{number}", lambda: None)
 
@@ -321,15 +326,19 @@ class Teller:
 
         started = time.monotonic()
         answer = self._answer(transfer)
+        if self.interrupts is not None:
+            self.interrupts.is_wanted = False
         self._journal.write(answer, identifier, time.monotonic() - started)
 
     def _answer(self, transfer):
         """What is said of a transfer, in one word."""
         try:
             try:
+                if self.interrupts is not None:
+                    self.interrupts.is_wanted = True
                 self._bank.run(transfer)
             except INTERRUPTS:
-                self._undo()
+                self._bank.undo()
                 return "not-done"
             return "acknowledged"
         except zreconnect.CommitOutcomeUnknown as unknown:
@@ -341,14 +350,6 @@ class Teller:
         except Exception:
             traceback.print_exc()
             return "unexpected"
-
-    def _undo(self):
-        """Roll back, however often that is interrupted. Raises what is to be said of the commit."""
-        while True:
-            try:
-                return self._bank.undo()
-            except INTERRUPTS:
-                continue
 
 
 FAULTS = [
