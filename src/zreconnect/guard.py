@@ -216,8 +216,7 @@ class Guard:
             and session.process == os.getpid()
             and work.implicit_begin
             and (work.block or not self._link.settings.autocommit)
-            # What has arrived can be the end of the session, and BEGIN finds that out, as it does
-            # if the program has closed the driver's connection.
+            # Else BEGIN by itself finds out whether the session has ended, or was closed by hand.
             and session.watch.is_quiet()
             and not session.raw.closed
             # The answer to BEGIN tells whether a standby still is one.
