@@ -142,13 +142,20 @@ class ReconnectingCursor:
     def copy(self, statement: Any, params: Any = None, **options: Any) -> Iterator[Any]:
         """As in psycopg 3."""
         block = self._statement("copy", statement, params, **options)
+        self._executes_unseen()
         with guarded_block(self._guard, block, self._raw) as copy:
             yield Guarded(self._guard, copy, self._raw, in_block=True)
 
     def stream(self, query: Any, params: Any = None, **options: Any) -> Iterator[Any]:
         """As in psycopg 3."""
         rows = self._statement("stream", query, params, **options)
+        self._executes_unseen()
         yield from guarded_rows(self._guard, rows, self._raw)
+
+    def _executes_unseen(self) -> None:
+        """What the driver has returned will execute the statement."""
+        if self._work.link.observer.watches_statements:
+            self._work.link.observer.executed(None)
 
     def _begins_along(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
         """Have BEGIN travel along with the statement, if that can be; whether it was executed."""
@@ -197,6 +204,8 @@ class ReconnectingCursor:
             except BaseException as error:
                 guard.meet(error, Moment.STATEMENT, raw)
                 raise
+            if work.state is State.ACTIVE and not session.in_transaction():
+                link.was_ended = True
             if link.observer.watches_statements:
                 link.observer.executed(raw)
             return self if result is raw else result

@@ -288,6 +288,10 @@ class IDriver(Interface):
         and row factories of the user's have no say in it.
         """
 
+    def transaction_flag(raw):
+        """What can be called after each statement, because it costs no round trip and no Python
+        call: it is false if the server has said that there is no transaction."""
+
     def attribute(raw, name):
         """An attribute of the raw connection, as a program is to see it that has begun its
         transaction here and not there. Raises AttributeError. No round trip."""
@@ -421,7 +425,7 @@ class IObserver(Interface):
         """The transaction has begun. row: what the rider returned, or None."""
 
     def executed(raw_cursor):
-        """A statement of the transaction was executed."""
+        """A statement of the transaction was executed; None if it is not known which."""
 
     def commit(raw):
         """Commit, after recording what is known only now. Raises the driver's errors."""

@@ -55,13 +55,15 @@ class LedgerObserver(SessionObserver):
         self._is_entered = False
 
     def record_session(self, raw: Any, settings: SessionSettings) -> None:
-        self._identify(raw)
-        if self._can_write(raw, settings):
+        session = self._identify(raw)
+        if not session.is_standby and not self._driver.begins_read_only(raw, settings):
             self._open_row(raw)
 
     def rider(self, raw: Any, settings: SessionSettings) -> str:
         self._note_begin(raw, settings)
-        self._is_entered = self.may_have_written
+        assert self._session is not None
+        # Where there was a standby, there is no row.
+        self._is_entered = self.may_have_written and not self._session.is_standby
         if not self._is_entered:
             return ""
         self._number += 1

@@ -28,6 +28,7 @@ class Link:
     settings: what the user has set, and each later session gets, too. replaced: what the driver
     has replaced for that in the present session.
     is_on_standby: whether the server was a standby when the observer recorded the session.
+    was_ended: whether a statement of the program's has ended the transaction, as COMMIT does.
     observer: the `IObserver` of the present session and, if that is lost, of its last transaction;
     another one in another process.
     """
@@ -46,6 +47,7 @@ class Link:
         self._kept: Any = None
         self._had_session = False
         self.is_on_standby = False
+        self.was_ended = False
         # Whether a server has refused a write since.
         self._was_refused = False
 
@@ -72,7 +74,7 @@ class Link:
 
     def has_committed(self) -> bool:
         """Whether a statement of the present transaction may have committed it."""
-        return bool(self.driver.has_committed(self.session.raw))
+        return self.was_ended or bool(self.driver.has_committed(self.session.raw))
 
     def answer_limit(self) -> float:
         """The seconds that the answer may take to a request that must not wait for ever."""

@@ -21,11 +21,9 @@ from zreconnect.exceptions import (
 )
 from zreconnect.interfaces import IRetryOnDisconnect
 from zreconnect.policy import check_attempts, check_number
-from zreconnect.states import State
 
 if TYPE_CHECKING:
     from zreconnect.guard import Guard
-    from zreconnect.work import Work
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -75,9 +73,8 @@ def run_unit_of_work(
                 result = function()
                 commit()
             except BaseException as error:
-                is_final = _is_ended_by_a_statement(guard.work)
                 abort_after(error)
-                is_final = is_final or committed.sent > 0
+                is_final = committed.sent > 0
                 raise
         return result
 
@@ -93,14 +90,6 @@ def run_unit_of_work(
         reraise=True,
     )
     return retrying(unit_of_work)
-
-
-def _is_ended_by_a_statement(work: Work) -> bool:
-    """Whether the function has ended the transaction itself, as by COMMIT as a statement."""
-    raw = work.link.session.raw
-    return (
-        raw is not None and work.state is State.ACTIVE and not work.link.driver.in_transaction(raw)
-    )
 
 
 def check_patience(attempts: int, timeout: float | None) -> None:

@@ -178,7 +178,7 @@ class Server:
 
     def check(self, raw: Any) -> None:
         """Raise the driver's OperationalError if that is so."""
-        if self.is_missed_by(raw):
+        if self.driver.misses_target(raw, self._parameters):
             raise self.driver.module.OperationalError(
                 "the server is no longer what target_session_attrs asks for"
             )

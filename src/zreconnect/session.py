@@ -24,13 +24,14 @@ class Session:
     """A raw connection with its watch. It is at rest, or it is ended: nobody repairs one.
 
     driver: the `IDriver`. raw: the driver's connection, or None if there is no session.
-    process: the one that opened it.
+    process: the one that opened it. in_transaction: see `IDriver.transaction_flag`.
     """
 
     driver: Any
     raw: Any
     watch: Watch
     process: int
+    in_transaction: Callable[[], object] = bool
 
     def end(self) -> None:
         """Close it, or leave it alone if it is the parent process's. Can be called again."""
@@ -111,7 +112,8 @@ def _attempt(server: Server, timeout: float, prepare: Callable[[Session], None])
     watch = NO_WATCH
     try:
         watch = Watch(server.driver.fileno(raw), server.address)
-        session = Session(server.driver, raw, watch, os.getpid())
+        in_transaction = server.driver.transaction_flag(raw)
+        session = Session(server.driver, raw, watch, os.getpid(), in_transaction)
         with watch.within(timeout):
             prepare(session)
         return session

@@ -42,7 +42,11 @@ NOTHING_WRITTEN = (
 GO_ON = "ROLLBACK TO SAVEPOINT zreconnect_commit;"
 # Not everything that a transaction does has an id: a notification gets one inside COMMIT, and a
 # write to another server none. Who asks gets one that COMMIT then has, too.
-ID = f"SELECT concat_ws(' ', {MARK}, pg_current_xact_id())"
+# On a standby, and it may be one behind a pooler that has changed servers, there are none.
+ID = (
+    f"SELECT concat_ws(' ', {MARK},"
+    " CASE WHEN NOT pg_is_in_recovery() THEN pg_current_xact_id() END)"
+)
 ASSIGNED_ID = f"SELECT concat_ws(' ', {MARK}, pg_current_xact_id_if_assigned())"
 
 
@@ -171,7 +175,7 @@ class SessionObserver(NoObserver):
         self._began = time.monotonic()
 
     def executed(self, raw_cursor: Any) -> None:
-        if not self._driver.looks_like_reading(raw_cursor):
+        if raw_cursor is None or not self._driver.looks_like_reading(raw_cursor):
             self._has_written = self.may_have_written = True
 
     def commit(self, raw: Any) -> None:
@@ -217,15 +221,14 @@ class SessionObserver(NoObserver):
         self._is_under_way = True
         self._began = None
         self._has_written = False
-        self.may_have_written = self._can_write(raw, settings)
+        # Behind a pooler another server may have taken the place of a standby.
+        self.may_have_written = (
+            not self._session.is_standby or self._session.is_pooled
+        ) and not self._driver.begins_read_only(raw, settings)
         # A read-only transaction may notify all the same, but on a standby.
         self.watches_statements = self._knows_ids and not (
             self._session.is_standby or (self.may_have_written and not self._asks_at_commit)
         )
-
-    def _can_write(self, raw: Any, settings: SessionSettings) -> bool:
-        assert self._session is not None
-        return not (self._session.is_standby or self._driver.begins_read_only(raw, settings))
 
     def _describe_session(self) -> str:
         assert self._session is not None
@@ -273,6 +276,8 @@ class XidObserver(SessionObserver):
             pid, start, *xid = row[0].split()
             self._marks = (Mark(int(pid), start),)
             self._xid = int(xid[0]) if xid else None
+            if not self._asks_at_commit:
+                self.may_have_written = self._xid is not None
 
     def _evidence(self, raw: Any, began: float) -> Evidence:
         return Evidence(began, self._marks)

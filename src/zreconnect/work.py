@@ -292,6 +292,7 @@ class Work:
         self.is_explicit = explicit
         self.number += 1
         self.own.forget()
+        self.link.was_ended = False
         self.note(Event.BEGIN_LEAVES)
 
     def limit_of_begin(self, policy: RetryPolicy) -> float:

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -167,6 +168,10 @@ class BaseDriver:
     def is_at_rest(self, raw: Any) -> bool:
         # Of a module that does not tell, nothing is certain after an interrupt.
         return False
+
+    def transaction_flag(self, raw: Any) -> Callable[[], object]:
+        # Nobody tells.
+        return partial(bool, True)
 
     def attribute(self, raw: Any, name: str) -> Any:
         return getattr(raw, name)

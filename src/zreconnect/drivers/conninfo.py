@@ -87,8 +87,8 @@ def _leading_nowhere(parameters: Mapping[str, str]) -> dict[str, str]:
     else:
         # The environment or the service may name several.
         nowhere["port"] = "5432"
-    if parameters.get("gssencmode") == "require":
-        # What leads nowhere is a local socket, for which libpq refuses it.
+    if parameters.get("gssencmode", "require") == "require":
+        # What leads nowhere is a local socket, for which libpq refuses it, wherever it has it from.
         nowhere["gssencmode"] = "disable"
     return nowhere
 

@@ -66,9 +66,10 @@ COMMIT_STATEMENT = re.compile(
 )
 # Tags of what the server executed.
 READING_TAGS = re.compile(r"(SELECT|FETCH|MOVE|SHOW|SET|DECLARE|CLOSE|SAVEPOINT|RELEASE)\b")
-# A SELECT can write all the same: in a WITH, as a prepared statement, by a function that it calls.
+# A SELECT can write all the same: in a WITH, as a prepared statement, by a function that it calls,
+# by a statement that follows it in the same string.
 # A comment can stand between the function's name and its arguments.
-WRITING = re.compile(rb"--|\*/\s*\(|\b(?:insert|update|delete|merge|execute)\b")
+WRITING = re.compile(rb"--|\*/\s*\(|;\s*\S|\b(?:insert|update|delete|merge|execute)\b")
 CALLED = re.compile(rb'([\w$."\x80-\xff]+)\s*\(')
 # Words before a parenthesis that are no functions, and functions that do nothing but compute.
 HARMLESS = frozenset(
@@ -334,7 +335,7 @@ class PostgresqlDriver:
             return Meaning.PERMANENT
         # Messages of the server are translated. In every language it is a refusal that quotes what
         # it was asked for; a server that is starting, stopping or full does not.
-        _, _, answer = message.partition(" failed: ")
+        answer = " ".join(line.partition(" failed: ")[2] for line in message.splitlines())
         asked = [parameters[name] for name in QUOTED if parameters.get(name)]
         asked += OPTION_WORDS.findall(parameters.get("options", ""))
         quoted = "|".join(map(re.escape, asked))

@@ -16,6 +16,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Any, NoReturn
 
 import psycopg
@@ -165,6 +166,10 @@ class PsycopgDriver(PostgresqlDriver):
             pq.TransactionStatus.INTRANS,
             pq.TransactionStatus.INERROR,
         )
+
+    def transaction_flag(self, raw: Any) -> Callable[[], object]:
+        # TransactionStatus.IDLE is 0.
+        return partial(attrgetter("transaction_status"), raw.pgconn)
 
     def in_transaction(self, raw: Any) -> bool:
         return raw.info.transaction_status in (

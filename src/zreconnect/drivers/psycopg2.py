@@ -8,7 +8,7 @@ a failure leaves it open which of the two the server has seen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psycopg2
@@ -179,6 +179,11 @@ class Psycopg2Driver(PostgresqlDriver):
     def fileno(self, raw: Any) -> int:
         number: int = raw.fileno()
         return number
+
+    def transaction_flag(self, raw: Any) -> Callable[[], object]:
+        # TRANSACTION_STATUS_IDLE is 0.
+        flag: Callable[[], object] = raw.get_transaction_status
+        return flag
 
     def attribute(self, raw: Any, name: str) -> Any:
         # Helpers such as register_hstore() roll back if there is no transaction as they began.

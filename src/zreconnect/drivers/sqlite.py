@@ -24,8 +24,10 @@ import contextlib
 import ctypes
 import os
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from operator import attrgetter
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -137,6 +139,9 @@ class SqliteDriver(BaseDriver):
         return {"database": paths["main"] or MEMORY}
 
     # Session
+
+    def transaction_flag(self, raw: Any) -> Callable[[], object]:
+        return partial(attrgetter("in_transaction"), raw)
 
     def prepare(self, raw: Any) -> None:
         if not isinstance(raw, sqlite3.Connection):

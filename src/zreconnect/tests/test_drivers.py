@@ -107,4 +107,5 @@ class BaseDriverTests(unittest.TestCase):
         self.assertFalse(driver.is_refused_by_standby(error, None))
         self.assertTrue(driver.takes_writes(None))
         self.assertFalse(driver.is_standby(None))
+        self.assertTrue(driver.transaction_flag(None)())
         self.assertTrue(driver.begins_read_only(None, SessionSettings(readonly=True)))

@@ -151,7 +151,13 @@ class MistakeTests(unittest.TestCase):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.settimeout(0)
             port = listener.getsockname()[1]
-            with mock.patch.dict(os.environ, PGHOST="a,b", PGPORT="1,2", PGHOSTADDR="::1,::2"):
+            environment = {
+                "PGHOST": "a,b",
+                "PGPORT": "1,2",
+                "PGHOSTADDR": "::1,::2",
+                "PGGSSENCMODE": "require",
+            }
+            with mock.patch.dict(os.environ, environment):
                 for dsn in (
                     f"host=127.0.0.1 port={port} gssencmode=require sslmode=require",
                     f"hostaddr=127.0.0.1,::1 port={port}",

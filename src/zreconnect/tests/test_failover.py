@@ -1,8 +1,9 @@
 """A primary and its standby change places; one of several hosts is out of order."""
 
+import contextlib
 import socket
 import threading
-from contextlib import contextmanager
+import unittest
 from unittest import mock
 
 import psycopg
@@ -12,6 +13,7 @@ import zreconnect
 from zreconnect import (
     FAIL_FAST,
     PERSIST,
+    CommitOutcomeUnknown,
     DisconnectionError,
     Ledger,
     ReconnectingConnection,
@@ -20,8 +22,8 @@ from zreconnect import (
     RetryPolicy,
 )
 from zreconnect.events import CommitLookedUp
-from zreconnect.testing import EmbeddedStandby, PortForward
-from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until
+from zreconnect.testing import EmbeddedPgBouncer, EmbeddedStandby, PortForward
+from zreconnect.tests.base import REQUIRED, DatabaseTestCase, policy_of, wait_until
 
 
 class FailoverTests(DatabaseTestCase):
@@ -184,6 +186,35 @@ class FailoverTests(DatabaseTestCase):
         rows = self.standby.query("SELECT count(*) FROM item", dbname=self.dbname)
         self.assertEqual(rows, [(4,)])
 
+    @unittest.skipUnless(EmbeddedPgBouncer.installed() or REQUIRED, "PgBouncer is not installed")
+    def test_a_commit_through_a_pooler_that_was_before_a_standby(self):
+        pooler = EmbeddedPgBouncer(self.standby)
+        self.addCleanup(pooler.stop)
+        pooler.start()
+        sessions = []
+        for driver in ("psycopg2", "psycopg"):
+            for witness in ("xid", Ledger()):
+                forward = PortForward(pooler.host, pooler.port)
+                forward.start()
+                self.addCleanup(forward.stop)
+                dsn = pooler.dsn(port=forward.port, dbname=self.dbname)
+                connection = zreconnect.connect(dsn, driver, witness=witness)
+                self.addCleanup(connection.close)
+                connection.run(connection.cursor().execute, "SELECT 1")
+                self.assertEqual(connection.work.link.observer.may_have_written, witness != "xid")
+                sessions.append((f"{driver}, {witness}", connection, forward))
+        self.standby.promote()
+        for name, connection, forward in sessions:
+            with self.subTest(name):
+                connection.execute("INSERT INTO item VALUES (%s)", (name,))
+                forward.cut("to_client", 0)
+                # Known to be committed, if PgBouncer has made another session meanwhile.
+                with contextlib.suppress(CommitOutcomeUnknown):
+                    connection.commit()
+                connection.rollback()
+        rows = self.standby.query("SELECT count(*) FROM item", dbname=self.dbname)
+        self.assertEqual(rows, [(4,)])
+
     def test_a_session_that_misses_its_target_is_left(self):
         other = EmbeddedStandby(self.server)
         self.addCleanup(other.stop)
@@ -317,7 +348,7 @@ class SeveralHostsWithPsycopgTests(SeveralHostsTests):
     module = psycopg
 
 
-@contextmanager
+@contextlib.contextmanager
 def hanging_up():
     """The port of a proxy without servers: it reads what its clients send, and ends them."""
 

@@ -1,6 +1,7 @@
 """What ends, commits or comes back at a moment at which nobody expects it."""
 
 import contextlib
+import itertools
 import os
 import resource
 import signal
@@ -224,6 +225,23 @@ class LateEndTests:
                 self.connection.run(work)
             self.assertEqual(self.connection.state, "idle")
         self.assertEqual(self.names(), ["0, run 1", "1, run 1"])
+
+    def test_after_a_commit_that_is_a_statement_nobody_knows(self):
+        for number, (end, ask) in enumerate(
+            itertools.product(
+                ("COMMIT", "END; "),
+                (lambda: self.insert("lost"), self.connection.commit),
+            )
+        ):
+            with self.subTest(end, number=number):
+                self.insert(str(number))
+                self.connection.cursor().execute(end)
+                self.connection.cursor().execute("SELECT 1")
+                self.terminate()
+                with self.assertRaises(CommitOutcomeUnknown):
+                    ask()
+                self.connection.rollback()
+        self.assertEqual(self.names(), ["0", "1", "2", "3"])
 
     def test_a_child_that_was_forked_within_runs_nothing_again(self):
         parent, runs = os.getpid(), []

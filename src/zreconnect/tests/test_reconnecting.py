@@ -423,6 +423,10 @@ class ConnectMeaningTests(unittest.TestCase):
             self.at + "FATAL:  client_login_timeout (server down)\n",
             self.at + 'FATAL:  database "launchpad" is disabled\n',
             self.at + "server closed the connection unexpectedly\n",
+            # Of two hosts, the second has the database's name.
+            'connection to server at "10.0.0.1", port 5432 failed: Connection refused\n'
+            + self.at
+            + "Connection refused\n",
             'could not translate host name "launchpad" to address: Name or service not known\n',
             'connection to server on socket "/run/.s.PGSQL.5432" failed: '
             "No such file or directory\n",

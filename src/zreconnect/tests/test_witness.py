@@ -269,7 +269,7 @@ class NotificationTests(WitnessTestCase):
         self.listener.autocommit = True
         self.listener.cursor().execute("LISTEN pay")
 
-    def run_and_lose_answer(self, connection, statement):
+    def run_and_lose_answer(self, connection, statement, then=lambda cursor: None):
         """Run a unit of work, the answer to whose first COMMIT is lost. What became of it, and how
         often something was delivered."""
         driver = connection.work.link.driver
@@ -284,6 +284,7 @@ class NotificationTests(WitnessTestCase):
         def work():
             with connection.cursor() as cursor:
                 cursor.execute(statement)
+                then(cursor)
 
         with mock.patch.object(driver, "commit", lose):
             try:
@@ -305,6 +306,8 @@ class NotificationTests(WitnessTestCase):
                 "NOTIFY pay, '10'",
                 "SELECT tell()",
                 "DO $$ BEGIN PERFORM tell(); END $$",
+                "NOTIFY pay, '10'; SELECT 1",
+                "SELECT 1; NOTIFY pay, '10'",
             ):
                 for each, readonly, outcome in [
                     (XidWitness(at_commit=True), False, "committed"),
@@ -323,6 +326,26 @@ class NotificationTests(WitnessTestCase):
                             self.run_and_lose_answer(connection, statement), (outcome, 1)
                         )
                         connection.close()
+
+    def test_what_psycopg_executes_later_is_delivered_once(self):
+        self.driver = "psycopg"
+
+        def copied(cursor):
+            with cursor.copy("COPY (SELECT pg_notify('pay', '10')) TO STDOUT") as copy:
+                list(copy)
+
+        def streamed(cursor):
+            list(cursor.stream("SELECT pg_notify('pay', '10')"))
+
+        for notify in (copied, streamed):
+            for readonly in (False, True):
+                with self.subTest(notify, readonly=readonly):
+                    connection = self.connect(witness=XidWitness(at_commit=True))
+                    connection.readonly = readonly
+                    connection.run(connection.cursor().execute, "SELECT 1")
+                    outcome = self.run_and_lose_answer(connection, "SELECT 1", notify)
+                    self.assertEqual(outcome, ("committed", 1))
+                    connection.close()
 
     def test_the_evidence_of_a_read_only_transaction_does_not_lead_to_the_ledger(self):
         connection = self.connect(witness=Ledger())
