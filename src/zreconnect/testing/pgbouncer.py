@@ -51,8 +51,9 @@ class EmbeddedPgBouncer(EmbeddedServer):
     error = EmbeddedPgBouncerError
     _dbname = "postgres"
     _scheme = "postgresql"
-    # At once: the others wait, in one version or the other, until clients have gone.
-    _shutdown_signal = signal.SIGQUIT
+    # It keeps nothing that could be lost. The others wait, in one version or the other, until clients
+    # have gone; and SIGQUIT, which does not, is ignored in what a shell has started with "&".
+    _shutdown_signal = signal.SIGKILL
     _environment_prefixes = ("PG",)
 
     def __init__(

@@ -254,6 +254,7 @@ class Tests(MysqlTestCase):
 
     def test_a_conflict_at_commit_has_rolled_back(self):
         connection = self.connect()
+        connection.run(lambda: None)
         conflict = self.module.OperationalError(mysql.ER_LOCK_DEADLOCK, "conflict")
         execute_all = self.driver._execute_all
 
