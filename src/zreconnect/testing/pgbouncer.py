@@ -51,8 +51,8 @@ class EmbeddedPgBouncer(EmbeddedServer):
     error = EmbeddedPgBouncerError
     _dbname = "postgres"
     _scheme = "postgresql"
-    # It keeps nothing that could be lost. The others wait, in one version or the other, until clients
-    # have gone; and SIGQUIT, which does not, is ignored in what a shell has started with "&".
+    # It keeps nothing that could be lost. The others wait, in one version or the other, until
+    # clients have gone; and SIGQUIT, which does not, is ignored in what a shell has started by "&".
     _shutdown_signal = signal.SIGKILL
     _environment_prefixes = ("PG",)
 
