@@ -162,6 +162,8 @@ class ReconnectingConnection(SettingsOfSessions):
                     "instead, with transaction.commit() or the manager's own commit(), or leave it "
                     "to the framework that does"
                 )
+            if self.work.state is State.IDLE:
+                self.refuse_commit_of_statement()
             self.guard.commit()
         finally:
             self.work.give_turn()
@@ -171,6 +173,8 @@ class ReconnectingConnection(SettingsOfSessions):
             self.guard.end_forgotten()
         if self.guard.try_turn():
             try:
+                if self.is_begun_by_statement():
+                    self.work.link.end()
                 self.guard.roll_back()
             finally:
                 self.work.give_turn()

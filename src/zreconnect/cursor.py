@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from zreconnect import commits
 from zreconnect.documented import implements
 from zreconnect.interfaces import IPipeliningDriver, IReconnectingCursor
 from zreconnect.lent import Lent
@@ -172,11 +173,16 @@ class ReconnectingCursor:
             if not work.link.driver.may_begin_with(self._raw, *arguments):
                 return False
             execute = partial(self._raw.execute, *arguments, **options)
-            if not guard.begin_with_statement(self._raw, execute):
-                return False
-            if work.link.observer.watches_statements:
-                work.link.observer.executed(self._raw)
-            return True
+            executed = None
+            try:
+                if not guard.begin_with_statement(self._raw, execute):
+                    return False
+                executed = self._raw
+                return True
+            finally:
+                # It may have been executed, too, if something else was raised.
+                if work.link.observer.watches_statements:
+                    work.link.observer.executed(executed)
         finally:
             if work.state is not State.ACTIVE:
                 work.give_turn()
@@ -203,9 +209,12 @@ class ReconnectingCursor:
                     result = getattr(raw, method)(*args, **keywords)
             except BaseException as error:
                 guard.meet(error, Moment.STATEMENT, raw)
+                # It may have been executed all the same.
+                self._executes_unseen()
                 raise
             if work.state is State.ACTIVE and not session.in_transaction():
                 link.was_ended = True
+                commits.note()
             if link.observer.watches_statements:
                 link.observer.executed(raw)
             return self if result is raw else result
@@ -363,4 +372,5 @@ def _close_lost(raw: Any, error: type[Exception]) -> None:
 
 
 def _lent(link: Link, value: Any) -> Any:
-    return Lent(link, value) if isinstance(value, Iterator) else value
+    is_made_meanwhile = isinstance(value, Iterable) and not isinstance(value, (list, tuple))
+    return Lent(link, iter(value)) if is_made_meanwhile else value

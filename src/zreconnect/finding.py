@@ -38,9 +38,11 @@ def find_out(work: Work, raw: Any, policy: RetryPolicy) -> Finding:
     policy's error, such as an interrupt.
     """
     link = work.link
+    if link.was_ended or link.driver.has_committed(raw):
+        return Finding(Outcome.UNKNOWN)
     if not link.observer.may_have_written:
         return Finding(Outcome.ABORTED)
-    if link.options.witness is None or link.was_ended or link.driver.has_committed(raw):
+    if link.options.witness is None:
         return Finding(Outcome.UNKNOWN)
     outcome: Outcome | None = None
 

@@ -75,6 +75,8 @@ class Guard:
         if self._driver.is_transient(error) and not self._link.has_committed():
             make_transient(error)
         found = verdict(error, link.server, link.session.raw, link.needs_writes())
+        # If the session goes on, an interrupt may have left a wait behind.
+        link.session.watch.reset()
         event, keeping, then = CONSEQUENCES[moment][found]
         self._follow(event, keeping, error)
         if then is Then.DISCONNECTION:
@@ -257,10 +259,9 @@ class Guard:
         is_there = session is not NO_SESSION and self._driver.has_sessions
         if is_there and (asks or not session.watch.is_quiet()):
             is_inside = self._driver.in_transaction(session.raw)
+            limit = self.work.limit_of_begin(self.work.patience.begins(self.work.waited))
             try:
-                with session.watch.awaiting(
-                    self.work.limit_of_begin(self.work.patience.begins(self.work.waited))
-                ):
+                with session.watch.awaiting(limit):
                     self._driver.query(session.raw, "SELECT 1")
             except BaseException as error:
                 # Statements of the program's may have begun a transaction.
@@ -390,10 +391,7 @@ class Guard:
         return _MINE if self.work.turn.is_mine() else self._turn_taken()
 
     def take_turn(self) -> bool:
-        """As `Work.take_turn`, which see; ends what a thread has under way that has ended.
-
-        True, for who has to know that the turn was taken.
-        """
+        """As `Work.take_turn`; ends what a thread has under way that has ended. Always true."""
         work = self.work
         work.take_turn()
         if work.state is not State.IDLE or work.member is not None or work.block:

@@ -135,12 +135,13 @@ class SettingsOfSessions:
         self._change_settings(**changes)
 
     def set_isolation_level(self, level: int | str | None) -> None:
-        """Set the isolation level, as in psycopg2: 0 is autocommit mode, any other one ends it.
+        """Set the isolation level, as in psycopg2: 0 is autocommit mode at the
+        server's own level, any other one ends it.
 
         Raises the driver's ProgrammingError inside a transaction, ValueError for an unknown level.
         """
         if level == 0:
-            self._change_settings(autocommit=True)
+            self._change_settings(isolation_level=None, autocommit=True)
         else:
             number = self.work.link.driver.isolation_level(level)
             self._change_settings(isolation_level=number, autocommit=False)
@@ -157,6 +158,24 @@ class SettingsOfSessions:
             with self.guard.asking():
                 work.link.driver.set_client_encoding(work.link.session.raw, encoding)
             work.link.settings.client_encoding = encoding
+
+    def is_begun_by_statement(self) -> bool:
+        """Whether a transaction is under way that a statement has begun in autocommit mode, and of
+        which nothing is known here."""
+        link = self.work.link
+        return (
+            self.work.is_autocommit()
+            and link.session is not NO_SESSION
+            and bool(link.driver.in_transaction(link.session.raw))
+        )
+
+    def refuse_commit_of_statement(self) -> None:
+        """Raise the driver's ProgrammingError if ``commit()`` would be for such a transaction."""
+        if self.is_begun_by_statement():
+            raise self.work.link.driver.module.ProgrammingError(
+                "commit() of a transaction that a statement has begun in autocommit mode: end it "
+                "by a statement, too, or begin it with begin()"
+            )
 
     def ping(self, reconnect: bool = False) -> None:
         """Have a session that lives, as PyMySQL and mysqlclient have it; with all drivers.

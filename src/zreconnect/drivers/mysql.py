@@ -408,7 +408,7 @@ class MysqlDriver(BaseDriver):
         except self.module.Error as error:
             if errno(error) in ENDS_TRANSACTION or self._timeout_ended_transaction(raw, error):
                 self._roll_back_too(raw)
-            elif errno(error) == ER_OPTION_PREVENTS_STATEMENT and is_committing(text):
+            elif self.is_refused_by_standby(error, raw) and is_committing(text):
                 # It was refused before it could commit anything.
                 raw.zreconnect_committed, cursor.zreconnect_may_commit = had_committed, False
             raise

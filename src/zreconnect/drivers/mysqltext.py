@@ -17,21 +17,22 @@ HARMLESS = re.compile(
     BLANK + r"\(*" + BLANK + r"(?:SET\s+STATEMENT\b(?:(?!\bFOR\b).)*\bFOR\b" + BLANK + r")?"
     r"(?:SELECT|INSERT|UPDATE|DELETE|REPLACE|WITH|VALUES|TABLE|SHOW|DESC|DESCRIBE|EXPLAIN|HELP|USE|DO"
     r"|SAVEPOINT|ROLLBACK|RELEASE|PREPARE|DEALLOCATE|KILL|HANDLER|SIGNAL|LOAD\s+(?:DATA|XML)"
-    r"|(?:CREATE(?:\s+OR\s+REPLACE)?|DROP)\s+TEMPORARY"
+    r"|(?:CREATE(?:\s+OR\s+REPLACE)?|DROP)\s+TEMPORARY\s+TABLE"
     r"|SET(?!\b.*\b(?:AUTOCOMMIT|PASSWORD|DEFAULT\s+ROLE|STATEMENT)\b))\b",
     re.IGNORECASE | re.DOTALL,
 )
 # https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
 COMMITTING = re.compile(
     rf"(?:\s|{COMMENT}|{EXECUTABLE})*"
-    r"(?!(?:CREATE(?:\s+OR\s+REPLACE)?|DROP)\s+TEMPORARY\b|BEGIN\s+NOT\b)"
+    r"(?!(?:CREATE(?:\s+OR\s+REPLACE)?|DROP)\s+TEMPORARY\s+TABLE\b|BEGIN\s+NOT\b)"
     r"(?:ALTER|ANALYZE|BEGIN|CACHE|CHANGE|CHECK|COMMIT|CREATE|DROP|FLUSH|GRANT|INSTALL|LOCK|OPTIMIZE"
     r"|RENAME|REPAIR|RESET|REVOKE|SET\s+(?:PASSWORD|DEFAULT\s+ROLE)|START|STOP|TRUNCATE|UNINSTALL"
     r"|UNLOCK)\b",
     re.IGNORECASE | re.DOTALL,
 )
 READING = re.compile(BLANK + r"(?:SELECT|SHOW|DESC|EXPLAIN|HELP|SET)\b", re.IGNORECASE | re.DOTALL)
-SETTING = re.compile(BLANK + r"SET\b", re.IGNORECASE | re.DOTALL)
+# Whether it stands in quotes depends on the session's sql_mode.
+SETTING_MODE = re.compile(BLANK + r"SET\b.*\bAUTOCOMMIT\b", re.IGNORECASE | re.DOTALL)
 # What can contain a semicolon, or a word, that is no part of a statement.
 QUOTED = re.compile(
     r"'[^'\\]*(?:\\.[^'\\]*)*'"
@@ -46,8 +47,10 @@ def may_commit(text: str, are_several: bool) -> bool:
 
     are_several: whether the session takes several statements in one string.
     """
+    if SETTING_MODE.match(text):
+        return True
     parts = [text]
-    if are_several or SETTING.match(text):
+    if are_several:
         parts = [part for part in QUOTED.sub(r" \1", text).split(";") if part.strip()]
     return not all(map(HARMLESS.match, parts or [text]))
 

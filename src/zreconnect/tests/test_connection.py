@@ -240,6 +240,27 @@ class StatementsInAutocommitModeTests(DatabaseTestCase):
                 connection.execute("INSERT INTO item VALUES (%s)", (driver,))
         self.assertEqual(self.names(), ["psycopg", "psycopg2"])
 
+    def test_what_statements_have_begun_neither_commit_nor_rollback_is_silent_about(self):
+        self.make_table()
+        for number, driver in enumerate(("psycopg2", "psycopg")):
+            with self.subTest(driver):
+                connection = zreconnect.connect(self.dsn, driver)
+                self.addCleanup(connection.close)
+                connection.autocommit = True
+                connection.commit()
+                connection.rollback()
+                connection.execute("BEGIN")
+                connection.execute("INSERT INTO item VALUES (%s)", (str(number),))
+                with self.assertRaisesRegex(connection.ProgrammingError, "end it by a statement"):
+                    connection.commit()
+                connection.execute("COMMIT")
+                connection.commit()
+                connection.execute("BEGIN")
+                connection.execute("INSERT INTO item VALUES ('rolled back')")
+                connection.rollback()
+                connection.execute("SELECT 1")
+        self.assertEqual(self.names(), ["0", "1"])
+
     def test_ping(self):
         connection = self.connect()
         connection.ping()

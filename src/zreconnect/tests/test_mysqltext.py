@@ -5,6 +5,7 @@ import unittest
 from zreconnect.drivers.mysqltext import READING, is_committing, may_commit
 
 COMMITTING = """
+CREATE TEMPORARY SEQUENCE numbers
 COMMIT
 /* why */ COMMIT /* */ -- SELECT
 create index i on t (c)
@@ -36,6 +37,9 @@ XA COMMIT 'a'
 SELECTION
 -- nothing
 INSERT INTO item VALUES ('x'); COMMIT
+SET @@session."autocommit" = 1
+SET @a = '\\', autocommit = 1, @b = ''
+/* why */ SET @a = 'autocommit'
 """
 HARMLESS = """
 INSERT INTO item SELECT 'COMMIT'
@@ -45,7 +49,6 @@ SELECT 1
 ( /* a */ SELECT 1)
 SET @@session.sql_mode = ''
 SET ROLE NONE
-/* why */ SET @a = 'autocommit'
 SET STATEMENT max_statement_time = 1 FOR SELECT 1
 CREATE OR REPLACE TEMPORARY TABLE scratch (number int)
 DROP TEMPORARY TABLE scratch

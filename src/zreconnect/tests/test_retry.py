@@ -179,6 +179,24 @@ class FunctionTests(RetryTestCase):
         self.raises(psycopg2.OperationalError, add)
         self.assertEqual(self.runs, 1)
 
+    def test_a_commit_that_is_a_statement_counts(self):
+        other, connection = self.make_connection(), self.make_connection()
+
+        @retry_on_disconnect(**SOON)
+        def add():
+            self.runs += 1
+            other.cursor().execute("INSERT INTO item VALUES (%s)", (str(self.runs),))
+            other.cursor().execute("COMMIT")
+            connection.cursor().execute("SELECT 1")
+            self.forward.drop()
+            try:
+                connection.cursor().execute("SELECT 1")
+            finally:
+                connection.rollback()
+
+        self.raises(DisconnectionError, add)
+        self.assertEqual((self.runs, self.names()), (1, ["1"]))
+
     def test_run_inside_has_its_own_attempts(self):
         connection = self.make_connection()
 

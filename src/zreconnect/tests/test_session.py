@@ -94,7 +94,9 @@ class SettingsTests(DatabaseTestCase):
         self.assertFalse(self.connection.autocommit)
 
     def test_set_isolation_level_of_psycopg2(self):
+        self.connection.isolation_level = "SERIALIZABLE"
         self.connection.set_isolation_level(psycopg2.extensions.ISOLATION_LEVEL_AUTOCOMMIT)
+        self.assertIsNone(self.connection.isolation_level)
         self.assertTrue(self.connection.autocommit)
         self.connection.set_isolation_level(psycopg2.extensions.ISOLATION_LEVEL_SERIALIZABLE)
         self.assertFalse(self.connection.autocommit)

@@ -120,15 +120,17 @@ class SlownessTests(SlownessTestCase):
         self.assertNoticed("to_client", self.receive)
 
     def test_parameters_that_come_slowly(self):
-        def parameters():
-            for number in range(3):
-                self.watch.look()
-                self.take_long()
-                yield (str(number),)
+        class Parameters:
+            def __iter__(parameters):
+                for number in range(3):
+                    self.watch.look()
+                    self.take_long()
+                    yield (str(number),)
 
         with self.connection as connection:
-            connection.cursor().executemany("INSERT INTO blob_of_text VALUES (%s)", parameters())
-        self.assertEqual([tuple(row) for row in self.sizes()], [(1,)] * 3)
+            for parameters in (Parameters(), iter(Parameters())):
+                connection.cursor().executemany("INSERT INTO blob_of_text VALUES (%s)", parameters)
+        self.assertEqual([tuple(row) for row in self.sizes()], [(1,)] * 6)
 
     def test_parameters_that_fail(self):
         for cause in CAUSES:

@@ -283,7 +283,8 @@ class NotificationTests(WitnessTestCase):
 
         def work():
             with connection.cursor() as cursor:
-                cursor.execute(statement)
+                if statement:
+                    cursor.execute(statement)
                 then(cursor)
 
         with mock.patch.object(driver, "commit", lose):
@@ -344,6 +345,28 @@ class NotificationTests(WitnessTestCase):
                     connection.readonly = readonly
                     connection.run(connection.cursor().execute, "SELECT 1")
                     outcome = self.run_and_lose_answer(connection, "SELECT 1", notify)
+                    self.assertEqual(outcome, ("committed", 1))
+                    connection.close()
+
+    def test_what_was_executed_though_its_call_raised_is_delivered_once(self):
+        self.driver = "psycopg"
+
+        def fail(cursor):
+            raise LookupError
+
+        def notified(cursor):
+            other = cursor.connection.cursor()
+            other.row_factory = fail
+            with self.assertRaises(LookupError):
+                other.execute("SELECT pg_notify('pay', '10')")
+
+        for statement in ("", "SELECT 1"):
+            for readonly in (False, True):
+                with self.subTest(statement, readonly=readonly):
+                    connection = self.connect(witness=XidWitness(at_commit=True))
+                    connection.readonly = readonly
+                    connection.run(connection.cursor().execute, "SELECT 1")
+                    outcome = self.run_and_lose_answer(connection, statement, notified)
                     self.assertEqual(outcome, ("committed", 1))
                     connection.close()
 
