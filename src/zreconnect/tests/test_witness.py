@@ -6,7 +6,10 @@ import re
 import threading
 from unittest import mock
 
+import psycopg
+import psycopg.sql
 import psycopg2
+import psycopg2.sql
 import transaction
 
 import zreconnect
@@ -327,6 +330,14 @@ class NotificationTests(WitnessTestCase):
                             self.run_and_lose_answer(connection, statement), (outcome, 1)
                         )
                         connection.close()
+
+    def test_a_statement_that_the_modules_compose_is_delivered_once(self):
+        for self.driver, module in (("psycopg2", psycopg2.sql), ("psycopg", psycopg.sql)):
+            with self.subTest(self.driver):
+                connection = self.connect(witness=XidWitness(at_commit=True))
+                connection.run(connection.cursor().execute, "SELECT 1")
+                statement = module.SQL("SELECT pg_notify('pay', '10')")
+                self.assertEqual(self.run_and_lose_answer(connection, statement), ("committed", 1))
 
     def test_what_psycopg_executes_later_is_delivered_once(self):
         self.driver = "psycopg"
