@@ -135,8 +135,8 @@ class SettingsOfSessions:
         self._change_settings(**changes)
 
     def set_isolation_level(self, level: int | str | None) -> None:
-        """Set the isolation level, as in psycopg2: 0 is autocommit mode at the
-        server's own level, any other one ends it.
+        """Set the isolation level, as in psycopg2: 0 is autocommit mode at the server's own level,
+        any other one ends it.
 
         Raises the driver's ProgrammingError inside a transaction, ValueError for an unknown level.
         """

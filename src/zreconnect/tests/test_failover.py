@@ -153,6 +153,16 @@ class FailoverTests(DatabaseTestCase):
                 with self.assertRaises(DisconnectionError):
                     connection.commit()
 
+    def forwarded(self, server, driver, witness):
+        """A connection through a forwarder of its own, and that."""
+        forward = PortForward(server.host, server.port)
+        forward.start()
+        self.addCleanup(forward.stop)
+        dsn = server.dsn(port=forward.port, dbname=self.dbname)
+        connection = zreconnect.connect(dsn, driver, witness=witness)
+        self.addCleanup(connection.close)
+        return connection, forward
+
     def test_a_commit_in_a_session_that_was_with_a_standby_is_looked_up(self):
         self.connect(witness=Ledger()).run(lambda: None)
         wait_until(
@@ -164,12 +174,7 @@ class FailoverTests(DatabaseTestCase):
         sessions = []
         for driver in ("psycopg2", "psycopg"):
             for witness in ("xid", Ledger()):
-                forward = PortForward(self.standby.host, self.standby.port)
-                forward.start()
-                self.addCleanup(forward.stop)
-                dsn = self.standby.dsn(port=forward.port, dbname=self.dbname)
-                connection = zreconnect.connect(dsn, driver, witness=witness)
-                self.addCleanup(connection.close)
+                connection, forward = self.forwarded(self.standby, driver, witness)
                 for _ in range(2):
                     connection.execute("SELECT 1")
                     connection.commit()
@@ -194,12 +199,7 @@ class FailoverTests(DatabaseTestCase):
         sessions = []
         for driver in ("psycopg2", "psycopg"):
             for witness in ("xid", Ledger()):
-                forward = PortForward(pooler.host, pooler.port)
-                forward.start()
-                self.addCleanup(forward.stop)
-                dsn = pooler.dsn(port=forward.port, dbname=self.dbname)
-                connection = zreconnect.connect(dsn, driver, witness=witness)
-                self.addCleanup(connection.close)
+                connection, forward = self.forwarded(pooler, driver, witness)
                 connection.run(connection.cursor().execute, "SELECT 1")
                 self.assertEqual(connection.work.link.observer.may_have_written, witness != "xid")
                 sessions.append((f"{driver}, {witness}", connection, forward))
