@@ -38,22 +38,20 @@ def on_mariadb(layer=MARIADB_PORT_FORWARD_LAYER):
     """A decorator: give the tests a layer with MariaDB, or skip them if it is not installed, unless
     it must be."""
 
-    def decorate(test_case):
-        if not EmbeddedMariaDB.installed() and not REQUIRED:
-            return unittest.skip("MariaDB's server is not installed: make services")(test_case)
-        test_case.layer = layer
-        return test_case
-
-    return decorate
+    return _on(layer, EmbeddedMariaDB.installed(), "MariaDB's server")
 
 
 def on_pgbouncer(layer):
     """A decorator: give the tests a layer with PgBouncer, or skip them if it is not installed,
     unless it must be."""
 
+    return _on(layer, EmbeddedPgBouncer.installed(), "PgBouncer")
+
+
+def _on(layer, is_installed, program):
     def decorate(test_case):
-        if not EmbeddedPgBouncer.installed() and not REQUIRED:
-            return unittest.skip("PgBouncer is not installed: make services")(test_case)
+        if not is_installed and not REQUIRED:
+            return unittest.skip(f"{program} is not installed: make services")(test_case)
         test_case.layer = layer
         return test_case
 
