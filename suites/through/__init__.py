@@ -1,0 +1,1 @@
+"""What puts zreconnect into the place of the driver in each suite: its public names only."""
