@@ -1,7 +1,11 @@
-"""Pyramid: 503 Service Unavailable without database. ``config.include()`` takes this module."""
+"""Pyramid: 503 Service Unavailable without database, and whole bodies for requests that run again.
+
+``config.include()`` takes this module.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +35,18 @@ def includeme(config: Any) -> None:
         "zreconnect.integrations.pyramid.tween_factory",
         over=("pyramid_tm.tm_tween_factory", EXCVIEW),
     )
+    with contextlib.suppress(ModuleNotFoundError):
+        config.add_subscriber(rewind_body, "pyramid_retry.IBeforeRetry")
+
+
+def rewind_body(event: Any) -> None:
+    """Have the next attempt find the request's body as this one did; for `IBeforeRetry`.
+
+    pyramid_retry has made a file of it, and does not rewind that. WebOb keeps the form that it has
+    read, with the uploaded files where the view has left them, in the environment of all attempts.
+    """
+    event.environ.pop("webob._parsed_post_vars", None)
+    event.request.make_body_seekable()
 
 
 def service_unavailable(error: BaseException, request: Any) -> Any:

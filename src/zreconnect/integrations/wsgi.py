@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from zreconnect.interfaces import IDatabaseUnavailable
 from zreconnect.policy import check_number
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 STATUS = "503 Service Unavailable"
 RETRY_AFTER = 5
 EXPLANATION = b"The service is not available at the moment. Please try again in a few seconds.\n"
+# What is read of a body at a time, and how much of it is kept in memory, in bytes.
+_CHUNK = 1 << 16
+_IN_MEMORY = 1 << 20
 
 
 class ServiceUnavailable:
@@ -34,6 +38,9 @@ class ServiceUnavailable:
     It belongs outside of everything that runs requests again and that ends transactions. What it
     answers are errors that provide `IDatabaseUnavailable`, raised by the application or by its
     response; others pass. So do all once a part of the response was sent: it breaks off.
+
+    A body whose length only its end tells is read before, and then has a length: repoze.retry would
+    take it for empty.
 
     application: the WSGI application.
     retry_after: the seconds after which the client is told to try again, rounded up.
@@ -50,6 +57,12 @@ class ServiceUnavailable:
         def answer(error: Exception) -> Iterable[bytes]:
             return self._answer(error, environ, start_response)
 
+        if not environ.get("CONTENT_LENGTH"):
+            body = whole_body(environ)
+            if body is not None:
+                environ["CONTENT_LENGTH"] = str(body.seek(0, 2))
+                body.seek(0)
+                environ["wsgi.input"] = body
         try:
             response = self.application(environ, start_response)
         except Exception as error:
@@ -105,6 +118,10 @@ class WholeResponse:
     chunk of the response. Between the two, this makes what the application, its response and the
     commit raise an error of the call. The response is held in memory meanwhile.
 
+    repoze.retry rewinds the request's body for the next attempt, and leaves in the environment what
+    the application has made of it, such as WebOb's files, read to their end. After an error the
+    environment is as it was before.
+
     application: the WSGI application.
     """
 
@@ -112,6 +129,17 @@ class WholeResponse:
         self.application = application
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        before = dict(environ)
+        try:
+            started, chunks = self._run(environ)
+        except BaseException:
+            environ.clear()
+            environ.update(before)
+            raise
+        start_response(*started)
+        return chunks
+
+    def _run(self, environ: WSGIEnvironment) -> tuple[list[Any], list[bytes]]:
         chunks: list[bytes] = []
         started: list[Any] = []
 
@@ -124,8 +152,36 @@ class WholeResponse:
             chunks.extend(response)
         finally:
             _close(response)
-        start_response(*started)
-        return chunks
+        return started, chunks
+
+
+class _Body(tempfile.SpooledTemporaryFile[bytes]):
+    """It is closed with the last reference to it."""
+
+    def __del__(self) -> None:
+        self.close()
+
+    def seekable(self) -> bool:
+        # Python 3.10 does not say.
+        return True
+
+
+def whole_body(environ: WSGIEnvironment) -> IO[bytes] | None:
+    """The rest of a request's body as a file, which can be read again; None if there is none.
+
+    It ends where the length says, or where the server does if it tells that it ends the input
+    (``wsgi.input_terminated``). A large one is on the disk. Raises what reading it raises.
+    """
+    length = environ.get("CONTENT_LENGTH")
+    left = int(length) if length else math.inf if environ.get("wsgi.input_terminated") else 0
+    body = None
+    while left and (chunk := environ["wsgi.input"].read(int(min(left, _CHUNK)))):
+        body = body or _Body(_IN_MEMORY)
+        body.write(chunk)
+        left -= len(chunk)
+    if body is not None:
+        body.seek(0)
+    return body
 
 
 def make_service_unavailable(

@@ -1,13 +1,16 @@
 """What Zope's two publishers answer when the database cannot be reached: 503, and come again.
 
+And what ``ZPublisher`` needs to run a request again.
+
 It is configured by ``<include package="zreconnect" />``.
 """
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
-from zreconnect.integrations.wsgi import EXPLANATION, RETRY_AFTER
+from zreconnect.integrations.wsgi import EXPLANATION, RETRY_AFTER, whole_body
 from zreconnect.interfaces import IDatabaseUnavailable
 
 
@@ -28,6 +31,18 @@ class DatabaseUnavailableView:
         response.setHeader("Retry-After", str(RETRY_AFTER))
         response.setHeader("Content-Type", "text/plain; charset=utf-8")
         return b"" if self.request.method == "HEAD" else EXPLANATION
+
+
+def keep_body(event: Any) -> None:
+    """Have ZPublisher's request read its body from a file that can be rewound; for `IPubStart`.
+
+    ZPublisher rewinds what the server has given it. Not every server's input can be.
+    """
+    request = event.request
+    seekable = getattr(request.stdin, "seekable", None)
+    if seekable is None or not seekable():
+        request.stdin = whole_body(request.environ) or io.BytesIO()
+    request.environ["wsgi.input"] = request.stdin
 
 
 def retry_at_once(event: Any) -> None:

@@ -6,7 +6,7 @@ from guestbook import database
 from pyramid.response import Response
 
 from zreconnect import CommitOutcomeUnknown, DisconnectionError, ReconnectTimeout
-from zreconnect.tests.losses import LOSSES, attempts, lose_connection, run_loss
+from zreconnect.tests.losses import LOSSES, attempts, lose_connection, receive, run_loss
 
 shown = Counter()
 
@@ -30,6 +30,14 @@ def lose(request):
     if isinstance(response, bytes):
         return Response(response, content_type="text/plain")
     return Response(app_iter=response, content_type="text/plain")
+
+
+def receive_file(request):
+    return Response(receive("file", request.POST["file"].file, database(request.tm).cursor()))
+
+
+def receive_body(request):
+    return Response(receive("body", request.body_file, database(request.tm).cursor()))
 
 
 def greet(request):
@@ -66,6 +74,8 @@ def includeme(config):
     for name, view in (
         ("Attempts", count_attempts),
         ("Shown", count_shown),
+        ("ReceivesFile", receive_file),
+        ("ReceivesBody", receive_body),
         ("LosesUserOnce", greet),
         ("LosesUserAlways", greet),
     ):

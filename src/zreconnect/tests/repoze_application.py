@@ -6,19 +6,25 @@ that is the example's but for its application, `make_application`, and `make_err
 
 import os
 
+import webob
 from guestbook import database, guest_book
 from paste.deploy import loadapp
 from transaction import manager
 
 from zreconnect import CommitOutcomeUnknown
-from zreconnect.tests.losses import LOSSES, attempts, run_loss
+from zreconnect.tests.losses import LOSSES, attempts, receive, run_loss
 
 
 def application(environ, start_response):
     name = environ["PATH_INFO"].strip("/")
-    if name not in LOSSES and name != "Attempts":
+    if name not in (*LOSSES, "Attempts", "ReceivesFile", "ReceivesBody"):
         return guest_book(environ, start_response)
     start_response("200 OK", [("Content-Type", "text/plain")])
+    if name == "ReceivesFile":
+        file = webob.Request(environ).POST["file"].file
+        return [receive("file", file, database().cursor())]
+    if name == "ReceivesBody":
+        return [receive("body", environ["wsgi.input"], database().cursor())]
     if name == "Attempts":
         return [str(attempts.total()).encode()]
     response = run_loss(name, database().cursor(), manager)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import http.client
 import os
 import tempfile
@@ -13,6 +14,13 @@ from zreconnect.integrations.wsgi import EXPLANATION
 from zreconnect.tests.base import PATIENCE, wait_until
 
 WAITING = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+
+
+def multipart(content):
+    """A form with the content in the file "file", and its content type."""
+    disposition = b'Content-Disposition: form-data; name="file"; filename="file"'
+    form = b"--part\r\n" + disposition + b"\r\n\r\n" + content + b"\r\n--part--\r\n"
+    return form, "multipart/form-data; boundary=part"
 
 
 class StackTests:
@@ -188,6 +196,26 @@ class StackTests:
         self.assertEqual(example.get("/Attempts").body, "1")
         self.assertEqual(self.guests(), ["attempt 1"])
         self.assert_serves(example)
+
+    def test_body_is_whole_in_each_attempt(self):
+        example = self.start_views()
+        for content in (b"some text", b"", os.urandom(3_000_000)):
+            for is_chunked in (False, True):
+                with self.subTest(size=len(content), is_chunked=is_chunked):
+                    self.check_body(example, "File", *multipart(content), content, is_chunked)
+                    json = "application/json"
+                    self.check_body(example, "Body", content, json, content, is_chunked)
+        self.assertEqual(example.get("/Attempts").body, str(3 * 2 * 2 * 2))
+
+    def check_body(self, example, kind, body, content_type, content, is_chunked):
+        headers = {"Content-Type": content_type}
+        if not is_chunked:
+            headers["Content-Length"] = str(len(body))
+        pieces = iter([body[start : start + 100_000] for start in range(0, len(body), 100_000)])
+        answer = example.request("POST", f"/Receives{kind}", pieces, headers)
+        self.assertEqual((answer.status, answer.body), (200, "received"))
+        self.assertEqual(self.guests(), [hashlib.sha256(content).hexdigest()])
+        self.query("DELETE FROM guest")
 
     def test_unknown_outcome(self):
         example = self.start_views()

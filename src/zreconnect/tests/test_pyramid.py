@@ -1,6 +1,10 @@
 """Web requests under Pyramid, with pyramid_tm and pyramid_retry."""
 
+import sys
 from pathlib import Path
+from unittest import mock
+
+from pyramid.config import Configurator
 
 from zreconnect.tests.stack_tests import StackTests
 from zreconnect.tests.web import STACKS, Stack, WebTestCase
@@ -31,6 +35,12 @@ class PyramidTests(StackTests, WebTestCase):
         example = EXAMPLE.replace(ATTEMPTS, "") if "retry.attempts" in settings else EXAMPLE
         ini.write_text(example.replace(EXPLICIT_MANAGER, settings + "\n"))
         return Stack(COMMAND.replace("guestbook.ini", str(ini)), DIRECTORY)
+
+    def test_application_without_pyramid_retry(self):
+        config = Configurator()
+        with mock.patch.dict(sys.modules, {"pyramid_retry": None}):
+            config.include("zreconnect.integrations.pyramid")
+        config.commit()
 
     def test_head_while_the_server_is_down(self):
         self.check_head()

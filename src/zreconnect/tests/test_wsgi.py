@@ -1,5 +1,6 @@
 """The WSGI middleware, alone and beside the packages that it is for."""
 
+import io
 import sys
 import unittest
 from wsgiref.headers import Headers
@@ -19,6 +20,7 @@ from zreconnect.integrations.wsgi import (
     WholeResponse,
     make_service_unavailable,
     make_whole_response,
+    whole_body,
 )
 
 LOST = DisconnectionError("The connection to postgresql://joe@example.org:5432/books was lost")
@@ -63,11 +65,32 @@ def failing(error):
     return application
 
 
+class Input:
+    """A server's input: it is read once, cannot be rewound, and must not be read past its end."""
+
+    def __init__(self, content, is_terminated=False):
+        self.content = io.BytesIO(content)
+        self.left = len(content) + is_terminated
+        self.largest = 0
+
+    def read(self, size):
+        assert 0 <= size <= self.left or self.left, "read past its end"
+        self.largest = max(self.largest, size)
+        chunk = self.content.read(size)
+        self.left -= max(1, len(chunk))
+        return chunk
+
+
+def chunked(content):
+    """The environment of a request whose length only its end tells."""
+    return {"wsgi.input": Input(content, is_terminated=True), "wsgi.input_terminated": True}
+
+
 class Answer:
     """What a server gets from an application, and does with it as PEP 3333 has it."""
 
-    def __init__(self, application, method="GET"):
-        environ = {"REQUEST_METHOD": method, "QUERY_STRING": ""}
+    def __init__(self, application, method="GET", **environ):
+        environ = {"REQUEST_METHOD": method, "QUERY_STRING": "", **environ}
         setup_testing_defaults(environ)
         self.status = None
         self.body = b""
@@ -223,6 +246,31 @@ class WholeResponseTests(unittest.TestCase):
         self.assertEqual((started, chunks.closed), ([], 1))
 
 
+class WholeBodyTests(unittest.TestCase):
+    def test_body_with_a_length(self):
+        for size in (1, 70_000, 2_000_000):
+            content = b"x" * size
+            source = Input(content)
+            body = whole_body({"wsgi.input": source, "CONTENT_LENGTH": str(size)})
+            for _ in range(2):
+                self.assertEqual(body.read(), content)
+                body.seek(0)
+            self.assertLessEqual(source.largest, 1 << 16)
+
+    def test_nothing_is_read_past_the_length(self):
+        body = whole_body({"wsgi.input": io.BytesIO(b"first second"), "CONTENT_LENGTH": "5"})
+        self.assertEqual(body.read(), b"first")
+
+    def test_body_without_a_length(self):
+        self.assertEqual(whole_body(chunked(b"x" * 200_000)).read(), b"x" * 200_000)
+
+    def test_no_body(self):
+        for environ in ({}, {"CONTENT_LENGTH": ""}, {"CONTENT_LENGTH": "0"}):
+            # Nobody would end what is read.
+            self.assertIsNone(whole_body({"wsgi.input": Input(b""), **environ}))
+        self.assertIsNone(whole_body(chunked(b"")))
+
+
 class RepozeTests(unittest.TestCase):
     """Why repoze.retry needs `WholeResponse` before repoze.tm2."""
 
@@ -263,3 +311,18 @@ class RepozeTests(unittest.TestCase):
         answer = Answer(repoze.retry.Retry(pipeline, tries=3))
         self.assertEqual((answer.status, answer.body), (OK, b"done"))
         self.assertEqual(self.calls, 2)
+
+    def test_body_in_each_attempt(self):
+        """repoze.retry takes a body without length for empty."""
+        bodies = []
+
+        def application(environ, start_response):
+            bodies.append(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+            # As WebOb and others keep what they have made of it.
+            self.assertEqual(environ.setdefault("test.attempt", len(bodies)), len(bodies))
+            return self.application(environ, start_response)
+
+        retry = repoze.retry.Retry(WholeResponse(repoze.tm.TM(application)), tries=3)
+        answer = Answer(ServiceUnavailable(retry), "POST", **chunked(b"x" * 200_000))
+        self.assertEqual((answer.status, answer.body), (OK, b"done"))
+        self.assertEqual(bodies, [b"x" * 200_000] * 2)

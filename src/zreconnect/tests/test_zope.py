@@ -9,10 +9,11 @@ from zope.component import subscribers
 from zope.configuration import xmlconfig
 from ZPublisher.HTTPRequest import WSGIRequest
 from ZPublisher.HTTPResponse import WSGIResponse
-from ZPublisher.pubevents import PubFailure
+from ZPublisher.pubevents import PubFailure, PubStart
 
 import zreconnect
 from zreconnect import DisconnectionError
+from zreconnect.tests.test_wsgi import Input
 from zreconnect.tests.web import WebTestCase
 from zreconnect.tests.zope_tests import ZopeTests
 
@@ -22,14 +23,19 @@ class ZPublisherTests(ZopeTests, WebTestCase):
     site = "etc/site.zcml"
     five_retries = ("etc/zope.conf", "max-conflict-retries 5\n")
 
-    def failed_request(self, error, retry):
-        """A request, after the event of its failure."""
+    def new_request(self, stdin, **environ):
+        """A request, after the event of its start."""
         zope.testing.cleanup.cleanUp()
         self.addCleanup(zope.testing.cleanup.cleanUp)
         xmlconfig.file("configure.zcml", zreconnect)
-        request = WSGIRequest(
-            io.BytesIO(), {"SERVER_NAME": "test", "SERVER_PORT": "80"}, WSGIResponse()
-        )
+        environ = {"SERVER_NAME": "test", "SERVER_PORT": "80", "wsgi.input": stdin, **environ}
+        request = WSGIRequest(stdin, environ, WSGIResponse())
+        subscribers([PubStart(request)], None)
+        return request
+
+    def failed_request(self, error, retry):
+        """A request, after the event of its failure."""
+        request = self.new_request(io.BytesIO())
         try:
             raise error
         except TransientError:
@@ -48,3 +54,21 @@ class ZPublisherTests(ZopeTests, WebTestCase):
             with self.subTest(error=error, retry=retry):
                 request = self.failed_request(error, retry)
                 self.assertNotIn("delay_retry", vars(request))
+
+    def test_body_that_the_server_cannot_rewind(self):
+        for content in (b"content", b""):
+            request = self.new_request(
+                Input(content), REQUEST_METHOD="PUT", CONTENT_LENGTH=str(len(content))
+            )
+            for _ in range(2):
+                request.processInputs()
+                self.assertEqual(request.get("BODY"), content)
+                self.assertEqual(request["BODYFILE"].read(), content)
+                request = request.retry()
+                subscribers([PubStart(request)], None)
+                self.assertEqual(request.environ["wsgi.input"].read(), content)
+                request.stdin.seek(0)
+
+    def test_body_that_the_server_can_rewind_is_left_alone(self):
+        body = io.BytesIO(b"content")
+        self.assertIs(self.new_request(body, CONTENT_LENGTH="7").stdin, body)

@@ -33,7 +33,7 @@ class Attempts(BrowserView):
 
     def __call__(self):
         self.request.response.setHeader("Content-Type", "text/plain")
-        return str(attempts.total())
+        return str(attempts.total() + losses.attempts.total())
 
 
 class AttemptView(BrowserView):
@@ -127,6 +127,20 @@ class Stream:
 
 class WaitsAtGate(AttemptView):
     loss = staticmethod(losses.waits_at_gate)
+
+
+class ReceivesFile(BrowserView):
+    def __call__(self):
+        return losses.receive("file", self.request.form["file"], new_cursor()).decode()
+
+
+class ReceivesBody(BrowserView):
+    def __call__(self):
+        if hasattr(self.request, "bodyStream"):
+            body = self.request.bodyStream
+        else:
+            body = self.request["BODYFILE"]
+        return losses.receive("body", body, new_cursor()).decode()
 
 
 class Unavailable(BrowserView):
