@@ -13,6 +13,7 @@ import enum
 
 from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
 from zope.interface import Attribute, Interface
+from zope.interface.common.interfaces import IException
 from zope.publisher.interfaces import IRetry
 
 IDLE = "idle"
@@ -815,7 +816,9 @@ class IRetryOnDisconnect(Interface):
         """What the function returns."""
 
 
-class IDatabaseUnavailable(Interface):
+# Extends IException, and comes before IRetry below, so that a view for it comes before one that a
+# site has for all exceptions.
+class IDatabaseUnavailable(IException):
     """An error that means: the database could not be reached, or was lost, and may come back.
 
     A web server answers it with 503 Service Unavailable. It is provided by `DisconnectionError`, by
@@ -824,7 +827,7 @@ class IDatabaseUnavailable(Interface):
     """
 
 
-class IDisconnectionError(IRetry, IDatabaseUnavailable):
+class IDisconnectionError(IDatabaseUnavailable, IRetry):
     """The connection was lost, nothing was committed, and the unit of work may run again."""
 
     def getOriginalException():

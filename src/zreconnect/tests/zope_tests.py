@@ -16,6 +16,18 @@ OWN_PAGE = """\
     permission="zope.Public"
     />
 """
+# As many sites have one.
+PAGE_FOR_ALL_ERRORS = """\
+<configure xmlns="http://namespaces.zope.org/browser">
+  <page
+      for="{error}"
+      name="index.html"
+      class="zreconnect.tests.zope_views.AnyError"
+      permission="zope.Public"
+      />
+  <defaultView for="{error}" name="index.html" />
+</configure>
+"""
 
 
 class ZopeTests(StackTests):
@@ -60,6 +72,20 @@ class ZopeTests(StackTests):
         self.assertEqual(example.get("/LosesAlways")[::2], (503, "Closed at the moment"))
         self.forward.refuse()
         self.assertEqual(example.get()[::2], (503, "Closed at the moment"))
+
+    def test_page_for_all_errors(self):
+        for error in ("zope.interface.common.interfaces.IException", "builtins.Exception"):
+            page = PAGE_FOR_ALL_ERRORS.format(error=error)
+            for timeout in (None, 2):
+                with self.subTest(error=error, timeout=timeout):
+                    example = self.start_views(timeout, configuration=page)
+                    self.assertEqual(example.get("/Mistaken")[::2], (500, "Sorry"))
+                    self.assert_unavailable(example.get("/LosesAlways"))
+                    self.forward.refuse()
+                    self.assert_unavailable(example.get())
+                    self.forward.accept()
+            own_page = self.start_views(configuration=page + OWN_PAGE)
+            self.assertEqual(own_page.get("/LosesAlways")[::2], (503, "Closed at the moment"))
 
     def test_write_while_streaming(self):
         example = self.start_views()

@@ -143,6 +143,20 @@ class ReceivesBody(BrowserView):
         return losses.receive("body", body, new_cursor()).decode()
 
 
+class Mistaken(BrowserView):
+    def __call__(self):
+        raise ZeroDivisionError
+
+
+class AnyError(BrowserView):
+    """The site's page for all exceptions."""
+
+    def __call__(self):
+        self.request.response.setStatus(500)
+        self.request.response.setHeader("Content-Type", "text/plain")
+        return "Sorry"
+
+
 class Unavailable(BrowserView):
     """The application's own page for `IDatabaseUnavailable`."""
 
