@@ -282,7 +282,7 @@ class Guard:
                 work.ask(Request.COMMIT)
                 return
             finally:
-                if work.state is State.ENDED or work.state is State.TORN:
+                if work.state in (State.ENDED, State.CONFLICT, State.TORN):
                     work.note(Event.REFUSED)
         try:
             work.commit()

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from zreconnect.exceptions import CommitOutcomeUnknown, DisconnectedConnectionError
+from zreconnect.exceptions import (
+    CommitOutcomeUnknown,
+    DisconnectedConnectionError,
+    make_transient,
+)
 from zreconnect.states import Answer
 
 # The names of the driver's errors, and what they say.
@@ -17,6 +21,11 @@ _DRIVERS = {
         "InternalError",
         "The transaction ended on {server} with the error before, and what follows would not be a "
         "part of it. Roll back (or abort) before the connection is used again.",
+    ),
+    Answer.CONFLICT: (
+        "InternalError",
+        "The transaction ended on {server} with the conflict before, its savepoints with it, and "
+        "nothing of it is committed. Roll back (or abort) and run the whole work again.",
     ),
     Answer.PREPARED: (
         "ProgrammingError",
@@ -45,4 +54,7 @@ def refuse(answer: Answer, driver: Any, server: str, what: str = "") -> NoReturn
             (DisconnectedConnectionError, original, None),
         )
     name, message = _DRIVERS[answer]
-    raise getattr(driver.module, name)(message.format(what=what, server=server))
+    error = getattr(driver.module, name)(message.format(what=what, server=server))
+    if answer is Answer.CONFLICT:
+        make_transient(error)
+    raise error

@@ -13,6 +13,8 @@ from __future__ import annotations
 import enum
 from typing import Any, NamedTuple, TypeVar
 
+from transaction.interfaces import TransientError
+
 from zreconnect import interfaces
 from zreconnect.interfaces import IDisconnectionError, Meaning
 
@@ -30,6 +32,7 @@ class State(_Constant):
     TORN = (interfaces.DOOMED, "it could not begin for a statement, which its unit of work lacks")
     ACTIVE = (interfaces.ACTIVE, "a transaction is under way")
     ENDED = (interfaces.ACTIVE, "the server has ended it by itself, because of an error")
+    CONFLICT = (interfaces.ACTIVE, "the server has ended it because of a conflict with another one")
     COMMITTING = (interfaces.ACTIVE, "COMMIT may have been sent")
     UNSETTLED = (interfaces.DOOMED, "the session has ended meanwhile, and nobody has looked yet")
     UNKNOWN = (interfaces.DOOMED, "what became of the COMMIT could not be found out")
@@ -66,6 +69,7 @@ class Answer(_Constant):
     SETTLES = "what became of the COMMIT is looked up"
     INSIDE = "ProgrammingError: it belongs outside a transaction"
     OVER = "InternalError: the server has ended the transaction"
+    CONFLICT = "InternalError that is a TransientError: the same work may succeed"
     PREPARED = "ProgrammingError: the transaction manager has the word"
     LOST = "DisconnectionError: roll back first"
     UNKNOWN = "CommitOutcomeUnknown: roll back first"
@@ -81,6 +85,7 @@ class Event(_Constant):
     NOT_BEGUN_FOR_STATEMENT = "beginning failed for a statement"
     NOT_REACHED_FOR_STATEMENT = "there was no connection for a statement"
     ENDED = "an answer says that there is no transaction, or no longer"
+    CONFLICT = "an answer says that a conflict has ended it"
     LOST = "the session has ended"
     COMMIT_LEAVES = "COMMIT is about to be sent"
     COMMITTED = "it is committed, as the server has said or as it was found"
@@ -115,7 +120,7 @@ class Moment(_Constant):
 
 
 class Verdict(_Constant):
-    """What an error means. Whether it is a transient one is another question, at any moment."""
+    """What an error means. One that does not end the transaction may be a transient one, too."""
 
     LOST = "the session has ended"
     STANDBY = "the server takes no writes, or is not, or no longer, of the kind asked for"
@@ -123,6 +128,7 @@ class Verdict(_Constant):
     INSIDE = "not the server's answer; the session is at rest, in a transaction"
     OUTSIDE = "not the server's answer; the session is at rest, outside a transaction"
     ENDED = "the server's answer; there is no transaction, or no longer"
+    CONFLICT = "the same, and a transient one"
     GOES_ON = "the server's answer; the transaction goes on"
 
 
@@ -173,6 +179,7 @@ BEGINNING     LOST      LOST       LOST      LOST      LOST      LETS_GO
 TORN          GRANTED   OVER       INSIDE    INSIDE    OVER      LETS_GO
 ACTIVE        GRANTED   GRANTED    INSIDE    INSIDE    GRANTED   ROLLS_BACK
 ENDED         GRANTED   OVER       INSIDE    INSIDE    OVER      ROLLS_BACK
+CONFLICT      GRANTED   CONFLICT   INSIDE    INSIDE    CONFLICT  ROLLS_BACK
 COMMITTING    UNKNOWN   UNKNOWN    UNKNOWN   UNKNOWN   UNKNOWN   SETTLES
 UNSETTLED     UNKNOWN   UNKNOWN    UNKNOWN   UNKNOWN   UNKNOWN   SETTLES
 UNKNOWN       UNKNOWN   UNKNOWN    UNKNOWN   UNKNOWN   UNKNOWN   LETS_GO
@@ -199,30 +206,34 @@ NOT_BEGUN         IDLE BEGINNING>IDLE ACTIVE>IDLE
 NOT_BEGUN_FOR_STATEMENT    IDLE>TORN BEGINNING>TORN ACTIVE>TORN
 NOT_REACHED_FOR_STATEMENT  IDLE>DOOMED BEGINNING>DOOMED
 ENDED             ACTIVE>ENDED PREPARING>ENDED
-ENDED             IDLE BEGINNING TORN ENDED COMMITTING UNSETTLED UNKNOWN PREPARED
+ENDED             IDLE BEGINNING TORN ENDED CONFLICT COMMITTING UNSETTLED UNKNOWN PREPARED
 ENDED             ROLLING_BACK DOOMED
-LOST              ACTIVE>DOOMED ENDED>DOOMED COMMITTING>UNSETTLED
+CONFLICT          ACTIVE>CONFLICT PREPARING>CONFLICT
+CONFLICT          IDLE BEGINNING TORN ENDED CONFLICT COMMITTING UNSETTLED UNKNOWN PREPARED
+CONFLICT          ROLLING_BACK DOOMED
+LOST              ACTIVE>DOOMED ENDED>DOOMED CONFLICT>DOOMED COMMITTING>UNSETTLED
 LOST              IDLE BEGINNING TORN UNSETTLED UNKNOWN PREPARING PREPARED ROLLING_BACK DOOMED
 COMMIT_LEAVES     ACTIVE>COMMITTING
 COMMITTED         COMMITTING>IDLE UNSETTLED>IDLE IDLE
-REFUSED           COMMITTING>IDLE ENDED>IDLE TORN>IDLE
+REFUSED           COMMITTING>IDLE ENDED>IDLE CONFLICT>IDLE TORN>IDLE
 GOES_ON           ACTIVE COMMITTING>ACTIVE PREPARING>ACTIVE
 FOUND_ABORTED     COMMITTING>DOOMED UNSETTLED>DOOMED IDLE
-NOT_FOUND         ACTIVE>UNKNOWN ENDED>UNKNOWN BEGINNING>UNKNOWN COMMITTING>UNKNOWN
-NOT_FOUND         UNSETTLED>UNKNOWN UNKNOWN IDLE
+NOT_FOUND         ACTIVE>UNKNOWN ENDED>UNKNOWN CONFLICT>UNKNOWN BEGINNING>UNKNOWN
+NOT_FOUND         COMMITTING>UNKNOWN UNSETTLED>UNKNOWN UNKNOWN IDLE
 PREPARE_LEAVES    ACTIVE>PREPARING
 PREPARED          PREPARING>PREPARED
 FOUND_UNPREPARED  PREPARING>DOOMED
 BRANCH_ENDED      PREPARING>IDLE PREPARED>IDLE DOOMED>IDLE
-ROLLBACK_LEAVES   ACTIVE>ROLLING_BACK ENDED>ROLLING_BACK
+ROLLBACK_LEAVES   ACTIVE>ROLLING_BACK ENDED>ROLLING_BACK CONFLICT>ROLLING_BACK
 ROLLED_BACK       BEGINNING>IDLE COMMITTING>IDLE UNSETTLED>IDLE UNKNOWN>IDLE PREPARING>IDLE
-ROLLED_BACK       ROLLING_BACK>IDLE DOOMED>IDLE TORN>IDLE ACTIVE>IDLE ENDED>IDLE IDLE
-FORKED            IDLE BEGINNING>DOOMED ACTIVE>DOOMED ENDED>DOOMED COMMITTING>UNKNOWN
-FORKED            UNSETTLED>UNKNOWN UNKNOWN PREPARING>DOOMED PREPARED>DOOMED DOOMED
-FORKED            ROLLING_BACK>DOOMED TORN
+ROLLED_BACK       ROLLING_BACK>IDLE DOOMED>IDLE TORN>IDLE ACTIVE>IDLE ENDED>IDLE CONFLICT>IDLE
+ROLLED_BACK       IDLE
+FORKED            IDLE BEGINNING>DOOMED ACTIVE>DOOMED ENDED>DOOMED CONFLICT>DOOMED
+FORKED            COMMITTING>UNKNOWN UNSETTLED>UNKNOWN UNKNOWN PREPARING>DOOMED PREPARED>DOOMED
+FORKED            DOOMED ROLLING_BACK>DOOMED TORN
 CLOSED            IDLE>CLOSED BEGINNING>CLOSED ACTIVE>CLOSED ENDED>CLOSED COMMITTING>CLOSED
 CLOSED            UNSETTLED>CLOSED UNKNOWN>CLOSED PREPARING>CLOSED PREPARED>CLOSED
-CLOSED            ROLLING_BACK>CLOSED DOOMED>CLOSED TORN>CLOSED
+CLOSED            ROLLING_BACK>CLOSED DOOMED>CLOSED TORN>CLOSED CONFLICT>CLOSED
 """
 NEXT: dict[Event, dict[State, State]] = {event: {State.CLOSED: State.CLOSED} for event in Event}
 for _name, *_cells in map(str.split, _EVENTS.strip().splitlines()):
@@ -236,6 +247,7 @@ _CONSEQUENCES = {
     "disconnect": Consequence(Event.LOST, Keeping.TOLD, Then.DISCONNECTION),
     "throw_away": Consequence(Event.LOST, Keeping.ENDED, Then.PASS),
     "ended": Consequence(Event.ENDED, Keeping.KEPT, Then.PASS),
+    "conflict": Consequence(Event.CONFLICT, Keeping.KEPT, Then.PASS),
     "not_begun": Consequence(Event.NOT_BEGUN, Keeping.KEPT, Then.PASS),
     "break_off": Consequence(Event.NOT_BEGUN, Keeping.ENDED, Then.PASS),
     "lost_first": Consequence(Event.NOT_BEGUN, Keeping.TOLD, Then.DISCONNECTION),
@@ -250,18 +262,18 @@ _CONSEQUENCES = {
 # What became of a COMMIT that was interrupted, rollback() looks up. A session that is given up
 # rolls back as well. An error of ending a branch is told by who ends it.
 _ERRORS = """
-            LOST         STANDBY     INTERRUPTED  INSIDE       OUTSIDE      ENDED      GOES_ON
-CONNECT     break_off    break_off   break_off    break_off    break_off    break_off  break_off
-BEGIN       settled      settled     break_off    break_off    not_begun    not_begun  break_off
-BEGIN_WITH  lost_first   lost_first  break_off    break_off    not_begun    not_begun  break_off
-STATEMENT   disconnect   disconnect  throw_away   pass         ended        ended      pass
-COMMITTING  unknown      unknown     unknown_too  pass         ended        ended      pass
-AUTOCOMMIT  done_or_not  done_or_not  throw_away   pass         pass         pass       pass
-OURS        settled      settled     throw_away   throw_away   throw_away   pass       pass
-COMMIT      settled      settled     throw_away   goes_on      throw_away   refused    goes_on
-PREPARE     settled      settled     throw_away   goes_on      throw_away   ended      goes_on
-END_BRANCH  settled      settled     throw_away   throw_away   throw_away   answered   answered
-ROLL_BACK   settled      settled     rolled_back  rolled_back  rolled_back  settled    settled
+           LOST        STANDBY     INTERRUPTED INSIDE      OUTSIDE     ENDED     CONFLICT  GOES_ON
+CONNECT    break_off   break_off   break_off   break_off   break_off   break_off break_off break_off
+BEGIN      settled     settled     break_off   break_off   not_begun   not_begun not_begun break_off
+BEGIN_WITH lost_first  lost_first  break_off   break_off   not_begun   not_begun not_begun break_off
+STATEMENT  disconnect  disconnect  throw_away  pass        ended       ended     conflict  pass
+COMMITTING unknown     unknown     unknown_too pass        ended       ended     conflict  pass
+AUTOCOMMIT done_or_not done_or_not throw_away  pass        pass        pass      pass      pass
+OURS       settled     settled     throw_away  throw_away  throw_away  pass      pass      pass
+COMMIT     settled     settled     throw_away  goes_on     throw_away  refused   refused   goes_on
+PREPARE    settled     settled     throw_away  goes_on     throw_away  ended     conflict  goes_on
+END_BRANCH settled     settled     throw_away  throw_away  throw_away  answered  answered  answered
+ROLL_BACK  settled     settled     rolled_back rolled_back rolled_back settled   settled   settled
 """
 CONSEQUENCES: dict[Moment, dict[Verdict, Consequence]] = {
     moment: {verdict: _CONSEQUENCES[name] for verdict, name in cells.items()}
@@ -297,4 +309,7 @@ def verdict(error: BaseException, server: Any, raw: Any, needs_writes: bool) -> 
         return Verdict.STANDBY
     if driver.in_transaction(raw):
         return Verdict.GOES_ON if is_answer else Verdict.INSIDE
-    return Verdict.ENDED if is_answer else Verdict.OUTSIDE
+    if not is_answer:
+        return Verdict.OUTSIDE
+    # A driver's error is one only if the work may run again.
+    return Verdict.CONFLICT if isinstance(error, TransientError) else Verdict.ENDED

@@ -358,14 +358,86 @@ class Tests(MysqlTestCase):
             self.deadlock(connection)
         self.assertEqual(mysql.errno(raised.exception), mysql.ER_LOCK_DEADLOCK)
         self.assertTrue(self.driver.is_transient(raised.exception))
-        with self.assertRaises(self.module.InternalError):
-            self.insert(connection, "after")
-        with self.assertRaises(self.module.InternalError):
-            connection.commit()
+        for follow_up in (lambda: self.insert(connection, "after"), connection.commit):
+            with self.assertRaises(self.module.InternalError) as refused:
+                follow_up()
+            self.assertIsInstance(refused.exception, TransientError)
         connection.rollback()
         self.assertEqual(self.names(), ["a", "b"])
         connection.run(self.insert, connection)
         self.assertEqual(self.names(), ["a", "b", "one"])
+
+    def test_a_deadlock_in_a_savepoint_has_the_work_run_again(self):
+        self.query("INSERT INTO test.item VALUES ('a', 0), ('b', 0)")
+        connection = self.connect()
+
+        def go_back(savepoint):
+            savepoint.rollback()
+
+        def let_go(savepoint):
+            savepoint.release()
+
+        def as_statement(savepoint):
+            connection.cursor().execute("ROLLBACK TO SAVEPOINT zreconnect_1")
+
+        for number, end in enumerate((go_back, let_go, as_statement)):
+            with self.subTest(end.__name__):
+                is_first = iter((True, False))
+
+                def work():
+                    self.insert(connection, f"before {number}")  # noqa: B023
+                    savepoint = connection.savepoint()
+                    if next(is_first):  # noqa: B023
+                        with contextlib.suppress(self.module.OperationalError):
+                            self.deadlock(connection)
+                        end(savepoint)  # noqa: B023
+
+                connection.run(work)
+                self.assertIn(f"before {number}", self.names())
+
+    def conflict(self, connection, change):
+        """Meet what somebody else has changed since the transaction's first statement."""
+        cursor = connection.cursor()
+        cursor.execute("SET innodb_snapshot_isolation = ON")
+        cursor.execute("SELECT * FROM item")
+        cursor.fetchall()
+        self.query(change)
+        self.insert(connection, "before")
+        cursor.execute("UPDATE item SET number = number + 1 WHERE name = 'a'")
+        cursor.execute("SELECT * FROM other")
+
+    def test_what_somebody_else_has_changed_meanwhile_is_a_conflict(self):
+        self.query("INSERT INTO test.item VALUES ('a', 0)")
+        self.query("CREATE TABLE test.other (number int)")
+        connection = self.connect()
+        for number, change in (
+            (mysql.ER_CHECKREAD, "UPDATE test.item SET number = number + 10"),
+            (mysql.ER_TABLE_DEF_CHANGED, "ALTER TABLE test.other ADD name int, ALGORITHM=COPY"),
+        ):
+            with self.subTest(number):
+                self.query("DELETE FROM test.item WHERE name <> 'a'")
+                errors, changes = [], iter((change, "DO 0"))
+
+                def work():
+                    try:
+                        self.conflict(connection, next(changes))  # noqa: B023
+                    except self.module.Error as error:
+                        errors.append(mysql.errno(error))  # noqa: B023
+                        self.assertIsInstance(error, TransientError)
+                        raise
+
+                connection.run(work)
+                self.assertEqual((errors, self.names()), ([number], ["a", "before"]))
+
+    def test_nothing_follows_upon_a_change_of_somebody_elses(self):
+        self.query("INSERT INTO test.item VALUES ('a', 0)")
+        connection = self.connect()
+        with self.assertRaises(TransientError):
+            self.conflict(connection, "UPDATE test.item SET number = 10")
+        with self.assertRaises(TransientError):
+            self.insert(connection, "after")
+        connection.rollback()
+        self.assertEqual(self.names(), ["a"])
 
     def test_a_deadlock_that_only_the_server_knows_of_is_noticed_by_commit(self):
         connection = self.connect()

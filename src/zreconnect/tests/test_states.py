@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 from zope.interface import implementer
 
+from zreconnect.exceptions import make_transient
 from zreconnect.interfaces import IDisconnectionError, Meaning
 from zreconnect.states import (
     CONSEQUENCES,
@@ -25,7 +26,8 @@ from zreconnect.states import (
 SHOWN = {
     "idle": {State.IDLE, State.BEGINNING},
     "active": {
-        *(State.ACTIVE, State.ENDED, State.COMMITTING, State.PREPARING, State.ROLLING_BACK),
+        *(State.ACTIVE, State.ENDED, State.CONFLICT),
+        *(State.COMMITTING, State.PREPARING, State.ROLLING_BACK),
     },
     "prepared": {State.PREPARED},
     "doomed": {State.TORN, State.UNSETTLED, State.UNKNOWN, State.DOOMED},
@@ -38,28 +40,29 @@ GONE = {State.BEGINNING, State.PREPARING, State.ROLLING_BACK, State.DOOMED}
 # happen. An interrupt can come just before the note that a request leaves, and just after the one
 # that it is answered; a subscriber of an event can roll back while a request is under way.
 EVENTS = """
-                           ID BE TO AC EN CO US UN PI PD RB DO CL
-BEGIN_LEAVES               BE .  .  .  .  .  .  .  .  .  .  .  =
-BEGUN                      AC AC .  .  .  .  .  .  .  .  .  .  =
-NOT_BEGUN                  =  ID .  ID .  .  .  .  .  .  .  .  =
-NOT_BEGUN_FOR_STATEMENT    TO TO .  TO .  .  .  .  .  .  .  .  =
-NOT_REACHED_FOR_STATEMENT  DO DO .  .  .  .  .  .  .  .  .  .  =
-ENDED                      =  =  =  EN =  =  =  =  EN =  =  =  =
-LOST                       =  =  =  DO DO US =  =  =  =  =  =  =
-COMMIT_LEAVES              .  .  .  CO .  .  .  .  .  .  .  .  =
-COMMITTED                  =  .  .  .  .  ID ID .  .  .  .  .  =
-REFUSED                    .  .  ID .  ID ID .  .  .  .  .  .  =
-GOES_ON                    .  .  .  =  .  AC .  .  AC .  .  .  =
-FOUND_ABORTED              =  .  .  .  .  DO DO .  .  .  .  .  =
-NOT_FOUND                  =  UN .  UN UN UN UN =  .  .  .  .  =
-PREPARE_LEAVES             .  .  .  PI .  .  .  .  .  .  .  .  =
-PREPARED                   .  .  .  .  .  .  .  .  PD .  .  .  =
-FOUND_UNPREPARED           .  .  .  .  .  .  .  .  DO .  .  .  =
-BRANCH_ENDED               .  .  .  .  .  .  .  .  ID ID .  ID =
-ROLLBACK_LEAVES            .  .  .  RB RB .  .  .  .  .  .  .  =
-ROLLED_BACK                =  ID ID ID ID ID ID ID ID .  ID ID =
-FORKED                     =  DO =  DO DO UN UN =  DO DO DO =  =
-CLOSED                     CL CL CL CL CL CL CL CL CL CL CL CL =
+                           ID BE TO AC EN CF CO US UN PI PD RB DO CL
+BEGIN_LEAVES               BE .  .  .  .  .  .  .  .  .  .  .  .  =
+BEGUN                      AC AC .  .  .  .  .  .  .  .  .  .  .  =
+NOT_BEGUN                  =  ID .  ID .  .  .  .  .  .  .  .  .  =
+NOT_BEGUN_FOR_STATEMENT    TO TO .  TO .  .  .  .  .  .  .  .  .  =
+NOT_REACHED_FOR_STATEMENT  DO DO .  .  .  .  .  .  .  .  .  .  .  =
+ENDED                      =  =  =  EN =  =  =  =  =  EN =  =  =  =
+CONFLICT                   =  =  =  CF =  =  =  =  =  CF =  =  =  =
+LOST                       =  =  =  DO DO DO US =  =  =  =  =  =  =
+COMMIT_LEAVES              .  .  .  CO .  .  .  .  .  .  .  .  .  =
+COMMITTED                  =  .  .  .  .  .  ID ID .  .  .  .  .  =
+REFUSED                    .  .  ID .  ID ID ID .  .  .  .  .  .  =
+GOES_ON                    .  .  .  =  .  .  AC .  .  AC .  .  .  =
+FOUND_ABORTED              =  .  .  .  .  .  DO DO .  .  .  .  .  =
+NOT_FOUND                  =  UN .  UN UN UN UN UN =  .  .  .  .  =
+PREPARE_LEAVES             .  .  .  PI .  .  .  .  .  .  .  .  .  =
+PREPARED                   .  .  .  .  .  .  .  .  .  PD .  .  .  =
+FOUND_UNPREPARED           .  .  .  .  .  .  .  .  .  DO .  .  .  =
+BRANCH_ENDED               .  .  .  .  .  .  .  .  .  ID ID .  ID =
+ROLLBACK_LEAVES            .  .  .  RB RB RB .  .  .  .  .  .  .  =
+ROLLED_BACK                =  ID ID ID ID ID ID ID ID ID .  ID ID =
+FORKED                     =  DO =  DO DO DO UN UN =  DO DO DO =  =
+CLOSED                     CL CL CL CL CL CL CL CL CL CL CL CL CL =
 """
 COLUMNS = {
     "ID": State.IDLE,
@@ -67,6 +70,7 @@ COLUMNS = {
     "TO": State.TORN,
     "AC": State.ACTIVE,
     "EN": State.ENDED,
+    "CF": State.CONFLICT,
     "CO": State.COMMITTING,
     "US": State.UNSETTLED,
     "UN": State.UNKNOWN,
@@ -89,7 +93,7 @@ def answer(state, request):
             # What may be prepared nobody would end any more.
             return Answer.PREPARED
         gives_up = dict.fromkeys(GONE | {State.TORN, State.UNKNOWN}, Answer.LETS_GO)
-        asks = dict.fromkeys((State.ACTIVE, State.ENDED), Answer.ROLLS_BACK)
+        asks = dict.fromkeys((State.ACTIVE, State.ENDED, State.CONFLICT), Answer.ROLLS_BACK)
         looks_up = dict.fromkeys((State.COMMITTING, State.UNSETTLED), Answer.SETTLES)
         return {State.IDLE: Answer.NOTHING, **gives_up, **asks, **looks_up}[state]
     if state in MAY_BE_COMMITTED:
@@ -105,7 +109,12 @@ def answer(state, request):
             Request.SETTINGS: Answer.GRANTED,
             Request.COMMIT: Answer.NOTHING,
         }[request]
-    inside = {State.ACTIVE: Answer.GRANTED, State.ENDED: Answer.OVER, State.TORN: Answer.OVER}
+    inside = {
+        State.ACTIVE: Answer.GRANTED,
+        State.ENDED: Answer.OVER,
+        State.TORN: Answer.OVER,
+        State.CONFLICT: Answer.CONFLICT,
+    }
     return {
         Request.STATEMENT: inside[state],
         Request.COMMIT: inside[state],
@@ -119,7 +128,7 @@ def consequence(moment, verdict):
     thrown_away = (Event.LOST, Keeping.ENDED, Then.PASS)
     passed = (None, Keeping.KEPT, Then.PASS)
     is_gone = verdict in (Verdict.LOST, Verdict.STANDBY)
-    is_answer = verdict in (Verdict.ENDED, Verdict.GOES_ON)
+    is_answer = verdict in (Verdict.ENDED, Verdict.CONFLICT, Verdict.GOES_ON)
     if moment is Moment.CONNECT:
         return (Event.NOT_BEGUN, Keeping.ENDED, Then.PASS)
     if moment in (Moment.BEGIN, Moment.BEGIN_WITH):
@@ -128,7 +137,7 @@ def consequence(moment, verdict):
         if is_gone:
             # A statement of the user's is never sent again.
             return (Event.NOT_BEGUN, Keeping.TOLD, Then.DISCONNECTION)
-        is_outside = verdict in (Verdict.OUTSIDE, Verdict.ENDED)
+        is_outside = verdict in (Verdict.OUTSIDE, Verdict.ENDED, Verdict.CONFLICT)
         return (Event.NOT_BEGUN, Keeping.KEPT if is_outside else Keeping.ENDED, Then.PASS)
     if is_gone:
         if moment is Moment.COMMITTING:
@@ -161,7 +170,12 @@ def consequence(moment, verdict):
         Moment.PREPARE: (goes_on, thrown_away, ended, goes_on),
         Moment.END_BRANCH: (thrown_away, thrown_away, answered, answered),
     }[moment]
-    return dict(zip(at_rest, columns, strict=True))[verdict]
+    cells = dict(zip(at_rest, columns, strict=True))
+    has_ended = cells[Verdict.ENDED]
+    # What follows upon a conflict may run again, too.
+    conflict = (Event.CONFLICT, Keeping.KEPT, Then.PASS)
+    cells[Verdict.CONFLICT] = conflict if has_ended == ended else has_ended
+    return cells[verdict]
 
 
 def named(cells):
@@ -254,6 +268,17 @@ class VerdictTests(unittest.TestCase):
             (Verdict.GOES_ON, {"inside": True}),
             (Verdict.GOES_ON, {"inside": True, "at_rest": False}),
             (Verdict.ENDED, {"meaning": Meaning.TRANSIENT}),
+        ]:
+            with self.subTest(found):
+                self.assertIs(self.judge(error, **found), expected)
+
+    def test_a_conflict(self):
+        error = DriverError()
+        make_transient(error)
+        for expected, found in [
+            (Verdict.CONFLICT, {}),
+            (Verdict.GOES_ON, {"inside": True}),
+            (Verdict.LOST, {"meaning": Meaning.DISCONNECT}),
         ]:
             with self.subTest(found):
                 self.assertIs(self.judge(error, **found), expected)

@@ -7,6 +7,7 @@ from unittest import mock
 import psycopg
 import transaction
 import zope.event
+from transaction.interfaces import TransientError
 
 from zreconnect import CommitOutcomeUnknown, DisconnectionError, commits, work
 from zreconnect.events import ConnectionLost
@@ -44,7 +45,7 @@ def interrupt():
 
 # What is rolled back when its session ends.
 ENDS_WITH_SESSION = {
-    *(State.BEGINNING, State.TORN, State.ACTIVE, State.ENDED),
+    *(State.BEGINNING, State.TORN, State.ACTIVE, State.ENDED, State.CONFLICT),
     *(State.DOOMED, State.UNKNOWN, State.ROLLING_BACK),
 }
 
@@ -112,6 +113,21 @@ class ServerTestCase(DatabaseTestCase):
         connection = self.written()
         connection.execute("INSERT INTO item VALUES ('one')")
         with self.assertRaises(self.module.IntegrityError):
+            connection.execute("COMMIT")
+        return connection
+
+    def conflict(self):
+        connection = self.written()
+        self.query(
+            "CREATE OR REPLACE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql"
+            " AS $$ BEGIN RAISE serialization_failure; END $$"
+        )
+        connection.execute(
+            "CREATE CONSTRAINT TRIGGER conflict AFTER UPDATE ON item DEFERRABLE INITIALLY DEFERRED"
+            " FOR EACH ROW EXECUTE FUNCTION conflict()"
+        )
+        connection.execute("UPDATE item SET name = 'two'")
+        with self.assertRaises(TransientError):
             connection.execute("COMMIT")
         return connection
 
@@ -203,6 +219,7 @@ class EveryState:
         refusal = {
             Answer.INSIDE: module.ProgrammingError,
             Answer.OVER: module.InternalError,
+            Answer.CONFLICT: module.InternalError,
             Answer.PREPARED: module.ProgrammingError,
             Answer.LOST: DisconnectionError,
             Answer.UNKNOWN: CommitOutcomeUnknown,
@@ -211,13 +228,17 @@ class EveryState:
         if expected not in refusal:
             self.make(request, connection)
         else:
-            with self.assertRaises(refusal[expected]):
+            with self.assertRaises(refusal[expected]) as refused:
                 self.make(request, connection)
+            self.assertEqual(
+                isinstance(refused.exception, TransientError),
+                expected in (Answer.CONFLICT, Answer.LOST),
+            )
             if request is Request.LOOK:
                 with self.assertRaises(refusal[expected]):
                     self.cursor.fetchone()
             # What the server has ended, is over when it was to be committed.
-            if (expected, request) != (Answer.OVER, Request.COMMIT):
+            if expected not in (Answer.OVER, Answer.CONFLICT) or request is not Request.COMMIT:
                 after = state
         self.assertIs(connection.work.state, after)
         rows = 1 if (state, request) == (State.ACTIVE, Request.COMMIT) else 0
