@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from zreconnect import commits
 from zreconnect.documented import implements
 from zreconnect.interfaces import IPipeliningDriver, IReconnectingCursor
+from zreconnect.kept import KEPT, KeptRows
 from zreconnect.lent import Lent
 from zreconnect.proxies import Guarded, guarded_attribute, guarded_block, guarded_rows
 from zreconnect.session import NO_SESSION, Session
@@ -63,6 +65,7 @@ class ReconnectingCursor:
         "_raw",
         "_session",
         "_settings",
+        "_weak",
         "_work",
         "connection",
         "name",
@@ -97,6 +100,7 @@ class ReconnectingCursor:
         if cursor_factory is not None:
             options["cursor_factory"] = cursor_factory
         self._settings: dict[str, Any] = {}
+        self._weak = weakref.ref(self)
         self._closed = False
 
     def __repr__(self) -> str:
@@ -196,6 +200,8 @@ class ReconnectingCursor:
                 guard.take_turn()
             if self._closed:
                 self._refuse_closed()
+            if link.reader is not None:
+                self._keep_rows_of_others()
             if work.state is not State.ACTIVE:
                 guard.need_transaction()
             session = link.session
@@ -217,6 +223,8 @@ class ReconnectingCursor:
                 commits.note()
             if link.observer.watches_statements:
                 link.observer.executed(raw)
+            if link.driver.loses_rows and self.name is None and raw.description is not None:
+                link.reader = self._weak
             return self if result is raw else result
         finally:
             if work.state is not State.ACTIVE:
@@ -236,15 +244,46 @@ class ReconnectingCursor:
             except StopIteration:
                 raise
             except BaseException as error:
-                # Of an older session, it says nothing about the present one.
-                if self._session is link.session:
-                    guard.meet(error, Moment.STATEMENT)
+                self._meet(error)
                 raise
         finally:
             if work.state is not State.ACTIVE:
                 work.give_turn()
 
+    def _meet(self, error: BaseException) -> None:
+        """What an error of reading rows leads to."""
+        link, module = self._work.link, self._work.link.driver.module
+        if self._session is link.session:
+            self._guard.meet(error, Moment.STATEMENT)
+        elif isinstance(error, (module.InterfaceError, module.OperationalError)):
+            # Of an older session, it says nothing about the present one.
+            raise module.InterfaceError(
+                "The rows of this cursor that were not fetched are gone with the session in which "
+                "its statement was executed, which has ended: execute it again"
+            ) from error
+
     # Results
+
+    def _keep_rows_of_others(self) -> None:
+        """Before a statement that may find the session lost; its own rows are not read any more."""
+        link = self._work.link
+        if link.reader is self._weak:
+            link.reader = None
+        elif self._work.state is not State.ACTIVE or not link.session.watch.is_quiet():
+            # In a transaction, which would be lost as well, what has arrived on the line tells.
+            link.keep_rows()
+
+    def keep_rows(self) -> None:
+        """Keep the rows that are in the client and were not fetched, for after the session's end.
+
+        Raises nothing but interrupts.
+        """
+        raw = self._raw
+        if raw is None or raw.closed or raw.rownumber >= raw.rowcount:
+            return
+        kept = KeptRows.of(raw)
+        if kept is not None:
+            self._raw, self._session = kept, KEPT
 
     def fetchone(self) -> Any:
         return self._answer("fetchone")
@@ -255,25 +294,31 @@ class ReconnectingCursor:
     def fetchall(self) -> Any:
         return self._answer("fetchall")
 
+    def scroll(self, value: int, mode: str = "relative") -> Any:
+        """As in psycopg2, psycopg 3 and MySQL's modules."""
+        return self._answer("scroll", value, mode)
+
     def __iter__(self) -> Iterator[Any]:
         work, guard, link = self._work, self._guard, self._work.link
         with guard.in_turn():
             work.ask(Request.LOOK)
-            rows = iter(self._raw_cursor())
+            raw, rows = self._raw_cursor(), None
         while True:
             try:
                 if not work.turn.is_mine():
                     guard.take_turn()
                 if work.state is not State.ACTIVE:
                     work.ask(Request.LOOK)
+                if self._raw is not raw:
+                    raw, rows = self._raw_cursor(), None
                 try:
+                    rows = iter(raw) if rows is None else rows
                     with link.session.watch.awaiting(link.options.response_timeout):
                         row = next(rows)
                 except StopIteration:
                     return
                 except BaseException as error:
-                    if self._session is link.session:
-                        guard.meet(error, Moment.STATEMENT)
+                    self._meet(error)
                     raise
             finally:
                 if work.state is not State.ACTIVE:
@@ -304,7 +349,13 @@ class ReconnectingCursor:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return guarded_attribute(self._guard, self._raw_cursor(), name, self)
+        raw, link = self._raw_cursor(), self._work.link
+        if name == "mogrify" and self._session is not link.session:
+            # It needs an open session, and leaves the results of another one alone.
+            with self._guard.in_turn():
+                self._work.need_session()
+            raw = link.driver.cursor(link.session.raw, None, self._options)
+        return guarded_attribute(self._guard, raw, name, self)
 
     # The raw cursor
 

@@ -79,6 +79,9 @@ class IDriver(Interface):
     has_sessions = Attribute(
         "Whether there is a server, whose sessions can be lost. Without one, no witness is asked."
     )
+    loses_rows = Attribute(
+        "Whether rows that are in the client cannot be fetched any more when the session has ended."
+    )
     supports_two_phase = Attribute("Whether transactions can be prepared.")
     refused_methods = Attribute(
         "The names of the raw connection's methods that work around its transaction, such as those "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -31,6 +32,7 @@ class Link:
     was_ended: whether a statement of the program's has ended the transaction, as COMMIT does.
     observer: the `IObserver` of the present session and, if that is lost, of its last transaction;
     another one in another process.
+    reader: refers to the cursor that has rows which would be lost with the session, or None.
     """
 
     def __init__(self, server: Server, options: Options) -> None:
@@ -48,6 +50,7 @@ class Link:
         self._had_session = False
         self.is_on_standby = False
         self.was_ended = False
+        self.reader: weakref.ref[Any] | None = None
         # Whether a server has refused a write since.
         self._was_refused = False
 
@@ -127,8 +130,16 @@ class Link:
         self.observer.record_session(raw, self.settings)
         self.is_on_standby = self.driver.is_standby(raw)
 
+    def keep_rows(self) -> None:
+        """Have rows kept that would be lost with the session."""
+        cursor = None if self.reader is None else self.reader()
+        if cursor is not None:
+            cursor.keep_rows()
+        self.reader = None
+
     def end(self) -> None:
         """End the present session, if there is one."""
+        self.keep_rows()
         session = self.session
         if session is not NO_SESSION:
             self._kept = self.driver.keep(session.raw)

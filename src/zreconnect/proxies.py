@@ -116,6 +116,8 @@ def guarded_attribute(
         if is_connection and guard.work.turn.is_anothers():
             # What it raises says nothing about the transaction of the other thread.
             return value(*args, **keywords)
+        if is_connection:
+            guard.work.link.keep_rows()
         with turn(), guard.asking(Moment.STATEMENT, raw_cursor, in_block):
             result = value(*args, **keywords)
         if isinstance(result, Generator):

@@ -155,6 +155,7 @@ class SettingsOfSessions:
         with self.guard.in_turn():
             work.ask(Request.SETTINGS, "set_client_encoding()")
             work.need_session()
+            work.link.keep_rows()
             with self.guard.asking():
                 work.link.driver.set_client_encoding(work.link.session.raw, encoding)
             work.link.settings.client_encoding = encoding
@@ -185,6 +186,7 @@ class SettingsOfSessions:
         """
         work = self.work
         with self.guard.in_turn():
+            work.link.keep_rows()
             if work.state is State.IDLE:
                 self.guard.need_live_session(asks=True)
             else:
@@ -209,6 +211,7 @@ class SettingsOfSessions:
             self.work.ask(Request.SETTINGS, "Changing the session's settings")
             link.settings = replace(link.settings, **changes)
             if link.session is not NO_SESSION:
+                link.keep_rows()
                 with self.guard.asking(Moment.OURS):
                     link.driver.restore(link.session.raw, link.settings, link.replaced)
 

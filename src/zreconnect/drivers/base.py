@@ -136,6 +136,7 @@ class BaseDriver:
 
     module: Any
     has_sessions = True
+    loses_rows = False
     supports_two_phase = False
     refused_methods: frozenset[str] = frozenset()
     ledger_conflict = "ON CONFLICT (id) DO UPDATE SET"

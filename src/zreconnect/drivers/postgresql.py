@@ -174,6 +174,7 @@ class PostgresqlDriver:
 
     module: Any
     has_sessions = True
+    loses_rows = False
     supports_two_phase = True
     refused_methods: frozenset[str] = frozenset()
     disconnect_messages: tuple[str, ...] = DISCONNECT_MESSAGES

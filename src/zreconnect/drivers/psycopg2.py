@@ -56,6 +56,7 @@ class Psycopg2Driver(PostgresqlDriver):
     name = "psycopg2"
     module = psycopg2
     disconnection_error = Psycopg2DisconnectionError
+    loses_rows = True
     isolation_levels = ISOLATION_LEVELS
 
     def parse_conninfo(self, dsn: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ events witness dsn hosts
 ledger engines drivers server options branch
 retry session recovery refusals savepoint
 link
-work lent
+work lent kept
 finding
 guard
 siblings

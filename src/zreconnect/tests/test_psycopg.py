@@ -51,7 +51,7 @@ PASSED_ON_BY_CONNECTION = {
     "tpc_rollback", "wait", "xid",
 }  # fmt: skip
 PASSED_ON_BY_CURSOR = {
-    "adapters", "nextset", "pgresult", "results", "rownumber", "scroll", "set_result",
+    "adapters", "nextset", "pgresult", "results", "rownumber", "set_result",
     "setinputsizes", "setoutputsize", "statusmessage",
 }  # fmt: skip
 

@@ -1,0 +1,310 @@
+"""Rows that have arrived before their session ended, with every module that has sessions."""
+
+import os
+from contextlib import suppress
+
+import psycopg
+import psycopg2
+from psycopg2 import extensions
+from psycopg2.extras import DictCursor, NamedTupleCursor, RealDictCursor, execute_values
+
+from zreconnect import DisconnectionError
+from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
+from zreconnect.tests.base import DatabaseTestCase, LineTestCase, needs_mysqlclient, on_mariadb
+from zreconnect.tests.test_mysql import MysqlTestCase
+
+NUMBERS = (
+    "SELECT n FROM (SELECT 1 AS n UNION ALL SELECT 2 UNION ALL SELECT 3 UNION ALL SELECT 4"
+    " UNION ALL SELECT 5) AS numbers ORDER BY n"
+)
+ROWS = [(1,), (2,), (3,), (4,), (5,)]
+
+
+class SharedTests:
+    """Of a connection ``self.connection``, whose cursor has executed and fetched one row."""
+
+    def numbers(self, connection):
+        cursor = connection.cursor()
+        cursor.execute(NUMBERS)
+        self.assertEqual(cursor.fetchone(), (1,))
+        return cursor
+
+    def numbers_after_commit(self, connection):
+        cursor = self.numbers(connection)
+        connection.commit()
+        return cursor
+
+    def lose_while_idle(self, connection):
+        self.forward.drop()
+        connection.begin()
+
+    def lose_at_statement_of_another_cursor(self, connection):
+        with connection.cursor() as other:
+            other.execute("SELECT 1")
+            self.forward.drop()
+            with self.assertRaises(DisconnectionError):
+                other.execute("SELECT 1")
+        connection.rollback()
+
+    def lose_at_rollback(self, connection):
+        connection.begin()
+        self.forward.drop()
+        connection.rollback()
+
+    def lose_at_ping(self, connection):
+        self.forward.drop()
+        connection.ping()
+
+    def lose_at_setting(self, connection):
+        self.forward.drop()
+        with suppress(DisconnectionError):
+            connection.autocommit = True
+        connection.begin()
+
+    ways = (
+        lose_while_idle,
+        lose_at_statement_of_another_cursor,
+        lose_at_rollback,
+        lose_at_ping,
+        lose_at_setting,
+    )
+
+    def test_they_can_be_fetched_after_a_loss_in_a_later_transaction(self):
+        for lose in self.ways:
+            with self.subTest(lose.__name__):
+                connection = self.connect()
+                cursor = self.numbers_after_commit(connection)
+                lose(self, connection)
+                self.assertEqual(cursor.fetchone(), (2,))
+                self.assertEqual(list(cursor.fetchmany(2)), ROWS[2:4])
+                self.assertEqual(list(cursor.fetchall()), ROWS[4:])
+                self.assertIsNone(cursor.fetchone())
+                self.assertEqual(list(cursor.fetchall()), [])
+
+    def test_they_can_be_iterated_while_sessions_come_and_go(self):
+        connection = self.connect()
+        cursor = connection.cursor()
+        cursor.execute(NUMBERS)
+        connection.commit()
+        rows = []
+        for row in cursor:
+            self.forward.drop()
+            with connection.transaction() as other:
+                other.execute("SELECT 1")
+            rows.append(row)
+        self.assertEqual(rows, ROWS)
+
+    def test_what_is_known_of_them_is_known_afterwards(self):
+        connection = self.connect()
+        cursor = self.numbers_after_commit(connection)
+        name = cursor.description[0][0]
+        self.lose_while_idle(connection)
+        self.assertEqual((cursor.description[0][0], cursor.rowcount), (name, 5))
+        self.assertEqual(cursor.rownumber, 1)
+
+    def test_they_can_be_scrolled(self):
+        connection = self.connect()
+        cursor = self.numbers_after_commit(connection)
+        self.lose_while_idle(connection)
+        cursor.scroll(2)
+        self.assertEqual(cursor.fetchone(), (4,))
+        cursor.scroll(-4)
+        self.assertEqual(cursor.fetchone(), (1,))
+        cursor.scroll(4, mode="absolute")
+        self.assertEqual(cursor.fetchone(), (5,))
+        for outside in ((-1, "absolute"), (9, "relative"), (0, "by day")):
+            with self.assertRaises((IndexError, ValueError, self.module.ProgrammingError)):
+                cursor.scroll(*outside)
+        self.assertEqual(connection.state, "active")
+
+    def test_the_cursor_executes_again(self):
+        connection = self.connect()
+        cursor = self.numbers_after_commit(connection)
+        self.lose_while_idle(connection)
+        cursor.execute(NUMBERS)
+        self.assertEqual(list(cursor.fetchall()), ROWS)
+        connection.commit()
+
+    def test_another_transaction_without_a_loss_leaves_them_alone(self):
+        connection = self.connect()
+        cursor = self.numbers_after_commit(connection)
+        with connection.transaction() as other:
+            other.execute("SELECT 1")
+            self.assertEqual(cursor.fetchone(), (2,))
+        self.assertEqual(list(cursor), ROWS[2:])
+        cursor.execute(NUMBERS)
+        self.assertEqual(list(cursor), ROWS)
+
+    def test_in_the_lost_transaction_itself(self):
+        connection = self.connect()
+        cursor = self.numbers(connection)
+        self.forward.drop()
+        with self.assertRaises(DisconnectionError):
+            connection.cursor().execute("SELECT 1")
+        with self.assertRaises(DisconnectionError):
+            cursor.fetchone()
+        connection.rollback()
+        self.assertEqual(list(cursor), ROWS[1:])
+
+    def test_after_the_session_was_given_up(self):
+        connection = self.connect()
+        cursor = self.numbers_after_commit(connection)
+        connection.reset()
+        self.assertEqual(list(cursor), ROWS[1:])
+
+    def test_in_autocommit_mode(self):
+        connection = self.connect()
+        connection.autocommit = True
+        for lose in (self.lose_at_ping, self.lose_at_setting):
+            cursor = self.numbers(connection)
+            lose(connection)
+            connection.rollback()
+            self.assertEqual(list(cursor), ROWS[1:])
+        cursor = self.numbers(connection)
+        self.forward.drop()
+        connection.cursor().execute("SELECT 1")
+        self.assertEqual(list(cursor), ROWS[1:])
+
+    def test_in_a_forked_child(self):
+        connection = self.connect()
+        cursor = self.numbers_after_commit(connection)
+        other = connection.fork()
+        self.addCleanup(other.close)
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                with connection.transaction() as another:
+                    another.execute("SELECT 1")
+                status = 0 if list(cursor) == ROWS[1:] else 2
+            finally:
+                os._exit(status)
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0)
+        other.begin()
+        self.assertEqual(list(cursor), ROWS[1:])
+
+    def test_a_closed_cursor_has_none(self):
+        connection = self.connect()
+        cursor = self.numbers_after_commit(connection)
+        rows = iter(cursor)
+        self.assertEqual(next(rows), (2,))
+        self.lose_while_idle(connection)
+        cursor.close()
+        for fetch in (cursor.fetchone, lambda: next(rows)):
+            with self.assertRaises(self.module.InterfaceError):
+                fetch()
+
+
+class PostgresTests(SharedTests):
+    def test_a_lost_commit_that_is_found(self):
+        connection = self.connect()
+        cursor = self.numbers(connection)
+        self.make_table()
+        connection.cursor().execute("INSERT INTO item VALUES ('one')")
+        self.forward.cut("to_client", 0)
+        connection.commit()
+        self.assertEqual(self.names(), ["one"])
+        self.assertEqual(list(cursor), ROWS[1:])
+
+    def test_those_of_a_server_side_cursor_are_gone(self):
+        connection = self.connect()
+        cursor = connection.cursor("numbers", withhold=True)
+        cursor.execute(NUMBERS)
+        self.assertEqual(cursor.fetchone(), (1,))
+        connection.commit()
+        self.lose_while_idle(connection)
+        for fetch in (cursor.fetchone, lambda: list(cursor)):
+            with self.assertRaisesRegex(self.module.InterfaceError, "execute it again"):
+                fetch()
+        self.assertEqual(connection.state, "active")
+        cursor.close()
+
+
+class Psycopg2Tests(PostgresTests, DatabaseTestCase):
+    def test_with_cursor_factories(self):
+        for factory in (DictCursor, NamedTupleCursor, RealDictCursor, LoudCursor):
+            with self.subTest(factory.__name__):
+                connection = self.connect()
+                cursor = connection.cursor(cursor_factory=factory)
+                cursor.execute(NUMBERS)
+                rows = iter(cursor)
+                first = next(rows)
+                connection.commit()
+                self.lose_while_idle(connection)
+                found = [first, next(rows), cursor.fetchone(), *cursor.fetchall()]
+                self.assertEqual({type(row) for row in found}, {type(first)})
+                plain = [
+                    tuple(row.values()) if factory is RealDictCursor else tuple(row)
+                    for row in found
+                ]
+                self.assertEqual(plain, ROWS)
+
+    def test_what_psycopg2_knows_besides(self):
+        connection = self.connect()
+        cursor = self.numbers_after_commit(connection)
+        self.lose_while_idle(connection)
+        self.assertEqual(cursor.statusmessage, "SELECT 5")
+        self.assertEqual(cursor.query, NUMBERS.encode())
+        self.assertEqual(cursor.mogrify("SELECT %s", (1,)), b"SELECT 1")
+        self.assertEqual(list(cursor), ROWS[1:])
+
+    def test_helpers_that_take_the_cursor_before_it_executes_again(self):
+        self.query("CREATE TABLE number (n int)")
+        connection = self.connect()
+        cursor = self.numbers_after_commit(connection)
+        self.lose_while_idle(connection)
+        connection.rollback()
+        execute_values(cursor, "INSERT INTO number VALUES %s", ROWS)
+        connection.commit()
+        self.assertEqual(self.query("SELECT * FROM number ORDER BY n"), ROWS)
+
+    def test_rows_that_cannot_be_read_are_met_where_they_are(self):
+        connection = self.connect()
+        extensions.register_type(
+            extensions.new_type((23,), "ODD", lambda value, _: 6 // (3 - int(value))),
+            connection.driver_connection,
+        )
+        cursor = connection.cursor()
+        cursor.execute(NUMBERS)
+        connection.commit()
+        connection.begin()
+        self.assertEqual(cursor.fetchone(), (3,))
+        self.assertEqual(cursor.fetchone(), (6,))
+        with self.assertRaises(ZeroDivisionError):
+            cursor.fetchone()
+
+    def test_a_loss_that_nothing_tells_of_in_the_transaction_itself(self):
+        """Whoever runs that again executes again; nothing is fetched in vain for it."""
+        connection = self.connect()
+        cursor = self.numbers(connection)
+        self.forward.cut("to_client", 0)
+        with self.assertRaises(DisconnectionError):
+            connection.cursor().execute("SELECT 1")
+        connection.rollback()
+        with self.assertRaisesRegex(psycopg2.InterfaceError, "execute it again"):
+            cursor.fetchone()
+        with self.assertRaisesRegex(psycopg2.InterfaceError, "execute it again"):
+            next(iter(cursor))
+
+
+class LoudCursor(extensions.cursor):
+    def execute(self, query, vars=None):
+        super().execute(query, vars)
+
+
+class PsycopgTests(PostgresTests, DatabaseTestCase):
+    # Of its own, so that it can be tested beside psycopg2.
+    layer = PortForwardLayer(PostgresLayer("KeptPostgresLayer"), "KeptPortForwardLayer")
+    driver = "psycopg"
+    module = psycopg
+
+
+@on_mariadb()
+class PymysqlTests(SharedTests, MysqlTestCase, LineTestCase):
+    driver_name = "pymysql"
+
+
+@needs_mysqlclient
+@on_mariadb()
+class MysqlclientTests(SharedTests, MysqlTestCase, LineTestCase):
+    driver_name = "mysqlclient"
