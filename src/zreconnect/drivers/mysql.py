@@ -19,7 +19,7 @@ import re
 import socket
 import ssl
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -53,6 +53,7 @@ ER_FORCING_CLOSE = 1080
 ER_NO_SUCH_THREAD = 1094
 ER_TABLEACCESS_DENIED_ERROR = 1142
 ER_NO_SUCH_TABLE = 1146
+ER_NET_PACKET_TOO_LARGE = 1153
 ER_ERROR_DURING_COMMIT = 1180
 ER_TOO_MANY_USER_CONNECTIONS = 1203
 ER_LOCK_WAIT_TIMEOUT = 1205
@@ -131,6 +132,10 @@ CONDITIONS = {
 
 ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 MARK = "zreconnect_transaction"
+# By so many bytes a statement has to be shorter than max_allowed_packet: its command is one, and
+# MariaDB's net_serv.cc wants two more. A character takes four at most.
+BYTES_OF_PACKET = 3
+BYTES_OF_CHARACTER = 4
 # The client's flag for a session that takes several statements in one string.
 MULTI_STATEMENTS = 1 << 16
 # Options of DSNs whose values are numbers, in seconds.
@@ -165,6 +170,8 @@ class MysqlDriver(BaseDriver):
     connection_class: Any
     plain_cursor: type
     server_side_cursor: type
+    # Of a raw connection, as `IDriver` has it.
+    parameters: Callable[[Any], dict[str, str]]
 
     # Connecting
 
@@ -225,10 +232,14 @@ class MysqlDriver(BaseDriver):
                 "connection_factory made a connection in autocommit mode; set autocommit on the "
                 "reconnecting connection instead"
             )
-        if self._is_mariadb(raw) and self.query(raw, "SELECT @@in_transaction") != [(0,)]:
+        # MySQL does not tell the latter.
+        inside = "@@in_transaction" if self._is_mariadb(raw) else "0"
+        ((limit, is_inside),) = self.query(raw, f"SELECT @@max_allowed_packet, {inside}")
+        if is_inside:
             raise self.module.ProgrammingError(
                 "connection_factory made a connection that is in a transaction"
             )
+        raw.zreconnect_longest = limit - BYTES_OF_PACKET
         raw.autocommit(True)
         raw.zreconnect_begun = raw.zreconnect_committed = False
         _keep_alive(self.fileno(raw))
@@ -397,6 +408,8 @@ class MysqlDriver(BaseDriver):
         # PyMySQL's executemany() makes a bytearray.
         text = statement if isinstance(statement, str) else statement.decode(errors="replace")
         cursor.zreconnect_sent = text
+        if len(statement) * BYTES_OF_CHARACTER > raw.zreconnect_longest:
+            self._check_length(raw, statement)
         if not raw.zreconnect_begun:
             with self._asking(raw):
                 return execute(statement)
@@ -419,6 +432,21 @@ class MysqlDriver(BaseDriver):
             # What follows is a transaction of its own.
             self.query(raw, f"SAVEPOINT {MARK}")
         return result
+
+    def _check_length(self, raw: Any, statement: Any) -> None:
+        """Raise the server's error for a statement that it would end the session for."""
+        is_text = isinstance(statement, str)
+        length = len(statement.encode(raw.encoding, "replace") if is_text else statement)
+        if length > raw.zreconnect_longest:
+            limit = raw.zreconnect_longest + BYTES_OF_PACKET
+            server = self.address(self.parameters(raw))
+            raise self.module.OperationalError(
+                ER_NET_PACKET_TOO_LARGE,
+                f"A statement of {length:,} bytes is too long for {server}, whose "
+                f"max_allowed_packet is {limit:,} bytes. It was not sent, and would fail again: "
+                "store less at once (executemany() does with a smaller max_stmt_length of the "
+                "cursor), or have the limit raised, for sessions that begin afterwards",
+            )
 
     def _check_mode(self, raw: Any) -> None:
         """Raise what tells that somebody has ended the transaction by switching the mode."""

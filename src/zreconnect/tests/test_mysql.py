@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -685,6 +686,86 @@ class Tests(MysqlTestCase):
             self.insert(connection, "second half")
         self.insert(connection)
         self.assertEqual(self.names(), ["one"])
+
+    # Statements that are too long
+
+    def limited(self, limit):
+        """A connection whose sessions take statements that are shorter than so many bytes."""
+        self.query("SET GLOBAL max_allowed_packet = %s", limit)
+        self.addCleanup(self.query, "SET GLOBAL max_allowed_packet = DEFAULT")
+        self.query("ALTER TABLE test.item ADD content longtext")
+        return self.connect()
+
+    def store(self, connection, name, content):
+        with contextlib.closing(connection.cursor()) as cursor:
+            cursor.execute("INSERT INTO item VALUES (%s, 0, %s)", (name, content))
+
+    def assert_too_long(self, length, limit):
+        shown = f"{length:,} bytes is too long for {re.escape(self.address())}.*{limit:,} bytes"
+        return self.assertRaisesRegex(self.module.OperationalError, shown)
+
+    def address(self):
+        return self.driver.address({**self.driver.parse(self.dsn), "password": ""})
+
+    def test_a_statement_that_the_server_would_end_the_session_for_is_not_sent(self):
+        connection = self.limited(1 << 20)
+        runs = []
+
+        def work(content):
+            runs.append(None)
+            self.store(connection, "long", content)
+
+        for content, length in (("x" * 30_000_000, 30_000_000), ("\u20ac" * 400_000, 1_200_000)):
+            length += len("INSERT INTO item VALUES ('long', 0, '')")
+            with self.subTest(length), self.assert_too_long(length, 1 << 20) as refused:
+                connection.run(work, content)
+            self.assertEqual(mysql.errno(refused.exception), mysql.ER_NET_PACKET_TOO_LARGE)
+            self.assertNotIsInstance(refused.exception, TransientError)
+        self.assertEqual(len(runs), 2)
+        # The transaction goes on as after any statement that is refused.
+        number = self.number(connection)
+        self.store(connection, "before", "\u20ac" * 300_000)
+        with self.assertRaises(self.module.OperationalError):
+            self.store(connection, "long", "x" * 2_000_000)
+        self.store(connection, "after", "")
+        connection.commit()
+        self.assertEqual((self.names(), self.number(connection)), (["after", "before"], number))
+
+    def test_the_longest_statement(self):
+        for autocommit in (False, True):
+            with self.subTest(autocommit=autocommit):
+                connection = self.limited(1 << 20)
+                connection.autocommit = autocommit
+                longest = "x" * ((1 << 20) - len("DO ''") - 3)
+                connection.cursor().execute(f"DO '{longest}'")
+                with self.assert_too_long((1 << 20) - 2, 1 << 20):
+                    connection.cursor().execute(f"DO '{longest}x'")
+                connection.cursor().execute("DO 0")
+                self.query("ALTER TABLE test.item DROP content")
+
+    def test_executemany_of_rows_that_are_too_long_together(self):
+        connection = self.limited(1 << 15)
+        rows = [(str(number), "x" * 1000) for number in range(100)]
+        insert = "INSERT INTO item (name, content) VALUES (%s, %s)"
+        cursor = connection.cursor()
+        with self.assertRaisesRegex(self.module.OperationalError, "max_stmt_length"):
+            cursor.executemany(insert, rows)
+        connection.rollback()
+        cursor.max_stmt_length = 30_000
+        cursor.executemany(insert, rows)
+        connection.commit()
+        self.assertEqual(len(self.names()), 100)
+
+    def test_a_file_may_be_longer(self):
+        connection = self.limited(1 << 15)
+        with tempfile.NamedTemporaryFile() as file:
+            file.writelines(b"%d\t0\t%s\n" % (number, b"x" * 1000) for number in range(100))
+            file.flush()
+            Path(file.name).chmod(0o644)
+            cursor = connection.cursor()
+            cursor.execute(f"LOAD DATA INFILE '{file.name}' INTO TABLE item")
+        connection.commit()
+        self.assertEqual(len(self.names()), 100)
 
     # Methods of the modules' connections
 
