@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import transaction
 
+from zreconnect.blocks import transaction_block
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.datamanager import ConnectionDataManager, join_transactions
 from zreconnect.documented import implements
@@ -37,6 +38,8 @@ from zreconnect.work import Work
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+_block = contextlib.contextmanager(transaction_block)
 
 
 @implements(IReconnectingConnection)
@@ -190,25 +193,22 @@ class ReconnectingConnection(SettingsOfSessions):
                 raise self.work.link.driver.module.ProgrammingError(
                     "savepoint() outside a transaction, in autocommit mode"
                 )
-            return Savepoint(self, f"zreconnect_{next(self._savepoints)}")
+            savepoint = self._next_savepoint(None)
+            savepoint.set()
+            return savepoint
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[ReconnectingCursor]:
-        number = None
-        self._check_idle()
-        try:
-            self.begin()
-            number = self.work.number
-            with self.cursor() as cursor:
-                yield cursor
-            if number != self.work.number:
-                self.work.ask(Request.BEGIN, "The end of a block that another transaction follows,")
-            self.commit()
-        except BaseException as error:
-            # A block that was left suspended may be closed inside another transaction.
-            if number is None or number == self.work.number:
-                self.rollback_after(error)
-            raise
+    def _next_savepoint(self, name: str | None) -> Savepoint:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"savepoint_name must be a string, not {type(name).__name__}")
+        if name:
+            quote = self.work.link.driver.quote
+            return Savepoint(self, quote + name.replace(quote, 2 * quote) + quote, is_named=True)
+        return Savepoint(self, f"zreconnect_{next(self._savepoints)}")
+
+    def transaction(
+        self, savepoint_name: str | None = None, force_rollback: bool = False
+    ) -> contextlib.AbstractContextManager[ReconnectingCursor]:
+        return _block(self, self._next_savepoint(savepoint_name), force_rollback)
 
     def run(
         self,

@@ -87,6 +87,11 @@ class IDriver(Interface):
         "The names of the raw connection's methods that work around its transaction, such as those "
         "that execute statements without a cursor. They are not handed on."
     )
+    rollback_request = Attribute(
+        "The module's exception that only ends a block of ``transaction()`` and undoes it, as "
+        "psycopg's Rollback; an empty tuple if it has none."
+    )
+    quote = Attribute("What encloses names in statements.")
     ledger_table = Attribute("The statement that makes a `Ledger`'s ``{table}``, unless it exists.")
     ledger_conflict = Attribute(
         "What follows upon the ledger's INSERT, and is followed by assignments, to have them made "
@@ -550,11 +555,21 @@ class IReconnectingConnection(Interface):
         ProgrammingError in autocommit mode, outside a transaction.
         """
 
-    def transaction():
+    def transaction(savepoint_name=None, force_rollback=False):
         """A context manager that begins, gives a cursor, and commits, or rolls back on an error.
 
-        Raises what ``begin()`` and ``commit()`` raise, and the driver's ProgrammingError at the end
-        of a block whose transaction was ended within, and another one was begun: that goes on.
+        Inside a transaction, whoever has begun it, and in one that is a transaction manager's, it
+        sets a savepoint, and releases it at the end of the block, or rolls back to it on an error.
+        As long as such a block has not ended, nothing is committed: the driver's ProgrammingError.
+
+        savepoint_name: the savepoint's, which is then set in any case. MySQL has but one of a name.
+        force_rollback: roll back at the end of the block, too. psycopg's ``Rollback`` that is
+        raised in the block ends it, or the block whose cursor it was given, and rolls that back.
+
+        Raises what ``begin()``, a statement and ``commit()`` raise; the driver's ProgrammingError
+        at the end of a block that is inside another one and ends after it, and of one whose
+        transaction was ended within, and another one was begun: that goes on; TypeError for a name
+        that is no string.
         """
 
     def run(function, *args, attempts=3, timeout=None, **keywords):

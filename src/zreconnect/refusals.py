@@ -27,6 +27,11 @@ _DRIVERS = {
         "The transaction ended on {server} with the conflict before, its savepoints with it, and "
         "nothing of it is committed. Roll back (or abort) and run the whole work again.",
     ),
+    Answer.OPEN: (
+        "ProgrammingError",
+        "A block of transaction() inside has not ended, such as that of a generator which is not "
+        "exhausted, or it could not be undone: end it before what is around it, or roll back",
+    ),
     Answer.PREPARED: (
         "ProgrammingError",
         "The connection's transaction is prepared: its transaction manager is about to commit or "

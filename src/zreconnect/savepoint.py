@@ -10,12 +10,19 @@ from zreconnect.interfaces import ISavepoint
 
 @implements(ISavepoint)
 class Savepoint:
-    """A savepoint inside a transaction of a `ReconnectingConnection`."""
+    """A savepoint inside a transaction of a `ReconnectingConnection`.
 
-    def __init__(self, connection: Any, name: str) -> None:
+    name: as it stands in statements. is_named: whether the program has given it.
+    """
+
+    def __init__(self, connection: Any, name: str, is_named: bool = False) -> None:
+        self.is_named = is_named
         self._connection = connection
         self._name = name
-        self._execute(f"SAVEPOINT {name}")
+
+    def set(self) -> None:
+        """Set it. Raises what a statement raises."""
+        self._execute(f"SAVEPOINT {self._name}")
 
     def rollback(self) -> None:
         self._execute(f"ROLLBACK TO SAVEPOINT {self._name}")

@@ -51,7 +51,7 @@ class Request(_Constant):
     """What a program asks of a connection."""
 
     LOOK = "a cursor, a row, an attribute"
-    STATEMENT = "a statement, a savepoint, a large object"
+    STATEMENT = "a statement, a savepoint, a large object, a block of transaction()"
     BEGIN = "begin()"
     SETTINGS = "the session's settings"
     COMMIT = "commit()"
@@ -70,6 +70,7 @@ class Answer(_Constant):
     INSIDE = "ProgrammingError: it belongs outside a transaction"
     OVER = "InternalError: the server has ended the transaction"
     CONFLICT = "InternalError that is a TransientError: the same work may succeed"
+    OPEN = "ProgrammingError: a block of transaction() inside it has not ended"
     PREPARED = "ProgrammingError: the transaction manager has the word"
     LOST = "DisconnectionError: roll back first"
     UNKNOWN = "CommitOutcomeUnknown: roll back first"

@@ -1,27 +1,21 @@
 """One unit of work at a time: what is known of a connection's present transaction.
 
-This is the only place where that is written. Everybody else asks: `rollback()`, what looks an
-outcome up, retry loops, the data managers of `transaction`, and sibling connections.
-
 Theory of operation
 -------------------
 
-`Work.state` is the truth. It has one writer, `Work.note`, which knows nothing but the table
-`zreconnect.states.NEXT`. A request that may change what is true is noted *before* it leaves:
+`Work.state` is the truth, and everybody else asks for it. It has one writer, `Work.note`, which
+knows nothing but the table `zreconnect.states.NEXT`. A request that may change what is true is
+noted *before* it leaves:
 
 - ``begin()`` notes BEGIN_LEAVES, sends BEGIN, and notes BEGUN;
-- ``commit()`` notes COMMIT_LEAVES, sends COMMIT, and notes COMMITTED;
-- ``prepare()`` and ``roll_back()`` do the same with PREPARE TRANSACTION and ROLLBACK.
+- ``commit()``, ``prepare()`` and ``roll_back()`` do the same with what they send.
 
-Between the two notes the state says what may be true: BEGINNING, COMMITTING, PREPARING,
-ROLLING_BACK. So wherever KeyboardInterrupt or a signal handler's exception strikes, also in the
-handler of another error, what stays behind is no lie: it makes every request but ``rollback()``
-fail, and tells ``rollback()`` what there is to find out.
+Between the two notes the state says what may be true. So wherever KeyboardInterrupt or a signal
+handler's exception strikes, also in the handler of another error, what stays behind is no lie: it
+makes every request but ``rollback()`` fail, and tells ``rollback()`` what there is to find out.
 
 Nothing here handles an error. What the methods raise, `zreconnect.guard` catches, decides what it
-means, and notes that. A session of which it is not certain that it is at rest is ended there, and
-never repaired; the server then rolls back. What was being committed meanwhile is looked up, in a
-new session, after the old one's server process has been ended.
+means, and notes that. A session that may not be at rest is ended there, and never repaired.
 
 A transaction can be part of a larger one, of a transaction manager's: then ``member`` is the data
 manager that has joined it. `Work.losses` counts the transactions that were lost, so that a data
@@ -30,9 +24,8 @@ and gone on. If the larger transaction ends and the data manager is not told, be
 came before the first line of its ``abort()``, that is noticed all the same, and what was under way
 is rolled back.
 
-Threads share a connection by taking turns; `Turn` says who has it. A thread has it from its first
-request to the end of its transaction, and of what the transaction is part of. Who gets the turn of
-a thread that has ended inside its transaction finds that transaction here, and ends it.
+Threads share a connection by taking turns: from a thread's first request to the end of its
+transaction. Who gets the turn of a thread that has ended inside one finds it here, and ends it.
 """
 
 from __future__ import annotations
@@ -83,7 +76,7 @@ class Work:
     waited: the seconds that the thread has waited for its turn. number: that of the present
     transaction, or of the last. block_began_after: that of the last one before the ``with`` block.
     told_by_run: the one of whose commit ``run`` tells the program, when it returns. own: what each
-    thread knows of its own COMMITs here.
+    thread knows of its own COMMITs here. savepoints: of open blocks, see `zreconnect.blocks`.
     """
 
     __slots__ = (
@@ -101,6 +94,7 @@ class Work:
         "number",
         "own",
         "patience",
+        "savepoints",
         "state",
         "told_by_run",
         "turn",
@@ -122,6 +116,7 @@ class Work:
         self.told_by_run = 0
         self.block: dict[str, Any] = {}
         self.block_began_after = 0
+        self.savepoints: list[Any] = []
         self.committing: Any = None
         self.own = OwnCommits()
         _works.add(self)
@@ -293,6 +288,7 @@ class Work:
     def _begin_another(self, explicit: bool) -> None:
         self.is_explicit = explicit
         self.number += 1
+        self.savepoints.clear()
         self.own.forget()
         self.link.was_ended = False
         self.note(Event.BEGIN_LEAVES)
@@ -321,6 +317,8 @@ class Work:
 
     def commit(self) -> None:
         """Commit the transaction."""
+        if self.savepoints:
+            refuse(Answer.OPEN, self.link.driver, self.link.server.address)
         session = self.link.session
         self.committing = session.raw
         self.own.sending()
@@ -331,6 +329,8 @@ class Work:
 
     def prepare(self, gid: str) -> None:
         """Prepare the transaction for a two-phase commit, under that name."""
+        if self.savepoints:
+            refuse(Answer.OPEN, self.link.driver, self.link.server.address)
         session = self.link.session
         self.note(Event.PREPARE_LEAVES)
         with session.watch.awaiting(self.link.options.response_timeout):

@@ -139,6 +139,8 @@ class BaseDriver:
     loses_rows = False
     supports_two_phase = False
     refused_methods: frozenset[str] = frozenset()
+    rollback_request: Any = ()
+    quote = '"'
     ledger_conflict = "ON CONFLICT (id) DO UPDATE SET"
     ledger_isolation: str | None = None
     ledger_free = ""

@@ -165,6 +165,7 @@ class MysqlDriver(BaseDriver):
         " used timestamp NOT NULL DEFAULT CURRENT_TIMESTAMP"
         ") ENGINE=InnoDB"
     )
+    quote = "`"
     ledger_conflict = "ON DUPLICATE KEY UPDATE"
     # The module's class of connections, and its usual cursors.
     connection_class: Any

@@ -177,6 +177,8 @@ class PostgresqlDriver:
     loses_rows = False
     supports_two_phase = True
     refused_methods: frozenset[str] = frozenset()
+    rollback_request: Any = ()
+    quote = '"'
     disconnect_messages: tuple[str, ...] = DISCONNECT_MESSAGES
     ledger_table = (
         "CREATE TABLE IF NOT EXISTS {table} ("

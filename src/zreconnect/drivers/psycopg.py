@@ -68,6 +68,7 @@ class PsycopgDriver(PostgresqlDriver):
     name = "psycopg"
     module = psycopg
     disconnection_error = PsycopgDisconnectionError
+    rollback_request = psycopg.Rollback
     # psycopg's own words (waiting.py): the socket has hung up, and libpq does not know it yet.
     disconnect_messages = (*DISCONNECT_MESSAGES, "connection socket closed")
     isolation_levels = ISOLATION_LEVELS

@@ -27,6 +27,7 @@ guard
 siblings
 proxies settings datamanager
 cursor twophase
+blocks
 connection
 descriptor
 adapter zopeless

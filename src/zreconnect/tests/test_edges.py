@@ -110,8 +110,6 @@ class Blocks:
             self.insert()
             with self.assertRaises(self.module.ProgrammingError), self.connection:
                 pass
-            with self.assertRaises(self.module.ProgrammingError), self.connection.transaction():
-                pass
             with self.assertRaises(self.module.ProgrammingError):
                 self.connection.run(lambda: None)
         self.assertEqual(self.names(), ["one"])

@@ -351,6 +351,22 @@ class Tests(MysqlTestCase):
             waiting.join()
             other.rollback()
 
+    def test_a_deadlock_in_a_savepoints_block(self):
+        """The server has rolled back the whole transaction, and not to the savepoint."""
+        self.query("INSERT INTO test.item VALUES ('a', 0), ('b', 0)")
+        connection = self.connect()
+        self.insert(connection, "before")
+        with (
+            self.assertRaises(self.module.OperationalError) as raised,
+            connection.transaction(),
+        ):
+            self.deadlock(connection)
+        self.assertTrue(self.driver.is_transient(raised.exception))
+        with self.assertRaises(self.module.InternalError), connection.transaction():
+            self.fail("there is a transaction")
+        self.assertRaises(self.module.InternalError, connection.commit)
+        self.assertEqual((connection.state, self.names()), ("idle", ["a", "b"]))
+
     def test_nothing_follows_a_deadlock(self):
         self.query("INSERT INTO test.item VALUES ('a', 0), ('b', 0)")
         connection = self.connect()
