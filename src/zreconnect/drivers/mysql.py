@@ -26,7 +26,6 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from zreconnect import dsn as dsn_module
 from zreconnect.documented import documented_by
 from zreconnect.drivers.base import (
-    BaseDriver,
     Condition,
     Evidence,
     ServerSession,
@@ -34,6 +33,7 @@ from zreconnect.drivers.base import (
     redirect_to_null,
     set_own_default,
 )
+from zreconnect.drivers.mysqlchoices import MULTI_STATEMENTS, ChoosingDriver, quoted
 from zreconnect.drivers.mysqltext import READING, is_committing, may_commit
 from zreconnect.interfaces import IDriver, Meaning
 
@@ -136,8 +136,6 @@ MARK = "zreconnect_transaction"
 # MariaDB's net_serv.cc wants two more. A character takes four at most.
 BYTES_OF_PACKET = 3
 BYTES_OF_CHARACTER = 4
-# The client's flag for a session that takes several statements in one string.
-MULTI_STATEMENTS = 1 << 16
 # Options of DSNs whose values are numbers, in seconds.
 NUMBERS = ("connect_timeout", "read_timeout", "write_timeout")
 TEXTS = ("charset", "collation", "init_command", "sql_mode", "unix_socket")
@@ -155,7 +153,7 @@ KEEPALIVE = {
 
 
 @documented_by(IDriver)
-class MysqlDriver(BaseDriver):
+class MysqlDriver(ChoosingDriver):
     """The part of `zreconnect.interfaces.IDriver` that all modules for MySQL share."""
 
     ledger_table = (
@@ -243,14 +241,14 @@ class MysqlDriver(BaseDriver):
         raw.zreconnect_longest = limit - BYTES_OF_PACKET
         raw.autocommit(True)
         raw.zreconnect_begun = raw.zreconnect_committed = False
+        self.choose_nothing(raw)
         _keep_alive(self.fileno(raw))
 
     def restore(self, raw: Any, settings: SessionSettings, replaced: dict[str, Any]) -> None:
         raw.autocommit(True)  # Again, because on_connect may have changed it.
         if settings.cursor_factory is not None:
             self.set_cursor_factory(raw, settings.cursor_factory)
-        if settings.client_encoding is not None:
-            self.set_client_encoding(raw, settings.client_encoding)
+        self.choose_again(raw, settings)
         self._set_default_modes(raw, settings, replaced)
 
     def _set_default_modes(
@@ -281,7 +279,7 @@ class MysqlDriver(BaseDriver):
         raise ValueError(f"isolation level {level!r} is unknown; known are {names}")
 
     def set_client_encoding(self, raw: Any, encoding: str) -> None:
-        raw.set_character_set(encoding)
+        self.attribute(raw, "set_character_set")(encoding)
 
     def set_cursor_factory(self, raw: Any, factory: Any) -> None:
         raw.cursorclass = factory or self.plain_cursor
@@ -353,13 +351,13 @@ class MysqlDriver(BaseDriver):
         """Execute statements, in one round trip if the server can; the row of the last one."""
         if self._is_mariadb(raw):
             statements = [f"BEGIN NOT ATOMIC {'; '.join(statements)}; END"]
-        with self._asking(raw), contextlib.closing(self.plain_cursor(raw)) as cursor:
+        with self.asking(raw), contextlib.closing(self.plain_cursor(raw)) as cursor:
             for statement in statements:
                 cursor.execute(statement)
             return cursor.fetchone() if cursor.description else None
 
     @contextlib.contextmanager
-    def _asking(self, raw: Any) -> Iterator[None]:
+    def asking(self, raw: Any) -> Iterator[None]:
         """Note that the session is not at rest until there is an answer, read to its end.
 
         The modules do not tell: after an interrupt they take the rest of the answer for that to the
@@ -383,7 +381,7 @@ class MysqlDriver(BaseDriver):
 
     def query(self, raw: Any, statement: str, parameters: Any = None) -> list[Any]:
         # Not raw.cursor(): a cursor class of the user's may log or change what it executes.
-        with self._asking(raw), contextlib.closing(self.plain_cursor(raw)) as cursor:
+        with self.asking(raw), contextlib.closing(self.plain_cursor(raw)) as cursor:
             cursor.execute(statement, parameters)
             return list(cursor.fetchall()) if cursor.description else []
 
@@ -412,14 +410,16 @@ class MysqlDriver(BaseDriver):
         if len(statement) * BYTES_OF_CHARACTER > raw.zreconnect_longest:
             self._check_length(raw, statement)
         if not raw.zreconnect_begun:
-            with self._asking(raw):
-                return execute(statement)
+            with self.asking(raw):
+                result = execute(statement)
+            self.note_choices(raw, cursor)
+            return result
         self._check_mode(raw)
         had_committed = raw.zreconnect_committed
         cursor.zreconnect_may_commit = may_commit(text, bool(raw.client_flag & MULTI_STATEMENTS))
         raw.zreconnect_committed = had_committed or cursor.zreconnect_may_commit
         try:
-            with self._asking(raw):
+            with self.asking(raw):
                 result = execute(statement)
         except self.module.Error as error:
             if errno(error) in ENDS_TRANSACTION or self._timeout_ended_transaction(raw, error):
@@ -432,6 +432,7 @@ class MysqlDriver(BaseDriver):
         if is_committing(text):
             # What follows is a transaction of its own.
             self.query(raw, f"SAVEPOINT {MARK}")
+        self.note_choices(raw, cursor)
         return result
 
     def _check_length(self, raw: Any, statement: Any) -> None:
@@ -538,7 +539,7 @@ class MysqlDriver(BaseDriver):
         if "." in table:
             return table
         ((database,),) = self.query(raw, "SELECT DATABASE()")
-        return None if database is None else f"`{database.replace('`', '``')}`.{table}"
+        return None if database is None else f"{quoted(database)}.{table}"
 
     def limit_lock_waits(self, raw: Any, limit: float) -> int:
         ((before,),) = self.query(raw, "SELECT @@innodb_lock_wait_timeout")

@@ -1,4 +1,4 @@
-"""What the text of a statement says of what it may do to a transaction of MySQL's or MariaDB's.
+"""What the text of a statement says of what it may do to a session of MySQL's or MariaDB's.
 
 Only what is known to commit nothing is taken for that: the server has many statements that commit,
 some that contain others, and in its next version a few more.
@@ -33,6 +33,23 @@ COMMITTING = re.compile(
 READING = re.compile(BLANK + r"(?:SELECT|SHOW|DESC|EXPLAIN|HELP|SET)\b", re.IGNORECASE | re.DOTALL)
 # Whether it stands in quotes depends on the session's sql_mode.
 SETTING_MODE = re.compile(BLANK + r"SET\b.*\bAUTOCOMMIT\b", re.IGNORECASE | re.DOTALL)
+# What may choose a database or a character set for the session; and one that says which.
+CHOOSING = re.compile(
+    rf"(?:\s|{COMMENT}|{EXECUTABLE})*"
+    r"(?:USE|SET|EXECUTE|BEGIN|IF|CASE|LOOP|WHILE|REPEAT|FOR|DROP\s+(?:DATABASE|SCHEMA))\b",
+    re.IGNORECASE,
+)
+CHOICE = re.compile(
+    BLANK + r"(?:(?P<database>USE\s+(?:`(?:[^`]|``)+`|[\w$]+))"
+    r"|(?P<names>SET\s+NAMES\s+'?\w+'?(?:\s+COLLATE\s+'?\w+'?)?))[\s;]*\Z",
+    re.IGNORECASE | re.DOTALL,
+)
+CHOSEN = re.compile(
+    r"\b(?:USE|DATABASE|SCHEMA|NAMES|CHARSET|CHARACTER|character_set_\w+|collation_connection)\b",
+    re.IGNORECASE,
+)
+# Between semicolons, when other quotes are gone.
+PART = re.compile(r"(?:`[^`]*`|[^;`])+")
 # What can contain a semicolon, or a word, that is no part of a statement.
 QUOTED = re.compile(
     r"'[^'\\]*(?:\\.[^'\\]*)*'"
@@ -58,3 +75,27 @@ def may_commit(text: str, are_several: bool) -> bool:
 def is_committing(text: str) -> bool:
     """Whether ``text`` is one statement that is known to commit, before and after itself."""
     return COMMITTING.match(text) is not None and ";" not in text.rstrip("; \t\r\n")
+
+
+def choices(text: str, are_several: bool) -> dict[str, str] | None:
+    """What a statement has chosen for the session, by subject, as statements that choose it again.
+
+    None if that does not show, and the server is to be asked. are_several: as for `may_commit`.
+    """
+    parts = [text]
+    if are_several and ";" in text:
+        parts = PART.findall(QUOTED.sub(_identifier, text))
+        parts = [part for part in parts if part.strip()]
+    found = {}
+    for part in parts:
+        if CHOOSING.match(part):
+            choice = CHOICE.match(part if len(parts) > 1 else text)
+            if choice is not None:
+                found[choice.lastgroup or ""] = choice[choice.lastgroup or 0]
+            elif len(parts) == 1 and CHOSEN.search(text):
+                return None
+    return found
+
+
+def _identifier(quoted: re.Match[str]) -> str:
+    return " " if quoted[1] is None else quoted[0]

@@ -29,7 +29,7 @@ from zreconnect import (
     retry_on_disconnect,
 )
 from zreconnect.connection import ReconnectingConnection
-from zreconnect.drivers import mysql
+from zreconnect.drivers import mysql, mysqlchoices
 from zreconnect.drivers.base import Evidence, Meaning, SessionSettings, load_driver
 from zreconnect.drivers.mysql import MysqlDriver
 from zreconnect.dsn import driver_name
@@ -46,6 +46,8 @@ from zreconnect.tests.base import (
     with_time_to_connect,
 )
 
+LATIN1 = ["latin1", "latin1", "latin1_swedish_ci"]
+UTF8 = ["utf8mb4", "utf8mb4", "utf8mb4_general_ci"]
 # For statements that wait in vain otherwise.
 PATIENCE = 30
 
@@ -844,6 +846,164 @@ class Tests(MysqlTestCase):
         connection.run(self.insert, connection)
         self.assertEqual(self.names(), ["one"])
 
+    def selected(self, connection):
+        with connection.transaction() as cursor:
+            names = ", ".join(f"@@{name}" for name in mysqlchoices.CHARACTER_SETS)
+            cursor.execute(f"SELECT DATABASE(), {names}")
+            database, *sets = cursor.fetchone()
+        return database, sets
+
+    def assert_chosen_again(self, connection, database, sets=UTF8):
+        before = self.number(connection)
+        for _ in range(2):
+            self.assertEqual(self.selected(connection), (database, sets))
+            self.lose(connection)
+        self.assertEqual(self.selected(connection), (database, sets))
+        self.assertNotEqual(self.number(connection), before)
+
+    def customer(self, name="customer"):
+        quoted = mysqlchoices.quoted(name)
+        self.query(f"CREATE OR REPLACE DATABASE {quoted}")
+        self.addCleanup(self.query, f"DROP DATABASE IF EXISTS {quoted}")
+
+    def dsns(self):
+        return self.dsn, self.dsn.replace("/test", "/")
+
+    def test_the_selected_database_is_there_again(self):
+        for dsn, name in zip(self.dsns(), ("customer", "a`b; c"), strict=True):
+            self.customer(name)
+            quoted = mysqlchoices.quoted(name)
+
+            def execute(statement):
+                connection.cursor().execute(statement)  # noqa: B023
+                connection.rollback()  # noqa: B023
+
+            for select in (
+                lambda: connection.select_db(name),  # noqa: B023
+                lambda: execute(f"USE {quoted}"),  # noqa: B023
+                lambda: execute(f"/*! USE {quoted} */"),  # noqa: B023
+                lambda: execute(f"EXECUTE IMMEDIATE 'USE {quoted}'"),  # noqa: B023
+            ):
+                with self.subTest(name):
+                    connection = self.connect(dsn, witness=None)
+                    select()
+                    self.assert_chosen_again(connection, name)
+
+    def test_a_database_is_selected_in_autocommit_mode(self):
+        self.customer()
+        connection = self.connect(self.dsns()[1], witness=None)
+        connection.autocommit = True
+        connection.cursor().execute("USE customer")
+        self.lose(connection)
+        connection.cursor().execute("CREATE TABLE item (number int)")
+        self.assertEqual(self.query("SELECT * FROM customer.item"), [])
+
+    def test_what_was_chosen_last_holds(self):
+        """Also over what on_connect chooses, and in a fork."""
+        self.customer()
+
+        def set_up(raw):
+            raw.select_db("test")
+            raw.set_character_set("utf8mb4")
+
+        connection = self.connect(on_connect=set_up)
+        self.assert_chosen_again(connection, "test")
+        connection.select_db("mysql")
+        connection.select_db("customer")
+        connection.set_character_set("latin2")
+        connection.set_client_encoding("latin1")
+        self.assert_chosen_again(connection, "customer", LATIN1)
+        connection.readonly = True
+        self.assert_chosen_again(connection, "customer", LATIN1)
+        connection.cursor().execute("SET NAMES utf8mb4 COLLATE utf8mb4_bin")
+        connection.rollback()
+        self.assert_chosen_again(connection, "customer", ["utf8mb4", "utf8mb4", "utf8mb4_bin"])
+        fork = connection.fork()
+        self.addCleanup(fork.close)
+        fork.select_db("mysql")
+        self.assert_chosen_again(connection, "customer", ["utf8mb4", "utf8mb4", "utf8mb4_bin"])
+        self.assertEqual(self.selected(fork)[0], "mysql")
+        connection.reset()
+        self.assert_chosen_again(connection, "test")
+
+    def test_the_character_set_is_there_again(self):
+        for statement, sets in {
+            "SET NAMES latin1": LATIN1,
+            "SET NAMES 'latin1'": LATIN1,
+            "SET @a = 1, NAMES latin1": LATIN1,
+            "SET character_set_results = NULL": [UTF8[0], None, UTF8[2]],
+            "SET collation_connection = 'utf8mb4_bin'": [*UTF8[:2], "utf8mb4_bin"],
+        }.items():
+            with self.subTest(statement):
+                connection = self.connect()
+                connection.cursor().execute(statement)
+                connection.rollback()
+                self.assert_chosen_again(connection, "test", sets)
+
+    def test_the_modules_encoding_is_there_again(self):
+        connection = self.connect()
+        connection.set_character_set("latin1")
+        self.assertEqual(connection.encoding, connection.driver_connection.encoding)
+        for _ in range(2):
+            self.insert(connection, "\u00fc")
+            connection.commit()
+            self.assertEqual(self.names(), ["\u00fc"])
+            self.query("DELETE FROM test.item")
+            self.lose(connection)
+
+    def test_a_database_that_was_dropped_is_forgotten(self):
+        self.customer()
+        connection = self.connect()
+        connection.select_db("customer")
+        connection.cursor().execute("DROP DATABASE customer")
+        connection.rollback()
+        self.assertIsNone(self.selected(connection)[0])
+        self.lose(connection)
+        self.assertEqual(self.selected(connection)[0], "test")
+
+    def test_a_database_that_somebody_else_has_dropped_is_an_error(self):
+        self.customer()
+        connection = self.connect()
+        connection.select_db("customer")
+        self.query("DROP DATABASE customer")
+        self.lose(connection)
+        with self.assertRaisesRegex(self.module.OperationalError, "Unknown database") as refused:
+            connection.begin()
+        self.assertNotIsInstance(refused.exception, TransientError)
+        connection.reset()
+        self.assertEqual(self.selected(connection)[0], "test")
+
+    def test_converters_are_there_again(self):
+        class Name:
+            def __str__(self):
+                return "one"
+
+        connection = self.connect()
+        connection.encoders[Name] = lambda value, *rest: f"'{value}'"
+        for _ in range(2):
+            connection.cursor().execute("INSERT INTO item VALUES (%s, 0)", (Name(),))
+            connection.commit()
+            self.assertEqual(self.names(), ["one"])
+            self.query("DELETE FROM test.item")
+            self.lose(connection)
+
+    def test_choosing_costs_no_round_trip(self):
+        connection = self.connect()
+
+        def use():
+            with connection.transaction() as cursor:
+                cursor.execute("USE test")
+                cursor.execute("SET NAMES utf8mb4")
+
+        use()
+        self.assertEqual(self.round_trips(use), 4)
+
+    def test_rows_that_wait_to_be_read_are_left_alone(self):
+        connection = self.connect()
+        cursor = connection.cursor("rows")
+        cursor.execute("EXECUTE IMMEDIATE 'SELECT seq FROM seq_1_to_10 /* USE */'")
+        self.assertEqual(len(list(cursor.fetchall())), 10)
+
     def test_modes_in_autocommit_mode(self):
         connection = self.connect()
         connection.set_session(isolation_level="SERIALIZABLE", readonly=True, autocommit=True)
@@ -1199,6 +1359,14 @@ class PymysqlTests(Tests, LineTestCase):
 @needs_mysqlclient
 class MysqlclientTests(Tests, LineTestCase):
     driver_name = "mysqlclient"
+
+    def test_the_sql_mode_is_there_again(self):
+        connection = self.connect()
+        connection.set_sql_mode("ANSI_QUOTES")
+        self.lose(connection)
+        cursor = connection.cursor()
+        cursor.execute('SELECT @@sql_mode AS "mode"')
+        self.assertEqual(cursor.fetchone(), ("ANSI_QUOTES",))
 
     def test_the_time_is_shared_among_addresses(self):
         for dsn, expected in {

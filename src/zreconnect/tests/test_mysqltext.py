@@ -2,7 +2,7 @@
 
 import unittest
 
-from zreconnect.drivers.mysqltext import READING, is_committing, may_commit
+from zreconnect.drivers.mysqltext import READING, choices, is_committing, may_commit
 
 COMMITTING = """
 CREATE TEMPORARY SEQUENCE numbers
@@ -92,3 +92,49 @@ class MayCommitTests(unittest.TestCase):
             self.assertTrue(may_commit(f"{before} COMMIT", are_several=True))
             self.assertTrue(is_committing(f"{before} COMMIT"))
             self.assertTrue(READING.match(f"{before} SELECT 1"))
+
+
+class ChoicesTests(unittest.TestCase):
+    def test_what_shows(self):
+        for text, expected in {
+            "USE customer": {"database": "USE customer"},
+            "/* why */ use `a b``;c` ; ": {"database": "use `a b``;c`"},
+            "SET NAMES latin1": {"names": "SET NAMES latin1"},
+            "set names 'latin1' collate 'latin1_bin';": {
+                "names": "set names 'latin1' collate 'latin1_bin'"
+            },
+            "SET @a = 1": {},
+            "SELECT 'USE a', seq FROM item USE INDEX (i)": {},
+            "CREATE DATABASE customer CHARACTER SET latin1": {},
+            "DROP TABLE item": {},
+        }.items():
+            for are_several in (False, True):
+                with self.subTest(text):
+                    self.assertEqual(choices(text, are_several), expected)
+
+    def test_what_only_the_server_knows(self):
+        for text in (
+            'USE "customer"',
+            "/*! USE customer */",
+            "EXECUTE IMMEDIATE 'USE customer'",
+            "SET STATEMENT max_statement_time = 1 FOR USE customer",
+            "BEGIN NOT ATOMIC EXECUTE IMMEDIATE 'USE customer'; END",
+            "SET @a = 1, NAMES latin1",
+            "SET character_set_results = NULL",
+            "SET CHARACTER SET latin1",
+            "SET CHARSET latin1",
+            "SET collation_connection = @saved",
+            "DROP DATABASE customer",
+            "drop schema customer",
+        ):
+            with self.subTest(text):
+                self.assertIsNone(choices(text, are_several=False))
+
+    def test_several_in_one(self):
+        for text, expected in {
+            "SELECT 1; USE a; USE `b;c`": {"database": "USE `b;c`"},
+            "INSERT INTO item VALUES ('; USE a'); SET NAMES latin1;": {"names": "SET NAMES latin1"},
+            "USE a; SET CHARSET latin1": {"database": "USE a"},
+        }.items():
+            with self.subTest(text):
+                self.assertEqual(choices(text, are_several=True), expected)

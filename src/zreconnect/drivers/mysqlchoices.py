@@ -1,0 +1,119 @@
+"""What a program chooses in a session of MySQL's, and the next session has again.
+
+That is the selected database, the character set, and mysqlclient's ``set_sql_mode()``. No module
+tells what the session tracker of a server says, so it has to show in the methods that are called
+and in the text of statements. Where it does not, the server is asked, after a statement that may
+have chosen something. Whatever else a statement sets is for ``on_connect``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from operator import methodcaller
+from typing import Any
+
+from zreconnect.documented import documented_by
+from zreconnect.drivers.base import BaseDriver, SessionSettings
+from zreconnect.drivers.mysqltext import choices
+from zreconnect.interfaces import IDriver
+
+# The client's flag for a session that takes several statements in one string.
+MULTI_STATEMENTS = 1 << 16
+METHODS = {
+    "select_db": "database",
+    "set_character_set": "encoding",
+    "set_charset": "encoding",
+    "set_sql_mode": "mode",
+}
+CHARACTER_SETS = ("character_set_client", "character_set_results", "collation_connection")
+# How values are converted; the modules have a copy for each connection.
+CONVERTERS = ("encoders", "decoders", "converter")
+
+
+@documented_by(IDriver)
+class ChoosingDriver(BaseDriver):
+    """The part of the drivers for MySQL that knows what was chosen.
+
+    Of a raw connection, ``zreconnect_choices`` has what was chosen by what it is about, the last
+    one last, as what chooses it again: a statement, or a function of the raw connection.
+    ``zreconnect_due`` has that of the session before, until it is chosen again.
+    """
+
+    query: Callable[..., list[Any]]
+    asking: Callable[[Any], AbstractContextManager[None]]
+
+    def choose_nothing(self, raw: Any) -> None:
+        """For a new raw connection."""
+        raw.zreconnect_choices, raw.zreconnect_due = {}, {}
+
+    def keep(self, raw: Any) -> Any:
+        converters = {name: getattr(raw, name, None) for name in CONVERTERS}
+        return converters, dict(raw.zreconnect_choices)
+
+    def inherit(self, raw: Any, kept: Any) -> None:
+        converters, raw.zreconnect_due = kept
+        for name, value in converters.items():
+            # mysqlclient's are gone from a connection that is closed.
+            if value is not None:
+                setattr(raw, name, value)
+
+    def choose_again(self, raw: Any, settings: SessionSettings) -> None:
+        """Choose what was chosen in the session before, in the same order."""
+        due, raw.zreconnect_due = raw.zreconnect_due, {}
+        is_set = "encoding" in due or "encoding" in raw.zreconnect_choices
+        if settings.client_encoding is not None and not is_set:
+            self.attribute(raw, "set_character_set")(settings.client_encoding)
+        for subject, again in due.items():
+            self._choose(raw, subject, again)
+
+    def attribute(self, raw: Any, name: str) -> Any:
+        value = getattr(raw, name)
+        if name not in METHODS:
+            return value
+
+        def choose(*args: Any, **keywords: Any) -> None:
+            self._choose(raw, METHODS[name], methodcaller(name, *args, **keywords))
+
+        return choose
+
+    def _choose(self, raw: Any, subject: str, again: Any) -> None:
+        if isinstance(again, str):
+            self.query(raw, again)
+        else:
+            with self.asking(raw):
+                again(raw)
+        _note(raw, subject, again)
+
+    def note_choices(self, raw: Any, cursor: Any) -> None:
+        """Note what the statement that a cursor has executed has chosen."""
+        found = choices(cursor.zreconnect_sent, bool(raw.client_flag & MULTI_STATEMENTS))
+        # What returns rows, which wait to be read, has chosen nothing.
+        if found is None and cursor.description is None:
+            found = self._ask_for_choices(raw)
+        for subject, again in (found or {}).items():
+            _note(raw, subject, again)
+
+    def _ask_for_choices(self, raw: Any) -> dict[str, str]:
+        variables = ", ".join(f"@@{name}" for name in CHARACTER_SETS)
+        ((database, *values),) = self.query(raw, f"SELECT DATABASE(), {variables}")
+        sets = zip(CHARACTER_SETS, values, strict=True)
+        assignments = ", ".join(f"{name} = {value or 'NULL'}" for name, value in sets)
+        found = {"names": f"SET {assignments}"}
+        if database is None:
+            # The one that was selected is dropped.
+            raw.zreconnect_choices.pop("database", None)
+        else:
+            found["database"] = f"USE {quoted(database)}"
+        return found
+
+
+def _note(raw: Any, subject: str, again: Any) -> None:
+    # The order counts: of the encoding and a SET NAMES, the later one holds.
+    raw.zreconnect_choices.pop(subject, None)
+    raw.zreconnect_choices[subject] = again
+
+
+def quoted(name: str) -> str:
+    """A name as the server takes any."""
+    return "`{}`".format(name.replace("`", "``"))
