@@ -83,6 +83,9 @@ class IDriver(Interface):
         "Whether rows that are in the client cannot be fetched any more when the session has ended."
     )
     supports_two_phase = Attribute("Whether transactions can be prepared.")
+    calls_autocommit = Attribute(
+        "Whether the module's connections have ``autocommit`` as a method, and not as an attribute."
+    )
     refused_methods = Attribute(
         "The names of the raw connection's methods that work around its transaction, such as those "
         "that execute statements without a cursor. They are not handed on."

@@ -30,6 +30,26 @@ class DriverAttribute:
         setattr(connection.driver_connection, self._name, value)
 
 
+class _Switch(int):
+    """Whether a connection is in autocommit mode; and what is called to change that, as the modules
+    for MySQL have it."""
+
+    def __new__(cls, connection: Any, mode: bool) -> _Switch:
+        switch = super().__new__(cls, mode)
+        switch._connection = connection
+        return switch
+
+    _connection: Any
+
+    def __call__(self, value: bool) -> None:
+        # As the modules, it does nothing if there is nothing to change.
+        if self._connection.get_autocommit() != bool(value):
+            self._connection.autocommit = value
+
+    def __repr__(self) -> str:
+        return repr(bool(self))
+
+
 @documented_by(IReconnectingConnection)
 class SettingsOfSessions:
     """The part of a `ReconnectingConnection` that sets up its sessions.
@@ -45,9 +65,18 @@ class SettingsOfSessions:
     work: Work
     guard: Guard
 
+    cursorclass = DriverAttribute()
+
     @property
-    def autocommit(self) -> bool:
-        return self.work.link.settings.autocommit
+    def open(self) -> bool:
+        """Whether ``close()`` was not called, as in PyMySQL and mysqlclient. A lost session is
+        replaced."""
+        return self.work.state is not State.CLOSED
+
+    @property
+    def autocommit(self) -> Any:
+        mode = self.work.link.settings.autocommit
+        return _Switch(self, mode) if self.work.link.driver.calls_autocommit else mode
 
     @autocommit.setter
     def autocommit(self, value: bool) -> None:
@@ -71,6 +100,10 @@ class SettingsOfSessions:
 
     # psycopg 3's names.
     read_only = readonly
+
+    def get_autocommit(self) -> bool:
+        """``autocommit``, as in PyMySQL and mysqlclient."""
+        return self.work.link.settings.autocommit
 
     def set_autocommit(self, value: bool) -> None:
         """Set ``autocommit``, as in psycopg 3.

@@ -138,6 +138,7 @@ class BaseDriver:
     has_sessions = True
     loses_rows = False
     supports_two_phase = False
+    calls_autocommit = False
     refused_methods: frozenset[str] = frozenset()
     rollback_request: Any = ()
     quote = '"'

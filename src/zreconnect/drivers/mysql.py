@@ -136,6 +136,8 @@ MARK = "zreconnect_transaction"
 # MariaDB's net_serv.cc wants two more. A character takes four at most.
 BYTES_OF_PACKET = 3
 BYTES_OF_CHARACTER = 4
+# The names that this package, PyMySQL and mysqlclient have for the class of a cursor.
+CURSOR_CLASSES = ("cursor_factory", "cursor", "cursorclass")
 # Options of DSNs whose values are numbers, in seconds.
 NUMBERS = ("connect_timeout", "read_timeout", "write_timeout")
 TEXTS = ("charset", "collation", "init_command", "sql_mode", "unix_socket")
@@ -165,6 +167,7 @@ class MysqlDriver(ChoosingDriver):
     )
     quote = "`"
     ledger_conflict = "ON DUPLICATE KEY UPDATE"
+    calls_autocommit = True
     # The module's class of connections, and its usual cursors.
     connection_class: Any
     plain_cursor: type
@@ -386,12 +389,16 @@ class MysqlDriver(ChoosingDriver):
             return list(cursor.fetchall()) if cursor.description else []
 
     def cursor(self, raw: Any, name: str | None, options: Mapping[str, Any]) -> Any:
-        cursor_class = options.get("cursor_factory") or raw.cursorclass
+        # The modules' own argument is a class, and the first one.
+        chosen = [options[key] for key in CURSOR_CLASSES if options.get(key) is not None]
         if isinstance(name, type):
-            # The modules' own first argument is a class.
-            cursor_class = name
+            chosen.append(name)
         elif name is not None:
-            cursor_class = self.server_side_cursor
+            chosen.append(self.server_side_cursor)
+        unknown = set(options) - set(CURSOR_CLASSES)
+        if unknown:
+            raise TypeError(f"cursor() has no argument {', '.join(sorted(unknown))}")
+        cursor_class = chosen[-1] if chosen else raw.cursorclass
         cursor = _watched(cursor_class)(raw)
         cursor.zreconnect_driver = self
         return cursor

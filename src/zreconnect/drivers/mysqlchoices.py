@@ -27,8 +27,8 @@ METHODS = {
     "set_sql_mode": "mode",
 }
 CHARACTER_SETS = ("character_set_client", "character_set_results", "collation_connection")
-# How values are converted; the modules have a copy for each connection.
-CONVERTERS = ("encoders", "decoders", "converter")
+# What a program sets on a connection itself; the modules have a copy of the converters for each.
+ATTRIBUTES = ("cursorclass", "encoders", "decoders", "converter")
 
 
 @documented_by(IDriver)
@@ -48,13 +48,13 @@ class ChoosingDriver(BaseDriver):
         raw.zreconnect_choices, raw.zreconnect_due = {}, {}
 
     def keep(self, raw: Any) -> Any:
-        converters = {name: getattr(raw, name, None) for name in CONVERTERS}
-        return converters, dict(raw.zreconnect_choices)
+        attributes = {name: getattr(raw, name, None) for name in ATTRIBUTES}
+        return attributes, dict(raw.zreconnect_choices)
 
     def inherit(self, raw: Any, kept: Any) -> None:
-        converters, raw.zreconnect_due = kept
-        for name, value in converters.items():
-            # mysqlclient's are gone from a connection that is closed.
+        attributes, raw.zreconnect_due = kept
+        for name, value in attributes.items():
+            # mysqlclient's converters are gone from a connection that is closed.
             if value is not None:
                 setattr(raw, name, value)
 

@@ -176,6 +176,7 @@ class PostgresqlDriver:
     has_sessions = True
     loses_rows = False
     supports_two_phase = True
+    calls_autocommit = False
     refused_methods: frozenset[str] = frozenset()
     rollback_request: Any = ()
     quote = '"'

@@ -685,6 +685,43 @@ class Tests(MysqlTestCase):
             connection.commit()
         self.assertEqual(self.names(), ["before"])
 
+    def test_autocommit_as_the_modules_have_it(self):
+        connection = self.connect()
+        for mode in (True, False):
+            connection.autocommit(mode)
+            connection.autocommit(mode)
+            self.insert(connection, f"called {mode}")
+            self.assertEqual(
+                (bool(connection.autocommit), connection.get_autocommit()), (mode,) * 2
+            )
+            self.assertEqual(
+                (connection.autocommit, repr(connection.autocommit)), (mode, str(mode))
+            )
+            connection.rollback()
+            connection.autocommit = mode
+            self.insert(connection, f"set {mode}")
+            self.lose(connection)
+            connection.rollback()
+            self.assertEqual(connection.autocommit, mode)
+        self.assertEqual(self.names(), ["called True", "set True"])
+
+    def test_autocommit_mode_does_not_change_inside_a_transaction(self):
+        connection = self.connect()
+        self.insert(connection)
+        connection.autocommit(False)
+        with self.assertRaises(self.module.ProgrammingError):
+            connection.autocommit(True)
+        connection.commit()
+        self.assertEqual(self.names(), ["one"])
+
+    def test_open(self):
+        connection = self.connect()
+        self.insert(connection)
+        self.lose(connection)
+        self.assertTrue(connection.open)
+        connection.close()
+        self.assertFalse(connection.open)
+
     def test_autocommit_mode_that_is_off_may_be_switched_off(self):
         connection = self.connect()
         self.insert(connection)
@@ -1019,11 +1056,24 @@ class Tests(MysqlTestCase):
         for cursor in (
             connection.cursor(dictionaries),
             connection.cursor(cursor_factory=dictionaries),
+            connection.cursor(cursor=dictionaries),
+            connection.cursor(cursorclass=dictionaries),
         ):
             cursor.execute("SELECT 1 AS one")
             self.assertEqual(cursor.fetchall()[0], {"one": 1})
             self.assertTrue(self.driver.in_transaction(connection.driver_connection))
             connection.rollback()
+        with self.assertRaisesRegex(TypeError, "no argument colour"):
+            connection.cursor(colour="red").execute("SELECT 1")
+
+    def test_the_usual_cursor_class_is_there_again(self):
+        connection = self.connect()
+        connection.cursorclass = import_module(f"{self.module.__name__}.cursors").DictCursor
+        for _ in range(2):
+            with connection.transaction() as cursor:
+                cursor.execute("SELECT 1 AS one")
+                self.assertEqual(cursor.fetchall()[0], {"one": 1})
+            self.lose(connection)
 
     def test_begin_that_fails_leaves_no_transaction(self):
         raw = self.connect().driver_connection
