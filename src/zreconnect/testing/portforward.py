@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-import enum
-import errno
-import fcntl
-import math
+import contextlib
+import itertools
+import json
 import os
-import selectors
 import socket
-import struct
-import termios
+import subprocess
+import sys
 import threading
-import time
 import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import astuple, dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any
 
+from zreconnect.testing import _forwarder
+from zreconnect.testing._forwarder import DIRECTIONS
 from zreconnect.testing._ports import LOCALHOST, bind
 
-Direction = Literal["to_server", "to_client"]
-Result = TypeVar("Result")
-
-_DIRECTIONS: dict[str, frozenset[str]] = {
-    "to_server": frozenset({"to_server"}),
-    "to_client": frozenset({"to_client"}),
-    "both": frozenset({"to_server", "to_client"}),
-}
-_CHUNK = 65536
-_HELD_BYTES_LIMIT = 1 << 20
-_PIECES_PER_SECOND = 20
+_DIRECTIONS = {"to_server": ["to_server"], "to_client": ["to_client"], "both": list(DIRECTIONS)}
 _COMMAND_TIMEOUT = 30.0
-_LINGER_RESET = struct.pack("ii", 1, 0)
 _DELIVERY_TIMEOUT = 5.0
-_DELIVERY_POLL_INTERVAL = 0.0005
-_TCP_CLOSE = 7
-
-_SSL_REQUEST = 80877103
-_GSSENC_REQUEST = 80877104
-_LONGEST_STARTUP_PACKET = 10000
 
 
 @dataclass(frozen=True)
@@ -74,14 +56,9 @@ class Count:
 class Cut:
     """A cut that `PortForward.cut()` has prepared."""
 
-    def __init__(
-        self, direction: str, after: int, reset: bool, then: Callable[[], object] | None
-    ) -> None:
-        self._direction = direction
-        self._remaining = after
-        self._reset = reset
+    def __init__(self, then: Callable[[], object] | None) -> None:
         self._then = then
-        self._due = False
+        self._error: BaseException | None = None
         self._outcome: Future[None] = Future()
 
     @property
@@ -103,14 +80,18 @@ class Cut:
             raise error
         return True
 
-    def _clip(self, direction: Direction, chunk: bytes) -> bytes:
-        """Return what may still pass of the bytes that are about to."""
-        if direction != self._direction:
-            return chunk
-        passing = chunk[: self._remaining]
-        self._remaining -= len(passing)
-        self._due = not self._remaining
-        return passing
+    def _call(self) -> None:
+        assert self._then is not None
+        try:
+            self._then()
+        except BaseException as error:
+            self._error = error
+
+    def _has_happened(self) -> None:
+        if self._error is not None:
+            self._outcome.set_exception(self._error)
+        else:
+            self._outcome.set_result(None)
 
 
 class PortForward:
@@ -121,11 +102,15 @@ class PortForward:
     `stop()`. All methods can be called from any thread. What they ask for is done when they
     return, after everything that had reached the forwarder by then was forwarded.
 
+    A process of its own forwards, so that it does whatever the program's threads do, also while
+    a call such as psycopg2's `cancel()` keeps them all from running. That process ends with the
+    program, however the program ends.
+
     A client that connects while the target does not accept connections is accepted here and then
     reset, since TCP cannot take back an accepted connection; `refuse()` refuses as a server that
     is down does.
 
-    After `os.fork()` the child's copies of the sockets are closed, the parent's are untouched.
+    After `os.fork()` it is the parent's alone: in the child it is as if stopped.
     """
 
     host = LOCALHOST
@@ -135,12 +120,14 @@ class PortForward:
         self.target_port = target_port
         #: The port to connect to: 0 before the first `start()`, then the same for ever.
         self.port = 0
+        # Of the processes that have ended.
         self._tally: Counter[str] = Counter()
+        self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
-        self._commands: deque[Callable[[], None]] = deque()
-        self._connections: set[_Connection] = set()
-        self._listener: socket.socket | None = None
-        self._cut: Cut | None = None
+        self._calling: threading.Thread | None = None
+        self._numbers = itertools.count()
+        self._answers: dict[int, Future[Any]] = {}
+        self._cuts: dict[int, Cut] = {}
 
     def __repr__(self) -> str:
         return (
@@ -161,24 +148,22 @@ class PortForward:
         Raises RuntimeError if it has been started already, OSError if the target's name does not
         resolve, or if somebody else took the port after `stop()`.
         """
-        if self._thread is not None:
+        if self._process is not None:
             raise RuntimeError(f"{self!r} has been started already")
-        self._target = _resolve(self.target_host, self.target_port)
-        self._reservation = bind(self.port)
-        self.port = self._reservation.getsockname()[1]
-        self._silent: frozenset[str] = frozenset()
-        self._delay = 0.0
-        self._rate = math.inf
-        # When the next byte of a direction may pass, because of the rate.
-        self._free_at = dict.fromkeys(get_args(Direction), 0.0)
-        self._cut = None
-        self._stopping = False
-        self._selector = selectors.DefaultSelector()
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._selector.register(self._wake_reader, selectors.EVENT_READ)
-        self._listen()
-        self._thread = threading.Thread(target=self._loop, name=repr(self), daemon=True)
+        target = _resolve(self.target_host, self.target_port)
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs, bind(self.port) as reservation:
+                self.port = reservation.getsockname()[1]
+                with bind(self.port) as listener:
+                    listener.listen()
+                    process = _start_process((reservation, listener, theirs), target)
+        except BaseException:
+            self._channel.close()
+            raise
+        self._thread = threading.Thread(target=self._receive, name=repr(self), daemon=True)
         self._thread.start()
+        self._process = process
         _started.add(self)
 
     def stop(self) -> None:
@@ -186,22 +171,28 @@ class PortForward:
 
         A pending cut is cancelled. Raises RuntimeError if `then` of a cut calls it.
         """
-        if threading.current_thread() is self._thread:
+        if threading.current_thread() is self._calling:
             raise RuntimeError(f"{self!r} cannot be stopped by what it calls itself")
-        thread, self._thread = self._thread, None
-        if thread is None:
+        process, self._process = self._process, None
+        if process is None:
             return
-        self._ask(self._leave_loop)
-        thread.join()
-        _started.discard(self)
-        for each in (self._selector, self._wake_reader, self._wake_writer, self._reservation):
-            each.close()
+        assert self._thread is not None
+        try:
+            self._tally.update(self._ask("count"))
+            self._forget(self._ask("stop"))
+        finally:
+            _started.discard(self)
+            # Ends the thread and the process, if the latter has not ended by itself.
+            with contextlib.suppress(OSError):
+                self._channel.shutdown(socket.SHUT_RDWR)
+            self._thread.join()
+            self._channel.close()
+            process.wait()
 
     def count(self) -> Count:
         """Return what has passed so far, since the object was made."""
-        if self._thread is None:
-            return Count(**self._tally)
-        return self._call(lambda: Count(**self._tally))
+        present = self._call("count") if self._process is not None else {}
+        return Count(**(self._tally + Counter(present)))
 
     def drop(self, reset: bool = False) -> int:
         """End all present connections, to the client and to the server, with FIN.
@@ -209,7 +200,7 @@ class PortForward:
         With `reset`, end them with RST. What was held back is lost. Returns how many connections
         there were; their sockets are closed by then. Raises RuntimeError if it is not running.
         """
-        return self._call(lambda: self._drop(reset))
+        return int(self._call("drop", reset))
 
     def cut(
         self,
@@ -237,7 +228,7 @@ class PortForward:
         may discard it. A receiver that leaves no room for the bytes is waited for no longer than
         5 seconds, before `then` as before the end, and loses them.
 
-        `then` runs in the forwarder's thread. It may block, and everybody waits with it: nothing
+        `then` runs in a thread of its own. It may block, and everybody waits with it: nothing
         is forwarded, and methods called from other threads return after it, or raise TimeoutError
         after 30 seconds. It may call all methods but `stop()`, so `refuse()`, or `cut()` for the
         next one. What it raises does not keep the connections from being ended; `Cut.wait()`
@@ -247,22 +238,23 @@ class PortForward:
         `after` is not an integer of at least 0, or if `then` cannot be called; RuntimeError if
         another cut is pending, or if it is not running.
         """
-        if direction not in get_args(Direction):
-            raise ValueError(
-                f"direction must be one of {list(get_args(Direction))}, not {direction!r}"
-            )
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction must be one of {list(DIRECTIONS)}, not {direction!r}")
         if not isinstance(after, int) or after < 0:
             raise ValueError(f"after must be a number of bytes, not {after!r}")
         if then is not None and not callable(then):
             raise ValueError(f"then must be callable, not {then!r}")
-        cut = Cut(direction, after, reset, then)
-
-        def prepare() -> None:
-            if self._cut is not None:
-                raise RuntimeError(f"{self!r} has a cut pending already")
-            self._cut = cut
-
-        self._call(prepare)
+        cut, number = Cut(then), next(self._numbers)
+        self._cuts[number] = cut
+        calls = then is not None
+        try:
+            is_first = self._call("cut", number, direction, after, reset, calls, _DELIVERY_TIMEOUT)
+        except BaseException:
+            del self._cuts[number]
+            raise
+        if not is_first:
+            del self._cuts[number]
+            raise RuntimeError(f"{self!r} has a cut pending already")
         return cut
 
     def cancel_cut(self) -> bool:
@@ -270,21 +262,21 @@ class PortForward:
 
         Raises RuntimeError if it is not running.
         """
-        return self._call(self._cancel_cut)
+        return self._forget(self._call("cancel_cut"))
 
     def refuse(self) -> None:
         """Refuse new connections until `accept()`; present ones live on.
 
         Raises RuntimeError if it is not running.
         """
-        self._call(self._close_listener)
+        self._call("refuse")
 
     def accept(self) -> None:
         """Accept new connections again, on the same port.
 
         Raises RuntimeError if it is not running.
         """
-        self._call(self._listen)
+        self._call("accept")
 
     def silence(self, direction: str = "both") -> None:
         """Hold back what is sent in a direction, the ends of connections included.
@@ -295,22 +287,14 @@ class PortForward:
         """
         if direction not in _DIRECTIONS:
             raise ValueError(f"direction must be one of {list(_DIRECTIONS)}, not {direction!r}")
-
-        def hold_back() -> None:
-            self._silent |= _DIRECTIONS[direction]
-
-        self._call(hold_back)
+        self._call("silence", _DIRECTIONS[direction])
 
     def resume(self) -> None:
         """End the silence: deliver what was held back, and go on.
 
         Raises RuntimeError if it is not running.
         """
-
-        def release() -> None:
-            self._silent = frozenset()
-
-        self._call(release)
+        self._call("resume")
 
     def delay(self, seconds: float) -> None:
         """Forward everything that many seconds after it came, in the same order; 0 ends that.
@@ -320,11 +304,7 @@ class PortForward:
         """
         if not seconds >= 0:
             raise ValueError(f"seconds must not be negative, but is {seconds!r}")
-
-        def set_delay() -> None:
-            self._delay = seconds
-
-        self._call(set_delay)
+        self._call("delay", seconds)
 
     def throttle(self, bytes_per_second: float | None) -> None:
         """Forward no more than that, in each direction, over all connections; None ends that.
@@ -336,406 +316,59 @@ class PortForward:
         """
         if bytes_per_second is not None and not bytes_per_second > 0:
             raise ValueError(f"bytes_per_second must be positive, but is {bytes_per_second!r}")
+        self._call("throttle", bytes_per_second)
 
-        def set_rate() -> None:
-            self._rate = bytes_per_second or math.inf
-            self._free_at = dict.fromkeys(self._free_at, 0.0)
-            for connection in self._connections:
-                self._limit_buffers(connection)
-
-        self._call(set_rate)
-
-    def _call(self, function: Callable[[], Result]) -> Result:
-        if self._thread is None:
+    def _call(self, name: str, *arguments: Any) -> Any:
+        if self._process is None:
             raise RuntimeError(f"{self!r} is not running")
-        return self._ask(function)
+        return self._ask(name, *arguments)
 
-    def _ask(self, function: Callable[[], Result]) -> Result:
-        """Have the loop's thread, the only one that touches connections, call the function."""
-        if threading.current_thread() is self._thread:
-            return function()
-        future: Future[Result] = Future()
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        """Have the process do what its method of that name does; what that returns."""
+        number, is_called = next(self._numbers), threading.current_thread() is self._calling
+        answer = self._answers[number] = Future()
+        try:
+            self._channel.send(json.dumps((number, is_called, name, arguments)).encode())
+            return answer.result(_COMMAND_TIMEOUT)
+        except OSError as error:
+            raise self._has_ended() from error
+        finally:
+            self._answers.pop(number, None)
 
-        def command() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
+    def _has_ended(self) -> RuntimeError:
+        return RuntimeError(f"{self!r} is not running: its process has ended")
 
-        self._commands.append(command)
-        self._wake_writer.send(b"\0")
-        return future.result(_COMMAND_TIMEOUT)
+    def _forget(self, number: int | None) -> bool:
+        """Cancel the cut that does not happen; whether there is one."""
+        return number is not None and self._cuts.pop(number)._outcome.cancel()
 
-    # What follows runs in the loop's thread.
+    # In threads of its own
 
-    def _loop(self) -> None:
-        while not self._stopping:
-            woken = False
-            for key, _events in self._selector.select(self._seconds_to_next_release()):
-                if key.fileobj is self._wake_reader:
-                    woken = True
-                elif key.fileobj is self._listener:
-                    self._accept_pending()
+    def _receive(self) -> None:
+        with contextlib.suppress(OSError):
+            while message := self._channel.recv(_forwarder.LONGEST_MESSAGE):
+                kind, number, result = json.loads(message)
+                if kind == "answer":
+                    # Who has asked may have been interrupted.
+                    if (answer := self._answers.pop(number, None)) is not None:
+                        answer.set_result(result)
+                elif kind == "call":
+                    self._calling = threading.Thread(
+                        target=self._have_called,
+                        args=(self._cuts[number],),
+                        name=repr(self),
+                        daemon=True,
+                    )
+                    self._calling.start()
                 else:
-                    self._receive(key.data, key.fileobj)
-            for connection in list(self._connections):
-                self._advance(connection)
-            if self._cut is not None and self._cut._due:
-                self._perform(self._cut)
-            if woken:
-                # One for each round, so that whatever happened before a command was given is
-                # seen by the round that executes it.
-                self._wake_reader.recv(1)
-                self._commands.popleft()()
+                    self._cuts.pop(number)._has_happened()
+        for answer in list(self._answers.values()):
+            answer.set_exception(self._has_ended())
 
-    def _perform(self, cut: Cut) -> None:
-        self._cut = None
-        if cut._reset or cut._then is not None:
-            self._deliver()
-        error: BaseException | None = None
-        try:
-            if cut._then is not None:
-                cut._then()
-        except BaseException as raised:
-            error = raised
-        if not cut._reset:
-            # Closed at once, a socket would answer what it still receives with RST, and with
-            # that forget what it has not delivered.
-            self._deliver(_End.FIN)
-        self._drop(cut._reset)
-        if error is not None:
-            cut._outcome.set_exception(error)
-        else:
-            cut._outcome.set_result(None)
-
-    def _deliver(self, ending: _End | None = None) -> None:
-        """Send what has passed, and the end if there is one, until it is all acknowledged."""
-        deadline = time.monotonic() + _DELIVERY_TIMEOUT
-        undelivered = [
-            (connection, flow)
-            for connection in self._connections
-            if connection.connected
-            for flow in connection.flows
-        ]
-        for _connection, flow in undelivered:
-            flow.ending = flow.ending or ending
-        while undelivered and time.monotonic() < deadline:
-            for connection, flow in undelivered:
-                self._send(connection, flow)
-            undelivered = [
-                (connection, flow)
-                for connection, flow in undelivered
-                if flow.outgoing or _unacknowledged(flow.destination)
-            ]
-            if undelivered:
-                time.sleep(_DELIVERY_POLL_INTERVAL)
-
-    def _cancel_cut(self) -> bool:
-        cut, self._cut = self._cut, None
-        return cut is not None and cut._outcome.cancel()
-
-    def _leave_loop(self) -> None:
-        self._cancel_cut()
-        self._drop(reset=False)
-        self._close_listener()
-        self._stopping = True
-
-    def _listen(self) -> None:
-        if self._listener is None:
-            listener = bind(self.port)
-            listener.setblocking(False)
-            listener.listen()
-            self._selector.register(listener, selectors.EVENT_READ)
-            self._listener = listener
-
-    def _close_listener(self) -> None:
-        if self._listener is not None:
-            self._selector.unregister(self._listener)
-            self._listener.close()
-            self._listener = None
-
-    def _accept_pending(self) -> None:
-        assert self._listener is not None
-        while True:
-            try:
-                client, _address = self._listener.accept()
-            except OSError:
-                return
-            self._tally["connections"] += 1
-            family, address = self._target
-            connection = _Connection(client, socket.socket(family, socket.SOCK_STREAM))
-            self._limit_buffers(connection)
-            self._connections.add(connection)
-            if connection.server.connect_ex(address) in (0, errno.EINPROGRESS):
-                self._selector.register(connection.server, selectors.EVENT_WRITE, connection)
-            else:
-                self._close(connection, reset=True)
-
-    def _receive(self, connection: _Connection, ready: Any) -> None:
-        if connection not in self._connections:
-            return
-        if not connection.connected:
-            connection.connected = not connection.server.getsockopt(
-                socket.SOL_SOCKET, socket.SO_ERROR
-            )
-            if not connection.connected:
-                self._close(connection, reset=True)
-            return
-        flow = connection.flow_from(ready)
-        if not flow.reading:
-            return
-        chunk: bytes | _End
-        try:
-            chunk = flow.source.recv(self._chunk())
-        except BlockingIOError:
-            return
-        except OSError:
-            chunk = _End.RESET
-        if not chunk:
-            chunk = _End.RESET if connection.opposite(flow).broken else _End.FIN
-        flow.hold(chunk)
-
-    def _limit_buffers(self, connection: _Connection) -> None:
-        if self._rate < math.inf:
-            for each in (connection.client, connection.server):
-                each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _CHUNK)
-
-    def _chunk(self) -> int:
-        """How many bytes are received at a time."""
-        return max(1, int(min(_CHUNK, self._rate / _PIECES_PER_SECOND)))
-
-    def _due(self, flow: _Flow) -> float:
-        """When what a flow holds may pass."""
-        return max(flow.held[0][0] + self._delay, self._free_at[flow.direction])
-
-    def _seconds_to_next_release(self) -> float | None:
-        times = [
-            self._due(flow)
-            for connection in self._connections
-            for flow in connection.flows
-            if flow.held and connection.connected and flow.direction not in self._silent
-        ]
-        if not times:
-            return None
-        return max(0.0, min(times) - time.monotonic())
-
-    def _advance(self, connection: _Connection) -> None:
-        """Send what is due, close what has ended, and see to be told when there is more to do."""
-        if not connection.connected:
-            return
-        for flow in connection.flows:
-            self._release(connection, flow)
-            self._send(connection, flow)
-        if any(flow.ending is _End.RESET for flow in connection.flows):
-            self._close(connection, reset=True)
-        elif all(flow.finished for flow in connection.flows):
-            self._close(connection, reset=False)
-        else:
-            self._watch(connection)
-
-    def _release(self, connection: _Connection, flow: _Flow) -> None:
-        if flow.direction in self._silent:
-            return
-        now = time.monotonic()
-        while flow.held and self._due(flow) <= now:
-            if self._cut is not None and self._cut._due:
-                return
-            _arrival, chunk = flow.held.popleft()
-            if isinstance(chunk, _End):
-                flow.ending = chunk
-            else:
-                self._free_at[flow.direction] = now + len(chunk) / self._rate
-                self._pass_on(connection, flow, chunk)
-
-    def _pass_on(self, connection: _Connection, flow: _Flow, chunk: bytes) -> None:
-        """Count the bytes and have them sent: all bytes of all connections go through here."""
-        if self._cut is not None:
-            chunk = self._cut._clip(flow.direction, chunk)
-        if not chunk:
-            return
-        if flow.direction == "to_client" and connection.direction == "to_server":
-            self._tally["round_trips"] += 1
-        connection.direction = flow.direction
-        self._tally["bytes_" + flow.direction] += len(chunk)
-        self._tally["messages_" + flow.direction] += connection.framing.feed(flow.direction, chunk)
-        flow.outgoing += chunk
-
-    def _send(self, connection: _Connection, flow: _Flow) -> None:
-        try:
-            while flow.outgoing:
-                del flow.outgoing[: flow.destination.send(flow.outgoing)]
-            if flow.ending is _End.FIN and not flow.finished:
-                flow.finished = True
-                flow.destination.shutdown(socket.SHUT_WR)
-        except BlockingIOError:
-            return
-        except OSError:
-            # What the destination sent before it went away comes first, then its end.
-            flow.outgoing.clear()
-            if not flow.broken:
-                flow.broken = True
-                opposite = connection.opposite(flow)
-                if not opposite.reading:
-                    opposite.hold(_End.RESET)
-
-    def _watch(self, connection: _Connection) -> None:
-        limit = _HELD_BYTES_LIMIT if self._rate == math.inf else self._chunk()
-        for flow in connection.flows:
-            events = 0
-            if flow.reading and flow.size() < limit:
-                events |= selectors.EVENT_READ
-            if connection.opposite(flow).outgoing:
-                events |= selectors.EVENT_WRITE
-            known = self._selector.get_map().get(flow.source)
-            if known is None and events:
-                self._selector.register(flow.source, events, connection)
-            elif known is not None and not events:
-                self._selector.unregister(flow.source)
-            elif known is not None and known.events != events:
-                self._selector.modify(flow.source, events, connection)
-
-    def _drop(self, reset: bool) -> int:
-        connections = list(self._connections)
-        for connection in connections:
-            self._close(connection, reset)
-        return len(connections)
-
-    def _close(self, connection: _Connection, reset: bool) -> None:
-        self._connections.discard(connection)
-        for each in (connection.client, connection.server):
-            if each in self._selector.get_map():
-                self._selector.unregister(each)
-            if reset:
-                each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
-            else:
-                _finish(each)
-            each.close()
-
-
-class _End(enum.Enum):
-    """How the sender ended its side of a connection."""
-
-    FIN = "FIN"
-    RESET = "RST"
-
-
-class _Flow:
-    """One direction of one connection: what came from the source and is not yet sent on."""
-
-    def __init__(
-        self, direction: Direction, source: socket.socket, destination: socket.socket
-    ) -> None:
-        self.direction = direction
-        self.source = source
-        self.destination = destination
-        self.held: deque[tuple[float, bytes | _End]] = deque()
-        self.outgoing = bytearray()
-        self.reading = True
-        self.ending: _End | None = None
-        self.finished = False
-        self.broken = False
-
-    def hold(self, chunk: bytes | _End) -> None:
-        if isinstance(chunk, _End):
-            self.reading = False
-        self.held.append((time.monotonic(), chunk))
-
-    def size(self) -> int:
-        held = sum(len(chunk) for _arrival, chunk in self.held if isinstance(chunk, bytes))
-        return held + len(self.outgoing)
-
-
-class _Connection:
-    """A client's connection and the one to the server that it is forwarded to."""
-
-    def __init__(self, client: socket.socket, server: socket.socket) -> None:
-        self.client = client
-        self.server = server
-        for each in (client, server):
-            each.setblocking(False)
-            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.connected = False
-        self.to_server = _Flow("to_server", client, server)
-        self.to_client = _Flow("to_client", server, client)
-        self.flows = (self.to_server, self.to_client)
-        self.direction: Direction | None = None
-        self.framing = _Framing()
-
-    def flow_from(self, source: socket.socket) -> _Flow:
-        return self.to_server if source is self.client else self.to_client
-
-    def opposite(self, flow: _Flow) -> _Flow:
-        return self.to_client if flow is self.to_server else self.to_server
-
-
-class _Stream:
-    """How far the messages of one direction have been read."""
-
-    def __init__(self, header_size: int) -> None:
-        self.header_size = header_size
-        self.header = b""
-        self.remaining = 0
-
-
-class _Framing:
-    """Finds where PostgreSQL's messages end, in both directions of one connection.
-
-    A client first sends packets of a length and a code. When these request encryption they are
-    answered by a single byte. All else has a type byte and a length.
-    """
-
-    _STARTUP = 8
-    _MESSAGE = 5
-    _ANSWER = 1
-
-    def __init__(self) -> None:
-        self._streams: dict[str, _Stream] = {
-            "to_server": _Stream(self._STARTUP),
-            "to_client": _Stream(self._MESSAGE),
-        }
-        self._readable = True
-
-    def feed(self, direction: Direction, data: bytes) -> int:
-        """Return how many messages of the direction end in these bytes, which come next in it."""
-        stream = self._streams[direction]
-        ended = 0
-        rest = memoryview(data)
-        while rest and self._readable:
-            if stream.remaining:
-                body = rest[: stream.remaining]
-                rest = rest[len(body) :]
-                stream.remaining -= len(body)
-            else:
-                part = rest[: stream.header_size - len(stream.header)]
-                rest = rest[len(part) :]
-                stream.header += part
-                if len(stream.header) < stream.header_size or not self._read_header(stream):
-                    continue
-                stream.header = b""
-            if not stream.remaining:
-                ended += 1
-        return ended
-
-    def _read_header(self, stream: _Stream) -> bool:
-        """Learn from a complete header what follows it; return False if it is not one yet."""
-        if stream.header_size == self._ANSWER:
-            stream.header_size = self._MESSAGE
-            self._readable = stream.header in (b"N", b"E")
-            # An old server answers with an error message instead.
-            return stream.header == b"N"
-        if stream.header_size == self._STARTUP:
-            length, code = struct.unpack("!ii", stream.header)
-            stream.remaining = length - self._STARTUP
-            self._readable = 0 <= stream.remaining <= _LONGEST_STARTUP_PACKET
-            if code in (_SSL_REQUEST, _GSSENC_REQUEST):
-                self._streams["to_client"].header_size = self._ANSWER
-            else:
-                stream.header_size = self._MESSAGE
-        else:
-            _kind, length = struct.unpack("!ci", stream.header)
-            stream.remaining = length - 4
-            self._readable = stream.remaining >= 0
-        return self._readable
+    def _have_called(self, cut: Cut) -> None:
+        cut._call()
+        with contextlib.suppress(RuntimeError):
+            self._ask("go_on")
 
 
 def _resolve(host: str, port: int) -> tuple[int, Any]:
@@ -746,42 +379,35 @@ def _resolve(host: str, port: int) -> tuple[int, Any]:
     return family, address
 
 
-def _unacknowledged(connected: socket.socket) -> int:
-    """Return how many bytes the peer's kernel has not acknowledged, 0 if it never will."""
-    state = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-    if state == _TCP_CLOSE:
-        return 0
-    (size,) = struct.unpack("i", fcntl.ioctl(connected, termios.TIOCOUTQ, bytes(4)))
-    return int(size)
-
-
-def _finish(connected: socket.socket) -> None:
-    """Send FIN, and read what came meanwhile: closing a socket with unread bytes sends RST."""
-    try:
-        connected.shutdown(socket.SHUT_WR)
-        for _chunk in range(_HELD_BYTES_LIMIT // _CHUNK):
-            if not connected.recv(_CHUNK):
-                return
-    except OSError:
-        return
+def _start_process(
+    sockets: tuple[socket.socket, ...], target: tuple[int, Any]
+) -> subprocess.Popen[bytes]:
+    descriptors = [each.fileno() for each in sockets]
+    family, address = target
+    program = [sys.executable, "-I", "-S", _forwarder.__file__]
+    return subprocess.Popen(
+        [*program, *map(str, descriptors), str(int(family)), json.dumps(address)],
+        pass_fds=descriptors,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        cwd="/",
+        # An interrupt from the keyboard is for the tests alone.
+        start_new_session=True,
+    )
 
 
 _started: weakref.WeakSet[PortForward] = weakref.WeakSet()
 
 
-def _close_copies_in_child() -> None:
-    """A copy that is open in a forked child would keep the connections from being ended."""
+def _leave_to_parent() -> None:
+    """A copy of its end that is open in a forked child would keep the process from ending."""
     for forward in list(_started):
-        forward._thread = None
-        forward._selector.close()
-        copies = [forward._wake_reader, forward._wake_writer, forward._reservation]
-        if forward._listener is not None:
-            copies.append(forward._listener)
-        for connection in forward._connections:
-            copies += [connection.client, connection.server]
-        for each in copies:
-            each.close()
+        forward._channel.close()
+        if forward._process is not None:
+            # So that nobody waits for it.
+            forward._process.returncode = 0
+        forward._process = forward._thread = None
     _started.clear()
 
 
-os.register_at_fork(after_in_child=_close_copies_in_child)
+os.register_at_fork(after_in_child=_leave_to_parent)

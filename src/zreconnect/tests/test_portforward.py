@@ -3,9 +3,12 @@
 import contextlib
 import os
 import select
+import signal
 import socket
 import socketserver
 import struct
+import subprocess
+import sys
 import threading
 import time
 import unittest
@@ -15,8 +18,8 @@ from unittest import mock
 import psycopg2
 
 from zreconnect.testing import Count, PortForward
+from zreconnect.testing._forwarder import _Framing
 from zreconnect.testing.layers import PORT_FORWARD_LAYER
-from zreconnect.testing.portforward import _Framing
 
 TIMEOUT = 20.0
 
@@ -29,6 +32,15 @@ def wait_for(condition):
             raise AssertionError("the condition does not come to hold")
         time.sleep(0.005)
     return value
+
+
+def state_of(pid):
+    """Return what the kernel calls the state of the process, such as "Z"; None if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return None
 
 
 class EchoServer(socketserver.ThreadingTCPServer):
@@ -270,6 +282,57 @@ class StartAndStopTests(EchoTests):
             os.close(writer)
             os.close(reader)
             os.waitpid(child, 0)
+
+    def test_a_forked_child_may_stop_its_copy(self):
+        client = self.connected()
+        child = os.fork()
+        if not child:
+            self.forward.stop()
+            os._exit(0)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+        self.exchange(client)
+
+    def test_its_process_ends_with_it(self):
+        pid = self.forward._process.pid
+        self.forward.stop()
+        self.assertRaises(ProcessLookupError, os.kill, pid, 0)
+
+    def test_its_process_ends_with_the_program_however_that_ends(self):
+        program = (
+            "import sys, time; from zreconnect.testing import PortForward;"
+            "forward = PortForward('127.0.0.1', int(sys.argv[1])); forward.start();"
+            "print(forward._process.pid, flush=True); time.sleep(3600)"
+        )
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            with subprocess.Popen(
+                [sys.executable, "-c", program, str(self.server.port)],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            ) as running:
+                pid = int(running.stdout.readline())
+                running.send_signal(number)
+            # Others' children become init's, which may take its time to bury them.
+            wait_for(lambda pid=pid: state_of(pid) in ("Z", None))
+
+    def test_who_asks_is_told_when_its_process_has_died(self):
+        self.forward._process.kill()
+        self.forward._process.wait()
+        self.assertRaisesRegex(RuntimeError, "its process has ended", self.forward.drop)
+        self.assertRaisesRegex(RuntimeError, "its process has ended", self.forward.stop)
+        self.forward.start()
+        self.connected()
+
+    def test_a_signal_handler_may_ask_whoever_is_interrupted(self):
+        handled = []
+        handler = signal.signal(signal.SIGALRM, lambda *_: handled.append(self.forward.count()))
+        self.addCleanup(signal.signal, signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        try:
+            wait_for(lambda: self.forward.drop() == 0 and len(handled) > 100)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class DropTests(EchoTests):
@@ -681,15 +744,18 @@ class SilenceTests(EchoTests):
         client.sendall(b"held")
         client.close()
         self.forward.count()
-        select_once = self.forward._selector.select
-        rounds = []
-        self.forward._selector.select = lambda *timeout: rounds.append(1) or select_once(*timeout)
-        self.forward.count()
+        status = f"/proc/{self.forward._process.pid}/status"
+
+        def wake_ups():
+            with open(status) as lines:
+                return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+
         direct = self.enterContext(socket.create_connection(("127.0.0.1", self.server.port)))
+        wait_for(lambda: wake_ups() == (time.sleep(0.1), wake_ups())[1])
+        before = wake_ups()
         for _ in range(200):
             self.exchange(direct)
-        # The one that the count ended in, and at most one of waiting for the next command.
-        self.assertLessEqual(len(rounds), 2)
+        self.assertLessEqual(wake_ups() - before, 2)
 
     def test_unknown_direction(self):
         with self.assertRaisesRegex(ValueError, "^direction must be one of .* not 'sideways'"):
@@ -939,6 +1005,23 @@ class PostgresTests(unittest.TestCase):
         self.forward.silence()
         with self.assertRaisesRegex(psycopg2.OperationalError, "timeout expired"):
             self.connect(connect_timeout=2)
+
+    def test_a_call_that_stops_all_threads_is_forwarded(self):
+        connection = self.connect()
+        outcomes = []
+
+        def sleep():
+            with self.assertRaises(psycopg2.Error) as caught:
+                connection.cursor().execute("SELECT pg_sleep(60)")
+            outcomes.append(type(caught.exception))
+
+        thread = threading.Thread(target=sleep)
+        thread.start()
+        asleep = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+        wait_for(lambda: self.layer.server.query(asleep))
+        connection.cancel()
+        thread.join(TIMEOUT)
+        self.assertEqual(outcomes, [psycopg2.errors.QueryCanceled])
 
     def test_answer_held_back_arrives(self):
         connection = self.connect()
