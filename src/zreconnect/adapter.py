@@ -55,20 +55,6 @@ class ZopeCursor(ReconnectingCursor):
         return _as_list(super().__next__())
 
 
-class OneAttempt(RetryPolicy):
-    """One attempt, with as much time as there is, and `ReconnectTimeout` if it fails."""
-
-    def __init__(self, timeout: float) -> None:
-        super().__init__(timeout=timeout, attempts=1)
-
-    @property
-    def fails_fast(self) -> bool:
-        return False
-
-    def after(self, elapsed: float) -> RetryPolicy:
-        return self
-
-
 class PatienceOfRequests(Patience):
     """Has the attempts at a web request share the time that it may wait.
 
@@ -77,8 +63,7 @@ class PatienceOfRequests(Patience):
     thread's: it counts from transaction to transaction, until one ends that was not lost, or the
     policy's timeout is used up, or nothing has happened for as long.
 
-    When it is used up, nobody runs the request again, and what comes next is another one. It need
-    not wait as long as that: until some thread has reached the server, it makes one attempt.
+    When it is used up, nobody runs the request again, and what comes next is another one.
 
     waited: the seconds that the present request has waited, and waited_until: when.
     """
@@ -87,8 +72,6 @@ class PatienceOfRequests(Patience):
 
     def __init__(self, policy: RetryPolicy, server: Server) -> None:
         super().__init__(policy, server)
-        # How often the server had been reached when this thread gave up.
-        self._gave_up: int | None = None
         self.waited = 0.0
         self.waited_until = 0.0
         self._began = 0.0
@@ -100,9 +83,6 @@ class PatienceOfRequests(Patience):
             return self.policy
         if self._began - self.waited_until > timeout:
             self.waited = 0.0
-            self._gave_up = None
-        if self._gave_up == self.server.times_reached:
-            return OneAttempt(timeout)
         return self.policy.after(self.waited)
 
     def has_begun(self) -> None:
@@ -112,7 +92,6 @@ class PatienceOfRequests(Patience):
     def has_failed(self, error: BaseException) -> None:
         self.waited_until = time.monotonic()
         if isinstance(error, ReconnectTimeout):
-            self._gave_up = self.server.times_reached
             self.waited = 0.0
 
     def has_ended(self, lost: bool) -> None:
@@ -152,9 +131,10 @@ class ReconnectingDatabaseAdapter:
     """See `IManageableZopeDatabaseAdapter`.
 
     dsn, driver, on_connect: as for `connect`.
-    timeout: seconds that a request waits in all for a transaction to begin, its retries included.
-    None does not wait: one attempt to connect, then `DisconnectionError`, for the publisher to run
-    the request again.
+    timeout: seconds that a request waits in all for a transaction to begin, its retries included,
+    and that all requests together wait for a server that is away: whoever comes when they are over
+    makes one attempt. None does not wait: one attempt to connect, then `DisconnectionError`, for
+    the publisher to run the request again.
     witness: as for `connect`; "xid" stands for ``XidWitness(at_commit=True)``.
     response_timeout: seconds of silence after which a statement counts as a disconnect; None
     waits for ever.
@@ -176,7 +156,9 @@ class ReconnectingDatabaseAdapter:
         two_phase: bool = False,
     ) -> None:
         self._driver_name = driver
-        self._policy = FAIL_FAST if timeout is None else RetryPolicy(timeout=timeout)
+        self._policy = FAIL_FAST
+        if timeout is not None:
+            self._policy = RetryPolicy(timeout=timeout, since_outage=True)
         self._witness = XidWitness(at_commit=True) if witness == "xid" else witness
         self._on_connect = on_connect
         self._response_timeout = response_timeout

@@ -205,7 +205,7 @@ class Guard:
             if not self.meet(error, Moment.BEGIN):
                 raise
         try:
-            work.begin_in_new_session(policy.after(time.monotonic() - started))
+            work.begin_in_new_session(work.patience.left(time.monotonic() - started, policy))
         except BaseException as error:
             self.meet(error, Moment.CONNECT)
             raise

@@ -41,6 +41,7 @@ class IRetryPolicy(Interface):
     multiplier = Attribute("Growth of the limit from pause to pause.")
     attempts = Attribute("Number of attempts, or None for any number.")
     fails_fast = Attribute("Whether one failed attempt is a `DisconnectionError`.")
+    since_outage = Attribute("Whether the timeout counts from when the outage was first met.")
 
     def longest_attempt(elapsed):
         """The seconds that an attempt may take which starts ``elapsed`` seconds after the first."""

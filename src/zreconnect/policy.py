@@ -17,6 +17,8 @@ from zreconnect.interfaces import IRetryPolicy
 LONGEST_ATTEMPT = 10.0
 # What the attempt at the deadline itself still gets, so that it can succeed at all.
 SHORTEST_ATTEMPT = 0.5
+# Time enough to connect for who makes one attempt only.
+SINGLE_ATTEMPT = 2.0
 
 
 @implements(IRetryPolicy)
@@ -34,6 +36,10 @@ class RetryPolicy:
     multiplier: growth of the upper limit from pause to pause, at least 1.
     attempts: number of attempts until `ReconnectTimeout`; None does not count them. With 1, a
     failed attempt raises `DisconnectionError` at once, for a publisher to run the request again.
+    since_outage: whether the timeout counts from when the process has first met the server away,
+    whichever connection did. Else each transaction waits for all of it. For web applications: when
+    it is over, a transaction makes one attempt, and waits for that no longer than half a second,
+    until some connection has reached the server, or none has tried for as long as the timeout.
 
     Raises ValueError or TypeError, naming the argument, for a value that makes no sense.
     """
@@ -43,6 +49,7 @@ class RetryPolicy:
     maximum: float = 0.5
     multiplier: float = 2.0
     attempts: int | None = None
+    since_outage: bool = False
 
     def __post_init__(self) -> None:
         if self.timeout is not None:
@@ -61,6 +68,10 @@ class RetryPolicy:
         if self.timeout is None:
             return LONGEST_ATTEMPT
         return min(LONGEST_ATTEMPT, max(SHORTEST_ATTEMPT, self.timeout - elapsed))
+
+    def least_attempt(self) -> float:
+        """The seconds that an attempt may go on at least, also when nobody waits for it so long."""
+        return SINGLE_ATTEMPT if self.since_outage else 0.0
 
     def after(self, elapsed: float) -> RetryPolicy:
         if self.timeout is None:
@@ -118,6 +129,13 @@ class Patience:
         """The policy for a transaction that begins now, and has waited for its turn so long."""
         return self.policy.after(waited) if waited else self.policy
 
+    def left(self, elapsed: float = 0.0, policy: RetryPolicy | None = None) -> RetryPolicy:
+        """The policy for connecting. elapsed: seconds since `begins` has returned ``policy``."""
+        policy, timeout = (policy or self.policy).after(elapsed), self.policy.timeout
+        if timeout is None or not policy.since_outage:
+            return policy
+        return policy.within(max(0.0, timeout - self.server.away_for(timeout)))
+
     def has_begun(self) -> None:
         """The transaction has begun."""
 
@@ -147,4 +165,4 @@ def check_attempts(attempts: int) -> None:
 #: For scripts: keep trying until the server is back.
 PERSIST = RetryPolicy()
 #: For web requests: try once, then let the publisher decide.
-FAIL_FAST = RetryPolicy(timeout=2.0, attempts=1)
+FAIL_FAST = RetryPolicy(timeout=SINGLE_ATTEMPT, attempts=1, since_outage=True)

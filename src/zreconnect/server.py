@@ -3,7 +3,8 @@
 As long as the server is not known to be up, the threads share one connection attempt at a time:
 whoever comes while an attempt is under way waits for its outcome. A failure is everybody's; after
 a success each connects for itself. An attempt without an outcome ends at its deadline for all of
-them, and then one of them makes the next one.
+them, and then one of them makes the next one. It may last longer than the one who makes it waits,
+so that a server that takes its time to let somebody in is found.
 
 The door has no lock, which an interrupt could leave locked. Each step that has to be whole is one
 call of a built-in method: neither another thread nor the handler of a signal comes in between.
@@ -13,7 +14,6 @@ by a SimpleQueue's get().
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import queue
@@ -74,9 +74,9 @@ class _Attempt:
         """The attempt after this one: the first candidate."""
         return self._next.setdefault(None, candidate)
 
-    def outcome(self) -> Outcome | None:
-        """For its maker: what has come of it by the deadline."""
-        return _received(self._answer, self.deadline)
+    def outcome(self, until: float) -> Outcome | None:
+        """For its maker: what has come of it by then."""
+        return _received(self._answer, until)
 
     def shared_outcome(self, until: float) -> Outcome | None:
         """For the others: what has come of it by the deadline or until then."""
@@ -128,9 +128,8 @@ class Server:
         self.driver = driver
         self._open_session = open_session
         self._parameters = parameters
-        #: A number that changes whenever some thread gets a connection.
-        self.times_reached = 0
-        self._numbers = itertools.count(1)
+        # When it was first, and when last, met away.
+        self._outage: tuple[float, float] | None = None
         self.reopen_door()
 
     @property
@@ -140,14 +139,17 @@ class Server:
         address: str = self.driver.address(self._parameters)
         return address
 
-    def connect(self, timeout: float) -> Any:
+    def connect(self, timeout: float, lasting: float = 0.0) -> Any:
         """A new raw connection, within ``timeout`` seconds. One that comes later is closed.
+
+        lasting: how many seconds an attempt may take at least, for others and for what is known.
 
         Raises `AttemptFailed` if there is none and a later attempt may succeed; what the attempt
         raised if it is refused for good.
         """
-        deadline = time.monotonic() + timeout
-        mine = _Attempt(deadline)
+        now = time.monotonic()
+        deadline = now + timeout
+        mine = _Attempt(max(deadline, now + lasting))
         while (attempt := self._join_attempt(mine)) is not mine:
             outcome = attempt.shared_outcome(deadline)
             if outcome is None:
@@ -155,7 +157,7 @@ class Server:
                     raise _no_answer(timeout)
             elif outcome[1] is not None:
                 self._fail(outcome[1])
-        return self._make_attempt(mine, timeout)
+        return self._make_attempt(mine, timeout, deadline)
 
     def connect_once(self, timeout: float) -> Any:
         """As `connect`, for who makes but one attempt: raises what that has raised."""
@@ -187,6 +189,27 @@ class Server:
         """A session has ended: the server may be down for everybody."""
         self._is_up = False
 
+    def reached(self) -> None:
+        """Somebody has a session: whatever outage there was is over."""
+        self._outage = None
+
+    def missed(self, since: float) -> None:
+        """An attempt to open a session that began then has failed."""
+        outage = self._outage
+        began = since if outage is None else outage[0]
+        self._outage = began, time.monotonic()
+
+    def away_for(self, memory: float) -> float:
+        """The seconds since it was first met away; 0 if it is not known to be.
+
+        memory: the seconds after which that is forgotten if nobody has met it away again.
+        """
+        now, outage = time.monotonic(), self._outage
+        if outage is None or now - outage[1] > memory:
+            self._outage = None
+            return 0.0
+        return now - outage[0]
+
     def reopen_door(self) -> None:
         """Forget attempts under way, which in a forked child nobody will finish."""
         self._is_up = False
@@ -204,10 +227,10 @@ class Server:
         self._latest = attempt
         return attempt
 
-    def _make_attempt(self, attempt: _Attempt, timeout: float) -> Any:
+    def _make_attempt(self, attempt: _Attempt, timeout: float, deadline: float) -> Any:
         try:
             self._start(attempt)
-            outcome = attempt.outcome()
+            outcome = attempt.outcome(deadline)
         finally:
             attempt.leave()
         if outcome is None:
@@ -251,14 +274,13 @@ class Server:
             attempt.end((raw, None))
             if not attempt.is_taken():
                 self.driver.close(raw)
+                self.reached()
 
     def _note(self, attempt: _Attempt, is_up: bool) -> None:
         # What an attempt that was given up has met is old news.
         if attempt.is_over():
             return
         self._is_up = is_up
-        if is_up:
-            self.times_reached = next(self._numbers)
 
     def _fail(self, error: BaseException) -> NoReturn:
         if self.passes(error):

@@ -97,8 +97,7 @@ def open_session(
             with attempt:
                 check()
                 attempts = attempt.retry_state.attempt_number
-                timeout = policy.longest_attempt(time.monotonic() - started)
-                session = _attempt(server, timeout, prepare)
+                session = _attempt(server, policy, time.monotonic() - started, prepare)
     except AttemptFailed as failure:
         _give_up(server, policy, attempts, time.monotonic() - started, failure.error)
     # In this order: a subscriber may use the connection.
@@ -107,8 +106,24 @@ def open_session(
         events.announce(events.Reconnected(server.address, attempts, seconds))
 
 
-def _attempt(server: Server, timeout: float, prepare: Callable[[Session], None]) -> Session:
-    raw = server.connect(timeout)
+def _attempt(
+    server: Server, policy: RetryPolicy, elapsed: float, prepare: Callable[[Session], None]
+) -> Session:
+    """A session that is prepared, and the server knows what came of it."""
+    began, timeout = time.monotonic(), policy.longest_attempt(elapsed)
+    lasting = max(timeout, policy.least_attempt())
+    try:
+        session = _prepared(server, server.connect(timeout, lasting), lasting, prepare)
+    except AttemptFailed:
+        server.missed(began)
+        raise
+    server.reached()
+    return session
+
+
+def _prepared(
+    server: Server, raw: Any, timeout: float, prepare: Callable[[Session], None]
+) -> Session:
     watch = NO_WATCH
     try:
         watch = Watch(server.driver.fileno(raw), server.address)

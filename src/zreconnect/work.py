@@ -209,7 +209,7 @@ class Work:
         """
         if self.link.session is NO_SESSION:
             self.ask(Request.LOOK)
-            self.open(self.link.record_session, self.patience.policy, self._check_open)
+            self.open(self.link.record_session, self.patience.left(), self._check_open)
 
     def open(self, first_use: Use, policy: RetryPolicy, check: Check = lambda: None) -> None:
         """Open the next session, unless the connection is closed meanwhile.

@@ -3,7 +3,9 @@
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from unittest import mock
 
 import psycopg2
 import psycopg2.extras
@@ -20,12 +22,14 @@ from zreconnect import (
 )
 from zreconnect.events import ConnectionAttemptFailed
 from zreconnect.interfaces import IDatabaseUnavailable
-from zreconnect.tests.base import DatabaseTestCase, wait_until, with_time_to_connect
+from zreconnect.tests.base import PATIENCE, DatabaseTestCase, wait_until, with_time_to_connect
 
 
 class AdapterTestCase(DatabaseTestCase):
     def adapter(self, dsn=None, **keywords):
         adapter = ReconnectingDatabaseAdapter(dsn or self.dsn, **keywords)
+        # Not away any more, as it was in the test before.
+        adapter._model.work.link.server.reached()
         self.addCleanup(adapter.disconnect)
         self.addCleanup(transaction.abort)
         return adapter
@@ -338,11 +342,9 @@ class TimeoutTests(AdapterTestCase):
         transaction.abort()
         self.assertEqual(self.waits(adapter), 60)
 
-    def leave(self, adapter, seconds):
-        """Let so much be left of the thread's time."""
-        patience = adapter().work.patience
-        patience.waited = patience.policy.timeout - seconds
-        patience.waited_until = time.monotonic()
+    def let_be_away(self, adapter, seconds):
+        """Let the server have been away for so long, as all threads know."""
+        adapter().work.link.server.missed(time.monotonic() - seconds)
 
     def give_up(self, adapter):
         """How many attempts it took."""
@@ -351,38 +353,79 @@ class TimeoutTests(AdapterTestCase):
         transaction.abort()
         return timeout.exception.attempts
 
-    def test_after_giving_up_a_request_makes_one_attempt(self):
+    def test_an_outage_is_known_to_all_threads(self):
+        """The one that met it first waits for it; those that come when it has given up do not."""
         adapter = self.adapter(timeout=60)
-        self.leave(adapter, 2)
         self.forward.refuse()
+        self.let_be_away(adapter, 58)
         self.assertGreater(self.give_up(adapter), 1)
+        for _ in range(3):
+            self.assertEqual(self.in_thread(lambda: self.give_up(adapter)), 1)
         self.assertEqual(self.give_up(adapter), 1)
+
+    def test_twelve_requests_on_four_threads(self):
+        adapter = self.adapter(timeout=60)
+        self.forward.silence()
+        self.let_be_away(adapter, 60)
+        with ThreadPoolExecutor(4) as executor:
+            attempts = list(executor.map(lambda _: self.give_up(adapter), range(12)))
+        self.assertEqual(attempts, [1] * 12)
+
+    def test_an_outage_that_nobody_has_met_again_is_forgotten(self):
+        adapter = self.adapter(timeout=60)
+        self.forward.refuse()
+        self.let_be_away(adapter, 60)
         self.assertEqual(self.give_up(adapter), 1)
-        # That is forgotten when nobody has asked for as long as the timeout.
-        adapter().work.patience.waited_until -= 60
-        self.assertEqual(self.waits(adapter), 60)
-        self.assertIsNone(adapter().work.patience.begins(0).attempts)
-        self.leave(adapter, 2)
+        self.assertEqual(adapter().work.link.server.away_for(0), 0)
+        self.let_be_away(adapter, 58)
         self.assertGreater(self.give_up(adapter), 1)
 
-    def test_after_another_thread_has_reached_the_server_requests_wait_again(self):
+    def test_requests_wait_again_when_another_thread_has_reached_the_server(self):
         adapter = self.adapter(timeout=60)
-        self.leave(adapter, 0)
         self.forward.refuse()
+        self.let_be_away(adapter, 60)
         self.give_up(adapter)
-        self.assertEqual(adapter().work.patience.begins(0).attempts, 1)
         self.forward.accept()
-        self.in_thread(lambda: (self.read(adapter), transaction.commit()))
-        self.assertEqual(self.waits(adapter), 60)
-        self.assertIsNone(adapter().work.patience.begins(0).attempts)
 
-    def test_after_giving_up_connecting_may_take_its_time(self):
-        adapter = self.adapter(timeout=20)
-        self.leave(adapter, 0)
-        self.forward.refuse()
-        self.give_up(adapter)
-        self.forward.accept()
-        self.forward.delay(0.2)
+        def reach():
+            with with_time_to_connect:
+                self.read(adapter)
+            transaction.commit()
+
+        self.in_thread(reach)
+        self.assertEqual(adapter().work.link.server.away_for(60), 0)
+        self.assertEqual(adapter().work.patience.left().timeout, 60)
+
+    def test_a_session_that_cannot_be_prepared_does_not_end_the_outage(self):
+        def end_session(raw):
+            raw.cursor().execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+        adapter = self.adapter(timeout=60, on_connect=end_session)
+        self.let_be_away(adapter, 60)
+        with with_time_to_connect:
+            self.give_up(adapter)
+        self.assertGreater(adapter().work.link.server.away_for(60), 60)
+
+    def test_who_connects_slowly_is_let_in_the_next_time(self):
+        """Nobody waits for the attempt, but it goes on, and ends the outage."""
+        adapter = self.adapter(timeout=60)
+        server = adapter().work.link.server
+        self.let_be_away(adapter, 60)
+        hold_back = threading.Event()
+        open_session = server._open_session
+
+        def open_slowly(timeout):
+            hold_back.wait(PATIENCE)
+            return open_session(timeout)
+
+        with (
+            mock.patch.object(server, "_open_session", open_slowly),
+            mock.patch("zreconnect.policy.SINGLE_ATTEMPT", PATIENCE),
+        ):
+            self.give_up(adapter)
+            self.give_up(adapter)
+            hold_back.set()
+            wait_until(lambda: server.away_for(60) == 0)
         self.read(adapter)
         transaction.commit()
 

@@ -1,12 +1,15 @@
 """How long and how often connecting is tried."""
 
 import unittest
+from dataclasses import replace
+from unittest import mock
 
 import tenacity
 from zope.interface.verify import verifyObject
 
 from zreconnect import FAIL_FAST, PERSIST, RetryPolicy
 from zreconnect.interfaces import IRetryPolicy
+from zreconnect.policy import Patience
 
 
 class RetryPolicyTests(unittest.TestCase):
@@ -90,3 +93,26 @@ class RetryPolicyTests(unittest.TestCase):
 
         self.assertRaises(KeyError, PERSIST.retrying(ValueError, lambda state: None), attempt)
         self.assertEqual(len(calls), 1)
+
+
+class PatienceTests(unittest.TestCase):
+    def left(self, policy, away, elapsed=0.0):
+        server = mock.Mock()
+        server.away_for.return_value = away
+        return Patience(policy, server).left(elapsed)
+
+    def test_each_transaction_may_wait_for_all_of_the_time(self):
+        self.assertEqual(self.left(RetryPolicy(timeout=60), away=50).timeout, 60)
+        self.assertEqual(self.left(RetryPolicy(timeout=60), away=50, elapsed=5).timeout, 55)
+
+    def test_the_time_counts_from_the_beginning_of_the_outage(self):
+        policy = RetryPolicy(timeout=60, since_outage=True)
+        for away, elapsed, left in ((0, 0, 60), (50, 0, 10), (50, 20, 10), (20, 50, 10)):
+            self.assertEqual(self.left(policy, away, elapsed).timeout, left)
+        # One attempt.
+        self.assertEqual(self.left(policy, away=70).timeout, 0)
+        self.assertEqual(self.left(FAIL_FAST, away=70), replace(FAIL_FAST, timeout=0))
+
+    def test_who_waits_for_ever_does_in_an_outage(self):
+        policy = RetryPolicy(since_outage=True)
+        self.assertEqual(self.left(policy, away=50), policy)

@@ -114,13 +114,11 @@ class OutcomeTests(DoorTestCase):
     def test_a_connection(self):
         raw = self.make().connect(PATIENCE)
         self.assertFalse(raw.is_closed)
-        self.assertEqual(self.server.times_reached, 1)
 
     def test_a_failure_that_passes(self):
         error = sqlite3.OperationalError("database is locked")
         self.make(mock.Mock(side_effect=error))
         self.assertIs(self.fails(PATIENCE), error)
-        self.assertEqual(self.server.times_reached, 0)
 
     def test_a_refusal_is_the_drivers_own_error(self):
         error = sqlite3.OperationalError("unable to open database file")
@@ -145,7 +143,6 @@ class OutcomeTests(DoorTestCase):
         self.fails(0)
         hanging.end(lambda: late)
         wait_until(lambda: late.is_closed)
-        self.assertEqual(self.server.times_reached, 0)
 
     def test_a_thread_that_cannot_be_started(self):
         self.make()
@@ -297,6 +294,38 @@ class SharingTests(DoorTestCase):
     def test_no_thread_outlasts_its_attempt(self):
         self.make().connect(10 * PATIENCE)
         self.wait_for_attempts_to_end()
+
+
+class OutageTests(DoorTestCase):
+    def test_it_lasts_until_somebody_has_a_session(self):
+        self.make()
+        self.assertEqual(self.server.away_for(PATIENCE), 0)
+        self.server.missed(time.monotonic() - 5)
+        self.server.missed(time.monotonic())
+        self.assertGreaterEqual(self.server.away_for(PATIENCE), 5)
+        self.server.reached()
+        self.assertEqual(self.server.away_for(PATIENCE), 0)
+
+    def test_it_is_forgotten_when_nobody_has_met_it_again(self):
+        self.make()
+        self.server.missed(time.monotonic() - 5)
+        self.assertEqual(self.server.away_for(-1), 0)
+        self.server.missed(time.monotonic())
+        self.assertLess(self.server.away_for(PATIENCE), 5)
+
+    def test_an_attempt_may_last_longer_than_its_maker_waits(self):
+        hanging, late = self.hanging(), connection()
+        self.make(hanging)
+        self.server.missed(time.monotonic())
+        for _ in range(2):
+            with self.assertRaises(AttemptFailed):
+                self.server.connect(0, lasting=10 * PATIENCE)
+        other = Call(self.server.connect, PATIENCE)
+        self.wait_for_waiting(2)
+        self.assertEqual(self.attempts.begun, 1)
+        hanging.end(lambda: late)
+        self.assertIsNotNone(other.end().returned)
+        wait_until(lambda: late.is_closed and self.server.away_for(PATIENCE) == 0)
 
 
 class InterruptTests(DoorTestCase):
