@@ -1,4 +1,4 @@
-"""Run suites and print the table: ``python -m suites [--through-only] [NAME ...]``."""
+"""Run suites and print the table: ``python -m suites [NAME ...] [--through-only]``."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ class ReconnectingCursor:
             if link.reader is not None:
                 self._keep_rows_of_others()
             if work.state is not State.ACTIVE:
-                guard.need_transaction()
+                guard.need_transaction(args[0] if method == "execute" else None)
             session = link.session
             if self._session is not session:
                 self._open()

@@ -168,10 +168,10 @@ class Guard:
 
     # Beginning
 
-    def need_transaction(self) -> None:
+    def need_transaction(self, statement: Any = None) -> None:
         """Begin a transaction if a statement needs one; else see that there is a session.
 
-        Raises what `begin` raises, and what refuses the statement.
+        statement: if it is known. Raises what `begin` raises, and what refuses the statement.
         """
         work = self.work
         if work.member is not None:
@@ -186,9 +186,9 @@ class Guard:
                 "There is no transaction: call begin() first (implicitBegin is False)"
             )
         else:
-            self.begin(explicit=False)
+            self.begin(explicit=False, statement=statement)
 
-    def begin(self, explicit: bool) -> None:
+    def begin(self, explicit: bool, statement: Any = None) -> None:
         """Begin a transaction; reconnect if need be. explicit: not for a statement.
 
         Raises `DisconnectionError`, `ReconnectTimeout`, and the driver's errors.
@@ -199,7 +199,7 @@ class Guard:
             work.join()
         policy = work.patience.begins(work.waited)
         try:
-            if work.begin(explicit, policy):
+            if work.begin(explicit, policy, statement):
                 return
         except BaseException as error:
             if not self.meet(error, Moment.BEGIN):

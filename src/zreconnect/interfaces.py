@@ -321,6 +321,10 @@ class IDriver(Interface):
         """Whether the statement that ``raw_cursor`` sent last may be a COMMIT, or be committed by
         itself. No round trip, for the session is lost."""
 
+    def sets_modes(statement):
+        """Whether a statement, as text or composed, has to be the first one of its transaction,
+        before any query: SET TRANSACTION and its like. No round trip."""
+
     def looks_like_reading(raw_cursor):
         """Whether the statement that ``raw_cursor`` executed last is of a kind that writes nothing,
         most often; False where that is not known. No round trip."""
@@ -426,6 +430,10 @@ class IObserver(Interface):
     may_have_written = Attribute(
         "Whether a COMMIT that was lost may have committed something. If not, the work may run "
         "again, and `outcome` must not be asked."
+    )
+    waits = Attribute(
+        "Whether nothing may go along with BEGIN, because the transaction's first statement must "
+        "come first. Set before the transaction begins; `commit` then records what the rider would."
     )
 
     def record_session(raw, settings):

@@ -61,11 +61,32 @@ class LedgerObserver(SessionObserver):
 
     def rider(self, raw: Any, settings: SessionSettings) -> str:
         self._note_begin(raw, settings)
+        self._is_entered = False
+        return self._enter() if self._is_to_enter() and not self.waits else ""
+
+    def commit(self, raw: Any) -> None:
+        if (
+            self.waits
+            and not self._is_entered
+            and self._is_to_enter()
+            and not self._driver.in_failed_transaction(raw)
+        ):
+            # As long as no COMMIT is sent that has something to commit, losing the session rolls
+            # back.
+            self.may_have_written = False
+            if self._driver.query(raw, "SHOW transaction_read_only") == [("off",)]:
+                self._driver.query(raw, self._enter())
+            self.may_have_written = True
+        super().commit(raw)
+
+    def _is_to_enter(self) -> bool:
+        """Whether the transaction is for the ledger. Where there was a standby, there is no row."""
         assert self._session is not None
-        # Where there was a standby, there is no row.
-        self._is_entered = self.may_have_written and not self._session.is_standby
-        if not self._is_entered:
-            return ""
+        return self.may_have_written and not self._session.is_standby
+
+    def _enter(self) -> str:
+        """What writes the transaction down."""
+        self._is_entered = True
         self._number += 1
         return self._upsert(self._number, f"number = {self._number}, used = now()")
 

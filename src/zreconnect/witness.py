@@ -109,6 +109,7 @@ class NoObserver:
     """For a connection without a witness: it knows nothing of any transaction."""
 
     watches_statements = False
+    waits = False
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver
@@ -268,7 +269,7 @@ class XidObserver(SessionObserver):
         self._note_begin(raw, settings)
         self._xid, self._marks = None, ()
         # An id is given to every transaction that asks, and there are but 2**31 before a vacuum.
-        return ID if self.may_have_written and self._knows_ids else ""
+        return ID if self.may_have_written and self._knows_ids and not self.waits else ""
 
     def began(self, row: Any) -> None:
         self._began = time.monotonic()
@@ -283,7 +284,8 @@ class XidObserver(SessionObserver):
         return Evidence(began, self._marks)
 
     def commit(self, raw: Any) -> None:
-        if self._has_written and not self._driver.in_failed_transaction(raw):
+        was_not_asked = self.waits and self.may_have_written and self._knows_ids
+        if (self._has_written or was_not_asked) and not self._driver.in_failed_transaction(raw):
             self._ask_id(raw, ID)
         self._driver.commit(raw)
         self._is_under_way = False
@@ -359,7 +361,8 @@ class XidAtCommitObserver(XidObserver):
         self._xid, self._marks = None, ()
         assert self._session is not None
         # Behind a pooler only the transaction itself knows which process it is in.
-        return ASSIGNED_ID if self._session.is_pooled and self._knows_ids else ""
+        rides = self._session.is_pooled and self._knows_ids and not self.waits
+        return ASSIGNED_ID if rides else ""
 
     def commit(self, raw: Any) -> None:
         if (

@@ -226,12 +226,12 @@ class Work:
         if self.state is State.CLOSED:
             self.ask(Request.LOOK)
 
-    def begin(self, explicit: bool, policy: RetryPolicy) -> bool:
+    def begin(self, explicit: bool, policy: RetryPolicy, statement: Any = None) -> bool:
         """Begin a transaction in the present session. Whether there was one.
 
-        explicit: whether ``begin()`` was called, and not a statement.
+        explicit: whether ``begin()`` was called, and not a statement. statement: the latter.
         """
-        self._begin_another(explicit)
+        self._begin_another(explicit, statement)
         session = self.link.session
         if session is NO_SESSION:
             return False
@@ -285,8 +285,9 @@ class Work:
             # The traceback of its error refers to this frame.
             del begun
 
-    def _begin_another(self, explicit: bool) -> None:
+    def _begin_another(self, explicit: bool, statement: Any = None) -> None:
         self.is_explicit = explicit
+        self.link.observer.waits = statement is not None and self.link.driver.sets_modes(statement)
         self.number += 1
         self.savepoints.clear()
         self.own.forget()

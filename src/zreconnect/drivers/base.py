@@ -202,6 +202,9 @@ class BaseDriver:
     def misses_target(self, raw: Any, parameters: Mapping[str, str]) -> bool:
         return False
 
+    def sets_modes(self, statement: Any) -> bool:
+        return False
+
     def looks_like_reading(self, raw_cursor: Any) -> bool:
         return False
 

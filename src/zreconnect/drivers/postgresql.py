@@ -58,6 +58,13 @@ DISCONNECT_MESSAGES = (
     "SSL SYSCALL error",
     "connection already closed",
 )
+# What the server takes before the transaction's first query only.
+SETS_MODES = re.compile(
+    r"(?:\s|--[^\n]*(?:\n|\Z)|/\*(?:[^*]|\*(?!/))*\*/)*"
+    r"(?:SET\s+(?:(?:LOCAL|SESSION)\s+)?TRANSACTION(?:_|\b)"
+    r"|(?:BEGIN|START)\b[^;]*\b(?:ISOLATION|READ|DEFERRABLE)\b)",
+    re.IGNORECASE,
+)
 # A program may end the transaction by a statement of its own, with comments before it.
 COMMIT_STATEMENT = re.compile(
     rb"(?:^|;)(?:\s|--[^\n]*(?:\n|\Z)|/\*(?:[^*]|\*(?!/))*\*/)*"
@@ -173,6 +180,7 @@ class PostgresqlDriver:
     """The part of `zreconnect.interfaces.IDriver` that all modules for PostgreSQL share."""
 
     module: Any
+    sql: Any
     has_sessions = True
     loses_rows = False
     supports_two_phase = True
@@ -228,6 +236,16 @@ class PostgresqlDriver:
 
     def address(self, parameters: Mapping[str, str]) -> str:
         return dsn_module.redacted(parameters)
+
+    def sets_modes(self, statement: Any) -> bool:
+        if isinstance(statement, bytes):
+            statement = statement.decode("ascii", "replace")
+        elif isinstance(statement, self.sql.Composable):
+            while isinstance(statement, self.sql.Composed):
+                statement = next(iter(statement), None)
+            if isinstance(statement, self.sql.SQL):
+                statement = statement.as_string(None)
+        return isinstance(statement, str) and SETS_MODES.match(statement) is not None
 
     def begins_read_only(self, raw: Any, settings: SessionSettings) -> bool:
         return bool(raw.readonly if settings.readonly is None else settings.readonly)

@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg2
 import psycopg2.errors
-from psycopg2 import extensions
+from psycopg2 import extensions, sql
 
 from zreconnect.documented import implements
 from zreconnect.drivers.base import SessionSettings
@@ -55,6 +55,7 @@ class Psycopg2Driver(PostgresqlDriver):
 
     name = "psycopg2"
     module = psycopg2
+    sql = sql
     disconnection_error = Psycopg2DisconnectionError
     loses_rows = True
     isolation_levels = ISOLATION_LEVELS

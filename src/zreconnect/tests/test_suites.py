@@ -12,7 +12,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[3]
 with mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
-    from suites import counting, recording, running, storm, suite
+    from suites import counting, recording, running, storm, suite, zope_sqlalchemy
     from suites.__main__ import chosen, described, main
 
 SUITE = suite.Suite(
@@ -250,3 +250,8 @@ class PartTests(unittest.TestCase):
     def test_storm(self):
         (described,) = storm.SUITES
         self.assert_enough(described, tests=("storm.tests.zope.zstorm",))
+
+    def test_zope_sqlalchemy(self):
+        for described in zope_sqlalchemy.SUITES:
+            with self.subTest(described.name):
+                self.assert_enough(described)

@@ -395,6 +395,124 @@ class NotificationTests(WitnessTestCase):
         self.assertTrue(has_written(connection.guard))
 
 
+class FirstStatementTests(WitnessTestCase):
+    """What has to come before any query of its transaction, also before the witness's."""
+
+    STATEMENTS = (
+        "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE",
+        "/* a comment */ -- and\n set local transaction_isolation = 'serializable'",
+        "SET SESSION transaction_isolation TO serializable",
+        "BEGIN ISOLATION LEVEL SERIALIZABLE",
+        "start transaction read write, isolation level serializable",
+        b"SET TRANSACTION ISOLATION LEVEL SERIALIZABLE",
+    )
+
+    def connections(self, *witnesses):
+        for self.driver, self.sql in (("psycopg2", psycopg2.sql), ("psycopg", psycopg.sql)):
+            for each in witnesses or (XidWitness(), XidWitness(at_commit=True), Ledger(), None):
+                with self.subTest(driver=self.driver, witness=each):
+                    yield self.connect(witness=each)
+                    self.query("DELETE FROM item")
+
+    def composed(self):
+        level = self.sql.SQL("SERIALIZABLE")
+        return self.sql.SQL("SET TRANSACTION ISOLATION LEVEL {}").format(level)
+
+    def test_it_is_heeded(self):
+        for connection in self.connections():
+            for statement in (*self.STATEMENTS, self.composed()):
+                with self.subTest(statement=statement), connection.cursor() as cursor:
+                    cursor.execute(statement)
+                    cursor.execute("SHOW transaction_isolation")
+                    self.assertEqual(cursor.fetchall(), [("serializable",)])
+                    connection.commit()
+
+    def test_what_it_is_not(self):
+        for connection in self.connections(None):
+            name = self.sql.Identifier("SET TRANSACTION")
+            for statement in (
+                "SET LOCAL lock_timeout = 1",
+                "BEGIN",
+                "SELECT 'SET TRANSACTION'",
+                name,
+                self.sql.Composed([name]),
+                self.sql.Composed([]),
+                None,
+            ):
+                with self.subTest(statement=statement):
+                    self.assertFalse(connection.work.link.driver.sets_modes(statement))
+
+    def test_a_lost_commit_of_its_transaction_is_looked_up(self):
+        for connection in self.connections(XidWitness(), XidWitness(at_commit=True), Ledger()):
+            for _ in range(2):
+                connection.cursor().execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
+                self.insert(connection)
+                self.lose_answer_to_last_request(connection)
+                self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
+                self.query("DELETE FROM item")
+
+    def lose_answer_to_last_request(self, connection):
+        commit, losses = connection.work.link.driver.commit, [True]
+
+        def lose(raw, rider=""):
+            if losses:
+                losses.pop()
+                self.forward.cut("to_client", 0)
+            commit(raw, rider)
+
+        with mock.patch.object(connection.work.link.driver, "commit", lose):
+            connection.commit()
+        self.assertEqual(losses, [])
+
+    def test_what_is_lost_before_commit_may_run_again(self):
+        for connection in self.connections(XidWitness(), Ledger()):
+            connection.cursor().execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
+            self.insert(connection)
+            self.forward.drop()
+            with self.assertRaises(DisconnectionError):
+                connection.commit()
+            connection.rollback()
+            self.assertEqual(self.names(), [])
+
+    def test_read_only(self):
+        for connection in self.connections():
+            connection.cursor().execute("SET TRANSACTION READ ONLY")
+            with self.assertRaises(connection.Error):
+                self.insert(connection)
+            connection.rollback()
+            connection.cursor().execute("SET TRANSACTION READ ONLY")
+            connection.commit()
+
+    def test_one_whose_outcome_is_not_in_the_ledger_is_unknown(self):
+        for connection in self.connections(Ledger()):
+            connection.cursor().execute("SET TRANSACTION READ ONLY")
+            with self.assertRaisesRegex(CommitOutcomeUnknown, "not in the ledger"):
+                self.lose_answer_to_last_request(connection)
+            connection.rollback()
+
+    def test_after_a_failed_statement_nothing_is_committed(self):
+        for connection in self.connections():
+            connection.cursor().execute("SET TRANSACTION READ WRITE")
+            with self.assertRaises(connection.Error):
+                connection.cursor().execute("SELECT 1/0")
+            with self.assertRaisesRegex(connection.InternalError, "Nothing was committed"):
+                connection.commit()
+
+    def test_the_next_transaction_is_witnessed_from_its_begin(self):
+        for connection in self.connections(XidWitness(), Ledger()):
+            cursor = connection.cursor()
+
+            def use(first, connection=connection, cursor=cursor):
+                cursor.execute(first)
+                connection.commit()
+
+            use("SET TRANSACTION READ WRITE")
+            self.assertEqual(self.round_trips(lambda use=use: use("SHOW search_path")), 3)
+            use("SET TRANSACTION READ WRITE")
+            connection.begin()
+            self.assertEqual(self.round_trips(connection.commit), 1)
+
+
 class JoinedTests(WitnessTestCase):
     def test_the_transaction_goes_on_when_the_commit_had_arrived(self):
         descriptor = ConnectionDescriptor(self.dsn)
