@@ -32,7 +32,7 @@ class Sdist:
                 # pip has it say what it needs, by the tools for building that it asks for.
                 _call(
                     *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
-                    *("--no-binary", ":all:", "--dest", str(fresh)),
+                    *("--no-binary", self.project, "--dest", str(fresh)),
                     f"{self.project}=={self.version}",
                 )
                 (archive,) = fresh.iterdir()

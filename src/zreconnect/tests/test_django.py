@@ -11,12 +11,15 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 from unittest import mock
+from zoneinfo import ZoneInfo
 
 import django.db
 from django.apps import apps
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.db import close_old_connections, connection, transaction
+from django.db.models import Value
+from django.db.models.functions import Coalesce
 from django.db.utils import DatabaseError
 from django.test.utils import CaptureQueriesContext
 
@@ -344,18 +347,93 @@ class SessionTests(DjangoTestCase):
         with CaptureQueriesContext(connection) as queries, transaction.atomic():
             self.File.objects.filter(path="a").count()
         statements = [query["sql"] for query in queries.captured_queries]
-        self.assertRegex(statements[-2], r"SELECT COUNT.*PARAMS = \('a',\)")
+        self.assertRegex(statements[-2], r"SELECT COUNT.*= 'a'")
 
     def test_a_loss_while_queries_are_logged(self):
         with CaptureQueriesContext(connection):
             self.work(self.server.restart)
         self.assertEqual(self.runs, ["run", "run"])
 
-    def test_iterator(self):
-        for path in "abc":
+    def test_an_isolation_level_that_there_is_not_is_refused(self):
+        self.use(isolation_level=99)
+        with self.assertRaisesRegex(ImproperlyConfigured, "Invalid transaction isolation level"):
+            self.File.objects.count()
+
+
+class IteratorTests(DjangoTestCase):
+    """iterator() reads by a server-side cursor, in parts."""
+
+    def setUp(self):
+        super().setUp()
+        for path in "abcde":
             self.work(path=path)
-        files = self.File.objects.order_by("path").iterator(chunk_size=2)
-        self.assertEqual([file.path for file in files], ["a", "b", "c"])
+
+    def files(self):
+        return self.File.objects.order_by("path").iterator(chunk_size=2)
+
+    def server_side_cursors(self):
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT is_holdable FROM pg_cursors")
+            return [is_holdable for (is_holdable,) in cursor.fetchall()]
+
+    def test_in_a_transaction(self):
+        for options in ({}, {"server_side_binding": True}):
+            with self.subTest(options):
+                self.use(**options)
+                for _ in range(2):
+                    with transaction.atomic():
+                        files = self.files()
+                        self.assertEqual(next(files).path, "a")
+                        self.assertEqual(self.server_side_cursors(), [False])
+                        self.assertEqual([file.path for file in files], ["b", "c", "d", "e"])
+                        self.assertEqual(self.server_side_cursors(), [])
+                    self.server.restart()
+
+    def test_in_autocommit_mode(self):
+        files = self.files()
+        self.assertEqual(next(files).path, "a")
+        self.assertEqual(self.server_side_cursors(), [True])
+        self.assertEqual([file.path for file in files], ["b", "c", "d", "e"])
+        self.assertEqual(self.server_side_cursors(), [])
+
+    def test_the_parameters_are_bound_by_the_client(self):
+        # As expressions for the server $1 and $2 are not the same.
+        path = Coalesce("path", Value(""))
+        files = self.File.objects.order_by(path).distinct().iterator()
+        self.assertEqual(len(list(files)), 5)
+
+    def test_a_loss_in_a_transaction(self):
+        self.runs.clear()
+
+        def read_with_accident():
+            for file in self.files():
+                if file.path == "b" and not self.runs:
+                    self.runs.append("lost")
+                    self.server.restart()
+            return file.path
+
+        run = retry_on_disconnect(timeout=30, min_interval=0)(
+            transaction.atomic(read_with_accident)
+        )
+        self.assertEqual(run(), "e")
+        self.assertEqual(self.runs, ["lost"])
+
+    def test_a_loss_in_autocommit_mode(self):
+        files = self.files()
+        next(files)
+        self.server.restart()
+        with self.assertRaises(django.db.Error):
+            list(files)
+        self.assertEqual(self.File.objects.count(), 5)
+
+    def test_the_time_zone(self):
+        self.use(time_zone="Asia/Kathmandu")
+        for zone in ("Asia/Kathmandu", "Asia/Tokyo"):
+            connection.ensure_connection()
+            connection.timezone = ZoneInfo(zone)
+            with transaction.atomic(), connection.chunked_cursor() as cursor:
+                cursor.execute("SELECT now()")
+                self.assertEqual(cursor.fetchone()[0].tzinfo, connection.timezone)
 
 
 class CommandTests(DjangoTestCase):
@@ -380,7 +458,7 @@ class CommandTests(DjangoTestCase):
             text=True,
         )
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual(done.stdout, "2 psycopg2\n")
+        self.assertEqual(done.stdout, "2 psycopg2\nUTC 1 []\n")
         self.assertEqual(self.paths(), ["2"])
 
 
@@ -405,6 +483,10 @@ def work():
     return File.objects.get(pk=file.pk).path
 
 print(work(), connection.Database.__name__)
+with connection.chunked_cursor() as cursor:
+    cursor.execute("SELECT now(), count(*) FROM pg_cursors WHERE is_holdable")
+    now, count = cursor.fetchone()
+    print(now.tzinfo, count, connection.queries)
 """
 
 

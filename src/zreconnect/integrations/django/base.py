@@ -5,6 +5,7 @@ Django looks for ``DatabaseWrapper`` in the module ``base`` of what a database's
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from zreconnect.server import Server
 from zreconnect.states import State
 
 with needs(__name__, "Django"):
+    from django.conf import settings
     from django.core.exceptions import ImproperlyConfigured
     from django.db.backends.base.operations import BaseDatabaseOperations
     from django.db.backends.postgresql import base
@@ -50,7 +52,11 @@ class ErrorWrapper(DatabaseErrorWrapper):
 class DatabaseOperations(base.DatabaseOperations):
     def last_executed_query(self, cursor: Any, sql: str, params: Any) -> str:
         # PostgreSQL's asks psycopg's cursor, for a private attribute.
-        query: str = BaseDatabaseOperations.last_executed_query(self, cursor, sql, params)
+        try:
+            query: str = self.compose_sql(sql, params)
+        except Exception:
+            # Of what could not be executed either, or the session was lost: that error counts.
+            query = BaseDatabaseOperations.last_executed_query(self, cursor, sql, params)
         return query
 
 
@@ -82,9 +88,17 @@ class DatabaseWrapper(base.DatabaseWrapper):
 
         connect = partial(hosts.connect, driver, conn_params, open_session=open_session)
         server = Server(driver, connect, {})
-        return ReconnectingConnection(server, on_connect=self._set_up_session, **ours)
+        connection = ReconnectingConnection(server, on_connect=self._set_up_session, **ours)
+        connection.cursor_factory = conn_params["cursor_factory"]
+        # One that there is not Django refuses when it connects.
+        with contextlib.suppress(ValueError):
+            connection.isolation_level = self.settings_dict["OPTIONS"].get("isolation_level")
+        return connection
 
     def _set_up_session(self, raw: Any) -> None:
+        if base.is_psycopg3 and not self.features.uses_server_side_binding:
+            # Its server-side cursors bind by themselves.
+            raw.server_cursor_factory = base.ServerSideCursor
         # Django does it for the first, not knowing of the others.
         with raw.cursor() as cursor:
             cursor.execute(self.ops.set_time_zone_sql(), [self.timezone_name])
@@ -113,6 +127,16 @@ class DatabaseWrapper(base.DatabaseWrapper):
             return not work.link.driver.in_failed_transaction(work.link.session.raw)
         return work.state is State.IDLE
 
-    def chunked_cursor(self) -> Any:
-        """An ordinary cursor: Django makes psycopg's server-side ones by itself, past us."""
-        return self.cursor()
+    def create_cursor(self, name: str | None = None) -> Any:
+        if name is None:
+            return super().create_cursor()
+        # Django makes psycopg's server-side ones by itself, past us.
+        connection = self.connection
+        cursor = connection.cursor(name, scrollable=False, withhold=connection.autocommit)
+        if base.is_psycopg3:
+            loader = connection.adapters.get_loader(base.TIMESTAMPTZ_OID, base.Format.TEXT)
+            if loader.timezone != self.timezone:
+                base.register_tzloader(self.timezone, cursor)
+        else:
+            cursor.tzinfo_factory = self.tzinfo_factory if settings.USE_TZ else None
+        return cursor
