@@ -66,17 +66,17 @@ _ROLLING_BACK = frozenset({Answer.ROLLS_BACK, Answer.LETS_GO})
 class Work:
     """The present transaction of a connection. See the module's theory of operation.
 
-    link: leads to the server. turn: whose turn it is. patience: how long transactions wait.
-    state: what is known. losses: how many transactions have been lost with their sessions.
-    member: the data manager of the larger transaction that this one is part of, or None.
-    join: called before a transaction begins, to make it part of a larger one, or None.
-    implicit_begin: whether a statement begins a transaction. is_explicit: whether the transaction
-    was begun by ``begin()`` and not by a statement. block: has an entry while the connection is
-    in a ``with`` block. committing: the raw connection on which COMMIT was sent last.
-    waited: the seconds that the thread has waited for its turn. number: that of the present
-    transaction, or of the last. block_began_after: that of the last one before the ``with`` block.
-    told_by_run: the one of whose commit ``run`` tells the program, when it returns. own: what each
-    thread knows of its own COMMITs here. savepoints: of open blocks, see `zreconnect.blocks`.
+    link: leads to the server. turn: whose turn it is. patience: how long transactions wait. state:
+    what is known. losses: how many transactions have been lost with their sessions. member: the
+    data manager of the larger transaction that this one is part of, or None. join: called before
+    one begins, to make it part of a larger one, or None. implicit_begin: whether a statement begins
+    a transaction. is_explicit: whether the transaction was begun by ``begin()`` and not by a
+    statement. block: has an entry while the connection is in a ``with`` block. committing: the raw
+    connection on which COMMIT was sent last. waited: the seconds that the thread has waited for its
+    turn. number: that of the present transaction, or of the last. block_began_after: that of the
+    last one before the ``with`` block. told_by_run: the one of whose commit ``run`` tells the
+    program, when it returns. own: what each thread knows of its own COMMITs here. savepoints: of
+    open blocks, see `zreconnect.blocks`.
     """
 
     __slots__ = (
