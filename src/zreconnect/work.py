@@ -295,8 +295,7 @@ class Work:
         self.note(Event.BEGIN_LEAVES)
 
     def limit_of_begin(self, policy: RetryPolicy) -> float:
-        """The seconds that the answer to BEGIN may take in a session that there is."""
-        # Half of the time is left for connecting again.
+        """The seconds that the answer to BEGIN may take, so that half is left for connecting."""
         limit = policy.longest_attempt((policy.timeout or 0) / 2)
         return min(limit, self.link.options.response_timeout or limit)
 
