@@ -65,10 +65,8 @@ class Branch:
         return cls(global_id, int(number), int(system_identifier), timeline, int(xid), database)
 
 
-def is_prepared(driver: Any, raw: Any, branch: Branch) -> bool:
-    return bool(
-        driver.query(raw, "SELECT gid FROM pg_prepared_xacts WHERE gid = %s", (branch.gid,))
-    )
+def is_prepared(driver: Any, raw: Any, gid: str) -> bool:
+    return bool(driver.query(raw, "SELECT gid FROM pg_prepared_xacts WHERE gid = %s", (gid,)))
 
 
 def decided(driver: Any, raw: Any, branch: Branch) -> Outcome:
@@ -88,4 +86,5 @@ def decided(driver: Any, raw: Any, branch: Branch) -> Outcome:
 
 def end_branch(driver: Any, raw: Any, gid: str, outcome: Outcome) -> None:
     verb = "COMMIT" if outcome is Outcome.COMMITTED else "ROLLBACK"
-    driver.query(raw, f"{verb} PREPARED '{gid}'")
+    quoted = gid.replace("'", "''")
+    driver.query(raw, f"{verb} PREPARED '{quoted}'")

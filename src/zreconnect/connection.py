@@ -30,8 +30,9 @@ from zreconnect.retry import check_function, check_patience, run_unit_of_work
 from zreconnect.savepoint import Savepoint
 from zreconnect.server import Server, server_from_dsn, server_from_factory
 from zreconnect.session import NO_SESSION
-from zreconnect.settings import DriverAttribute, SettingsOfSessions
+from zreconnect.settings import DriverAttribute
 from zreconnect.states import Request, State
+from zreconnect.tpc import TwoPhaseCalls
 from zreconnect.turn import Turn
 from zreconnect.twophase import TwoPhaseDataManager
 from zreconnect.work import Work
@@ -43,7 +44,7 @@ _block = contextlib.contextmanager(transaction_block)
 
 
 @implements(IReconnectingConnection)
-class ReconnectingConnection(SettingsOfSessions):
+class ReconnectingConnection(TwoPhaseCalls):
     """A DB-API 2.0 connection that outlives its server sessions; see `IReconnectingConnection`.
 
     The server is first contacted when the first transaction begins.
@@ -160,11 +161,7 @@ class ReconnectingConnection(SettingsOfSessions):
                 self.guard.end_forgotten()
             if self.work.member is not None:
                 self.work.ask(Request.LOOK)
-                raise self.work.link.driver.module.ProgrammingError(
-                    "This connection is part of a transaction manager's transaction: commit that "
-                    "instead, with transaction.commit() or the manager's own commit(), or leave it "
-                    "to the framework that does"
-                )
+                raise self.work.link.driver.module.ProgrammingError(self.work.member.commit_refused)
             if self.work.state is State.IDLE:
                 self.refuse_commit_of_statement()
             self.guard.commit()
@@ -174,11 +171,12 @@ class ReconnectingConnection(SettingsOfSessions):
     def rollback(self) -> None:
         if self.work.member is not None and self.work.turn.is_mine():
             self.guard.end_forgotten()
+            self.refuse_rollback()
         if self.guard.try_turn():
             try:
                 if self.is_begun_by_statement():
                     self.work.link.end()
-                self.guard.roll_back()
+                self.roll_back()
             finally:
                 self.work.give_turn()
         else:
@@ -318,7 +316,7 @@ class ReconnectingConnection(SettingsOfSessions):
             return
         has_turn = self.guard.try_turn()
         try:
-            self.guard.roll_back_after(error, self.guard.roll_back if has_turn else self.guard.tell)
+            self.guard.roll_back_after(error, self.roll_back if has_turn else self.guard.tell)
         finally:
             self.work.give_turn()
 

@@ -28,6 +28,11 @@ class ConnectionDataManager:
 
     #: Whether nothing takes back what it has voted for.
     commits_in_vote = True
+    #: What ``commit()`` of the connection says.
+    commit_refused = (
+        "This connection is part of a transaction manager's transaction: commit that instead, with "
+        "transaction.commit() or the manager's own commit(), or leave it to the framework that does"
+    )
 
     def __init__(
         self, connection: ReconnectingConnection, transaction_manager: ITransactionManager

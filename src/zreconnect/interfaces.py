@@ -249,7 +249,7 @@ class IDriver(Interface):
     def prepare_transaction(raw, gid):
         """Prepare the transaction for a two-phase commit. Raises the module's errors.
 
-        gid: its name, which needs no quoting.
+        gid: its name.
         """
 
     def own_transaction(raw):
@@ -482,7 +482,8 @@ class IReconnectingConnection(Interface):
     - ``idle``: no transaction; there may be a server session or not;
     - ``active``: a transaction is under way;
     - ``prepared``: a two-phase commit is between its phases; what needs the server, and
-      ``rollback()``, raises the driver's ProgrammingError;
+      ``rollback()``, raises the driver's ProgrammingError, but for ``tpc_commit()`` and
+      ``tpc_rollback()``;
     - ``doomed``: the transaction's session was lost, or it could not begin for a statement;
       everything but ``rollback()`` and ``close()`` raises: `DisconnectionError`;
       `CommitOutcomeUnknown` if the transaction may be committed; or the driver's InternalError if
@@ -559,6 +560,49 @@ class IReconnectingConnection(Interface):
 
     def close():
         """Close the session for good. What was not committed is rolled back."""
+
+    def tpc_begin(xid):
+        """Begin a transaction that the program commits in two phases, as in PEP 249.
+
+        xid: its name, from the driver's ``xid()`` or as a string, for all of them; not one that is
+        used again. Until it has ended, ``commit()`` and ``rollback()`` raise the driver's
+        ProgrammingError. Raises what ``begin()`` raises; the driver's ProgrammingError in
+        autocommit mode and if the connection takes part in a transaction manager's transactions;
+        its NotSupportedError if it knows no prepared transactions.
+        """
+
+    def tpc_prepare():
+        """Prepare it, and be ``prepared``.
+
+        If the session is lost before the answer arrives, the connection reconnects and looks
+        whether it is prepared; if not, this raises `DisconnectionError`; if that cannot be found
+        out, `CommitOutcomeUnknown`. In both cases ``tpc_rollback()`` is to be called. Raises the
+        driver's ProgrammingError outside such a transaction.
+        """
+
+    def tpc_commit(xid=None):
+        """Commit what is prepared; or in one phase, as ``commit()``, what is not.
+
+        If the session is lost meanwhile, the connection reconnects and commits what is still
+        prepared, or looks the outcome up. Raises `CommitOutcomeUnknown` if that is not possible in
+        the policy's time, and can be called again then; the driver's OperationalError if somebody
+        has rolled it back.
+
+        xid: that of a transaction which anybody has prepared, to be ended from outside of any
+        transaction. If the session is lost meanwhile: `DisconnectionError` if it is still prepared,
+        otherwise `CommitOutcomeUnknown`. Raises the driver's ProgrammingError if there is none.
+        """
+
+    def tpc_rollback(xid=None):
+        """Roll it back, prepared or not; also after a disconnect.
+
+        Raises the driver's OperationalError, and is idle all the same, if what may be prepared
+        could not be ended in the policy's time; `CommitOutcomeUnknown` if ``tpc_commit()`` was
+        interrupted and it is committed, or may be. xid: as for ``tpc_commit()``.
+        """
+
+    def tpc_recover():
+        """The names of what is prepared, a list of the driver's. Reconnects if need be."""
 
     def savepoint():
         """Set a savepoint inside the transaction, which begins as with any statement.

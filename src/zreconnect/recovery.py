@@ -146,7 +146,7 @@ def _decide(
             f"{branch.system_identifier}: give its DSN, too"
         )
     # In this order: what is prepared now may be committed in the next moment.
-    if is_prepared(cluster.driver, cluster.raw, branch.deciding):
+    if is_prepared(cluster.driver, cluster.raw, branch.deciding.gid):
         if branch.deciding.gid in to_be_rolled_back:
             return Outcome.ABORTED, f"{there} was not committed, and is rolled back first"
         return Outcome.UNKNOWN, (

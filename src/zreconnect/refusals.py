@@ -35,7 +35,8 @@ _DRIVERS = {
     Answer.PREPARED: (
         "ProgrammingError",
         "The connection's transaction is prepared: its transaction manager is about to commit or "
-        "abort it, and the connection can be used afterwards",
+        "abort it, or else tpc_commit() or tpc_rollback() does, and the connection can be used "
+        "afterwards",
     ),
     Answer.CLOSED: ("InterfaceError", "The connection is closed"),
 }

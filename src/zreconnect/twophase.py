@@ -157,7 +157,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
 
         def first_use(raw: Any) -> None:
             nonlocal found
-            found = is_prepared(self._driver, raw, branch)
+            found = is_prepared(self._driver, raw, branch.gid)
 
         try:
             self.work.open(first_use, self.work.patience.policy)
@@ -171,7 +171,12 @@ class TwoPhaseDataManager(ConnectionDataManager):
         if found is False:
             self.branch = None
         if not found:
-            self.guard.raise_lost(error, inside=True)
+            self._raise_unprepared(branch, found, error)
+
+    def _raise_unprepared(
+        self, branch: Branch, found: bool | None, error: BaseException
+    ) -> NoReturn:
+        self.guard.raise_lost(error, inside=True)
 
     def _finish(self, branch: Branch) -> None:
         if branch.number > 0:

@@ -268,7 +268,8 @@ class PostgresqlDriver:
             set_own_default(name, mode if settings.autocommit else None, replaced, change)
 
     def prepare_transaction(self, raw: Any, gid: str) -> None:
-        self.query(raw, f"PREPARE TRANSACTION '{gid}'")
+        quoted = gid.replace("'", "''")
+        self.query(raw, f"PREPARE TRANSACTION '{quoted}'")
 
     def keep(self, raw: Any) -> Any:
         return None

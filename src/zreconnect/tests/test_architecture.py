@@ -27,7 +27,7 @@ guard
 siblings
 proxies settings datamanager
 cursor twophase
-blocks
+blocks tpc
 connection
 descriptor
 adapter zopeless

@@ -42,13 +42,10 @@ from zreconnect.tests import (
 from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until
 
 # Passed on: they begin and end nothing, and execute nothing outside a transaction of their own.
-# Those of two-phase commit are refused by psycopg in its autocommit mode; zreconnect has
-# two_phase.
 PASSED_ON_BY_CONNECTION = {
     "adapters", "add_notice_handler", "add_notify_handler", "cancel", "cancel_safe",
     "connect", "connection", "fileno", "info", "notifies", "remove_notice_handler",
-    "remove_notify_handler", "tpc_begin", "tpc_commit", "tpc_prepare", "tpc_recover",
-    "tpc_rollback", "wait", "xid",
+    "remove_notify_handler", "wait", "xid",
 }  # fmt: skip
 PASSED_ON_BY_CURSOR = {
     "adapters", "nextset", "pgresult", "results", "rownumber", "set_result",
@@ -902,14 +899,6 @@ class AttributeTests(Psycopg, DatabaseTestCase):
         connection.add_notice_handler(lambda notice: seen.append(notice.message_primary))
         connection.execute("DO $$ BEGIN RAISE NOTICE 'hear me'; END $$")
         self.assertEqual(seen, ["hear me"])
-
-    def test_two_phase_commit_of_psycopgs_is_refused(self):
-        connection = self.connect()
-        xid = connection.xid(1, "global", "branch")
-        with self.assertRaisesRegex(psycopg.ProgrammingError, "autocommit"):
-            connection.tpc_begin(xid)
-        self.assertEqual(connection.tpc_recover(), [])
-        self.assertEqual(connection.state, "idle")
 
     def test_composed_sql(self):
         self.make_table()
