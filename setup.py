@@ -9,7 +9,11 @@ CLI = ["rich >= 13.0", *EMBEDDED]
 MYSQL = ["mysqlclient >= 2.2"]
 PYMYSQL = ["PyMySQL >= 1.1"]
 PYRAMID = ["pyramid >= 2.0"]
-PSYCOPG = ["psycopg[binary] >= 3.2", "psycopg[binary] >= 3.2.2; python_version >= '3.13'"]
+# 3.3.0 loses rows of server-side cursors.
+PSYCOPG = [
+    "psycopg[binary] >= 3.2, != 3.3.0",
+    "psycopg[binary] >= 3.2.2, != 3.3.0; python_version >= '3.13'",
+]
 SQLALCHEMY = ["SQLAlchemy >= 2.0.30", "zope.sqlalchemy >= 3.1"]
 SQLOBJECT = ["SQLObject >= 3.11"]
 STORM = ["storm >= 1.0"]

@@ -423,7 +423,8 @@ def connect(
     The server is first contacted when the first transaction begins.
 
     dsn: ``postgresql://user:password@host:port/dbname``, the same with ``dbi://`` or ``mysql://``,
-    ``sqlite:///path``, or libpq's ``host=... dbname=...``.
+    ``sqlite:///path``, libpq's ``host=... dbname=...``, or a URL of SQLAlchemy's, which names the
+    driver: ``postgresql+psycopg://...``.
     driver: the driver's name, such as "psycopg"; None takes the one for the DSN's scheme.
     policy: how long connecting is tried when a transaction begins.
     witness: how the outcome of a lost COMMIT is looked up: "xid", a `Ledger`, or None for not.

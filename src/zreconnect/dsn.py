@@ -7,15 +7,27 @@ import re
 from collections.abc import Mapping
 from urllib.parse import quote, unquote
 
-from zreconnect.drivers.base import registered_names
+from zreconnect.drivers.base import DRIVERS, registered_names
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-DRIVERS = {
-    "postgresql": "psycopg2",
-    "postgres": "psycopg2",
-    "dbi": "psycopg2",
-    "sqlite": "sqlite",
-    "mysql": "mysqlclient",
+# Which drivers a scheme may mean; the first one is taken.
+_POSTGRESQL = ("psycopg2", "psycopg")
+_MYSQL = ("mysqlclient", "pymysql")
+SCHEMES = {
+    "dbi": _POSTGRESQL,
+    "mariadb": _MYSQL,
+    "mysql": _MYSQL,
+    "postgres": _POSTGRESQL,
+    "postgresql": _POSTGRESQL,
+    "sqlite": ("sqlite",),
+    # As SQLAlchemy has them.
+    "mariadb+mysqldb": ("mysqlclient",),
+    "mariadb+pymysql": ("pymysql",),
+    "mysql+mysqldb": ("mysqlclient",),
+    "mysql+pymysql": ("pymysql",),
+    "postgresql+psycopg": ("psycopg",),
+    "postgresql+psycopg2": ("psycopg2",),
+    "sqlite+pysqlite": ("sqlite",),
 }
 FORMS = (
     "postgresql://user:password@host:port/dbname, dbi://user:password@host:port/dbname "
@@ -23,10 +35,13 @@ FORMS = (
 )
 
 
-def driver_name(dsn: str) -> str:
-    """The name of the driver that ``dsn`` asks for; a registered one has its scheme as its name.
+def driver_name(dsn: str, asked: str | None = None) -> str:
+    """The name of the driver for ``dsn``; a registered one has its scheme as its name.
 
-    Raises TypeError if it is no string, ValueError if it is empty or its scheme is unknown.
+    asked: the driver that the program has asked for, if it has.
+
+    Raises TypeError if it is no string, ValueError if it is empty, its scheme is unknown, or asks
+    for another driver than the program.
     """
     if not isinstance(dsn, str):
         raise TypeError(f"dsn must be a string, not {type(dsn).__name__}")
@@ -34,17 +49,40 @@ def driver_name(dsn: str) -> str:
         raise ValueError(f"dsn is empty; it has the form {FORMS}")
     scheme = SCHEME.match(dsn)
     if scheme is None:
-        return "psycopg2"
+        return asked or "psycopg2"
     name = scheme.group(1).lower()
-    if name == "mysql" and importlib.util.find_spec("MySQLdb") is None:
-        return "pymysql"
-    if name in DRIVERS:
-        return DRIVERS[name]
+    drivers = SCHEMES.get(name)
+    if drivers is None:
+        return _registered_name(name, asked)
+    if asked is None:
+        has_first = drivers != _MYSQL or importlib.util.find_spec("MySQLdb") is not None
+        return drivers[0 if has_first else 1]
+    # A driver that is registered may be for any server.
+    if asked not in drivers and (asked in DRIVERS or "+" in name):
+        raise ValueError(
+            f"driver {asked!r} contradicts the dsn, whose scheme {scheme.group(1)!r} asks for "
+            f"{' or '.join(drivers)}: leave one of them out"
+        )
+    return asked
+
+
+def _registered_name(scheme: str, asked: str | None) -> str:
+    """The driver for a scheme that is none of zreconnect's."""
     registered = registered_names()
-    if name in registered:
-        return name
-    known = ", ".join(sorted({*DRIVERS, *registered}))
-    raise ValueError(f"dsn has the unknown scheme {scheme.group(1)!r}; known are {known}")
+    if asked is not None and asked not in DRIVERS:
+        return asked
+    if asked is None and scheme in registered:
+        return scheme
+    known = ", ".join(sorted({*SCHEMES, *registered}))
+    raise ValueError(f"dsn has the unknown scheme {scheme!r}; known are {known}")
+
+
+def plain(dsn: str) -> str:
+    """The DSN as database modules read it, without the name of a driver in its scheme."""
+    scheme = SCHEME.match(dsn)
+    if scheme is None or "+" not in scheme.group(1):
+        return dsn
+    return scheme.group(1).partition("+")[0].lower() + dsn[scheme.end(1) :]
 
 
 def parse_dbi(dsn: str) -> dict[str, str]:

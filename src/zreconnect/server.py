@@ -307,7 +307,7 @@ def server_from_dsn(dsn: str, driver_name: str | None = None) -> Server:
 
     Raises TypeError or ValueError for a DSN or driver that makes no sense.
     """
-    driver = load_driver(driver_name or dsn_module.driver_name(dsn))
+    driver = load_driver(dsn_module.driver_name(dsn, driver_name))
     parameters = driver.parse(dsn)
     # Not the DSN: what it means can depend on where the program is.
     key = (driver.name, tuple(sorted(parameters.items())))

@@ -29,7 +29,7 @@ def target_for(dsn: str, keep: bool, driver_named: str | None = None) -> Target 
     Raises `CommandError` if the DSN cannot be used.
     """
     try:
-        driver = load_driver(driver_named or driver_name(dsn))
+        driver = load_driver(driver_name(dsn, driver_named))
         parameters = driver.parse(dsn)
     except ValueError as error:
         raise CommandError(f"argument --dsn: {error}") from None

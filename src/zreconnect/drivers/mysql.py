@@ -179,7 +179,7 @@ class MysqlDriver(ChoosingDriver):
 
     def parse(self, dsn: str) -> dict[str, str]:
         try:
-            parts = urlsplit(dsn)
+            parts = urlsplit(dsn_module.plain(dsn))
             port = parts.port
             options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
         except ValueError:
@@ -187,7 +187,7 @@ class MysqlDriver(ChoosingDriver):
             raise ValueError(
                 f"dsn is no URL of the form {FORM}, with special characters written as %XX"
             ) from None
-        is_mysql = parts.scheme.lower() == "mysql" and port != 0
+        is_mysql = parts.scheme in ("mysql", "mariadb") and port != 0
         if not is_mysql or not parts.netloc + parts.query or parts.fragment:
             raise ValueError(f"dsn has not the form {FORM}")
         _check_options(options)

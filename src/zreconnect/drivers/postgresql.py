@@ -213,7 +213,7 @@ class PostgresqlDriver:
         if dsn[:6].lower() == "dbi://":
             return dsn_module.parse_dbi(dsn)
         try:
-            return self.parse_conninfo(dsn)
+            return self.parse_conninfo(dsn_module.plain(dsn))
         except self.module.ProgrammingError:
             # libpq's message quotes the part that it does not understand, which can be the
             # password.

@@ -71,7 +71,7 @@ class DriverTests(unittest.TestCase):
         ):
             load_driver("oracle")
         with self.assertRaisesRegex(
-            ValueError, "scheme 'oracle'; known are acme, .*postgresql, sqlite"
+            ValueError, "scheme 'oracle'; known are acme, .*postgresql, .*sqlite"
         ):
             zreconnect.connect("oracle://server/db")
 

@@ -5,8 +5,11 @@ import socket
 import unittest
 from unittest import mock
 
-from zreconnect import connect
+from zreconnect import ConnectionDescriptor, ReconnectingDatabaseAdapter, connect
+from zreconnect.cli.errors import CommandError
+from zreconnect.cli.target import target_for
 from zreconnect.drivers import conninfo, psycopg
+from zreconnect.drivers.base import load_driver
 from zreconnect.drivers.psycopg2 import driver
 from zreconnect.dsn import driver_name, parse_dbi, redacted
 
@@ -22,6 +25,64 @@ class DriverNameTests(unittest.TestCase):
         ]:
             with self.subTest(dsn):
                 self.assertEqual(driver_name(dsn), "psycopg2")
+
+    def test_urls_of_sqlalchemy(self):
+        for dsn, name in {
+            "postgresql+psycopg2://me@here/db": "psycopg2",
+            "postgresql+psycopg://me@here/db": "psycopg",
+            "PostgreSQL+Psycopg://me@here/db": "psycopg",
+            "mysql+pymysql://me@here/db": "pymysql",
+            "mysql+mysqldb://me@here/db": "mysqlclient",
+            "mariadb+pymysql://me@here/db": "pymysql",
+            "sqlite+pysqlite:///job.db": "sqlite",
+        }.items():
+            with self.subTest(dsn):
+                self.assertEqual(driver_name(dsn), name)
+                self.assertEqual(driver_name(dsn, name), name)
+                driver = load_driver(name) if name != "mysqlclient" else None
+                if driver is not None:
+                    without = dsn.replace(dsn.partition(":")[0], dsn.partition("+")[0].lower())
+                    self.assertEqual(driver.parse(dsn), driver.parse(without))
+
+    def test_a_driver_that_is_not_the_dsns(self):
+        for dsn, asked, message in [
+            ("postgresql+psycopg://me:s3cret@here/db", "psycopg2", "asks for psycopg: leave one"),
+            ("postgresql+psycopg://me:s3cret@here/db", "mine", "asks for psycopg: leave one"),
+            ("mysql://me:s3cret@here/db", "psycopg", "asks for mysqlclient or pymysql: leave"),
+            ("sqlite:///s3cret", "psycopg2", "'sqlite' asks for sqlite: leave one"),
+            ("postgresql+asyncpg://me:s3cret@here/db", "psycopg", "unknown scheme"),
+        ]:
+            with self.subTest(dsn), self.assertRaisesRegex(ValueError, message) as caught:
+                connect(dsn, asked)
+            self.assertNotIn("s3cret", str(caught.exception))
+
+    def test_a_driver_that_is_asked_for(self):
+        for dsn, asked in [
+            ("postgresql://here/db", "psycopg"),
+            ("dbi://db", "psycopg"),
+            ("mysql://here/db", "pymysql"),
+            ("host=here", "psycopg"),
+            ("postgresql://here/db", "mine"),
+            ("mine://here/db", "mine"),
+        ]:
+            self.assertEqual(driver_name(dsn, asked), asked)
+
+    def test_wherever_a_dsn_is_taken(self):
+        dsn = "postgresql+psycopg://me:s3cret@here/db"
+        address = "postgresql://me@here/db"
+        self.assertEqual(repr(connect(dsn)), f"<ReconnectingConnection {address} idle>")
+        descriptor = ConnectionDescriptor(dsn)
+        self.addCleanup(descriptor.close)
+        self.assertEqual(descriptor.connection().server, address)
+        adapter = ReconnectingDatabaseAdapter("dbname=db")
+        adapter.setDSN(dsn)
+        self.assertEqual(adapter.server, address)
+        self.assertEqual(adapter.paramstyle, "pyformat")
+        with self.assertRaisesRegex(ValueError, "contradicts"):
+            ReconnectingDatabaseAdapter(dsn, driver="psycopg2")
+        self.assertEqual(target_for(dsn, keep=True).driver.name, "psycopg")
+        with self.assertRaisesRegex(CommandError, "argument --dsn: driver 'pymysql' contradicts"):
+            target_for(dsn, keep=True, driver_named="pymysql")
 
     def test_unknown_scheme(self):
         with self.assertRaisesRegex(ValueError, "dsn has the unknown scheme 'oracle'"):

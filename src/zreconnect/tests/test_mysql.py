@@ -1529,7 +1529,7 @@ class DsnTests(unittest.TestCase):
             "mysql://h:port/db": "no URL of the form",
             "mysql:///": "has not the form",
             "mysql://host/db#part": "has not the form",
-            "mariadb://host/db": "has not the form",
+            "oracle://host/db": "has not the form",
             "mysql://host:0/db": "has not the form",
             "mysql://host/db?colour=red": "unknown option 'colour'",
             "mysql://host/db?charset=nothing": "does not know the charset",
