@@ -25,7 +25,7 @@ from zreconnect.interfaces import IReconnectingConnection
 from zreconnect.link import Link
 from zreconnect.options import Options, Witness
 from zreconnect.policy import PERSIST, Patience, RetryPolicy
-from zreconnect.proxies import Guarded, LargeObject, guarded_attribute, guarded_block
+from zreconnect.proxies import Guarded, LargeObject, guarded_attribute, guarded_block, no_attribute
 from zreconnect.retry import check_function, check_patience, run_unit_of_work
 from zreconnect.savepoint import Savepoint
 from zreconnect.server import Server, server_from_dsn, server_from_factory
@@ -395,7 +395,7 @@ class ReconnectingConnection(TwoPhaseCalls):
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name in ("work", "guard"):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+            raise no_attribute(self, name)
         if name in DBAPI_EXCEPTIONS:
             return getattr(self.work.link.driver.module, name)
         self._need_session()

@@ -31,5 +31,9 @@ class Savepoint:
         self._execute(f"RELEASE SAVEPOINT {self._name}")
 
     def _execute(self, statement: str) -> None:
-        with self._connection.cursor() as cursor:
-            cursor.execute(statement)
+        guard, link = self._connection.guard, self._connection.work.link
+        with guard.in_turn():
+            guard.need_transaction()
+            with guard.asking():
+                # In a pipeline, too, this waits for the answer.
+                link.driver.query(link.session.raw, statement)

@@ -14,6 +14,7 @@ import psycopg
 import transaction
 from psycopg import errors, sql
 from psycopg.rows import dict_row, tuple_row
+from psycopg.types.composite import CompositeInfo, register_composite
 from psycopg.types.numeric import FloatLoader
 from psycopg.types.string import StrDumper, TextLoader
 
@@ -84,6 +85,70 @@ class DisconnectTests(Psycopg, test_connection.DisconnectTests):
         with self.assertRaisesRegex(DisconnectionError, "connection socket closed"):
             cursor.execute("SELECT 2")
         self.assertEqual(connection.state, "doomed")
+
+
+class OwnObjectTests(Psycopg, DatabaseTestCase):
+    """What psycopg makes for its own connections."""
+
+    def test_what_is_refused_says_what_to_do(self):
+        connection = self.connect()
+        for make in (psycopg.Cursor, psycopg.RawCursor):
+            with (
+                self.subTest(make),
+                self.assertRaisesRegex(AttributeError, r"on_connect.*cursor\(cursor_factory="),
+            ):
+                make(connection).execute("SELECT 1")
+        self.assertEqual(connection.state, "idle")
+        cursor = connection.cursor(cursor_factory=psycopg.RawCursor)
+        self.assertEqual(cursor.execute("SELECT $1::int", [1]).fetchone(), (1,))
+
+    def test_types_that_are_fetched_and_registered(self):
+        self.query("CREATE TYPE pair AS (a int, b text)")
+
+        def register(raw):
+            register_composite(CompositeInfo.fetch(raw, "pair"), raw)
+
+        for connection in (self.connect(on_connect=register), self.connect()):
+            if connection.work.link.options.on_connect is None:
+                info = CompositeInfo.fetch(connection.driver_connection, "pair")
+                register_composite(info, connection)
+            for _ in range(2):
+                with connection.transaction() as cursor:
+                    ((pair,),) = cursor.execute("SELECT (1, 'one')::pair").fetchall()
+                    self.assertEqual((pair.a, pair.b), (1, "one"))
+                self.forward.drop()
+
+
+class PipelineBlockTests(Psycopg, DatabaseTestCase):
+    """Blocks of transaction() in a pipeline wait for their answers."""
+
+    def setUp(self):
+        super().setUp()
+        self.make_table()
+        self.connection = self.connect()
+
+    def test_an_error_comes_out_of_its_block(self):
+        with self.connection.pipeline():
+            self.connection.execute("INSERT INTO item VALUES ('one')")
+            with self.assertRaises(psycopg.errors.UndefinedTable), self.connection.transaction():
+                self.connection.execute("SELECT 1 FROM nothing")
+            with self.connection.transaction() as cursor:
+                self.connection.execute("INSERT INTO item VALUES ('two')")
+            self.assertEqual(cursor.connection.execute("SELECT 3").fetchone(), (3,))
+            self.connection.commit()
+        self.assertEqual(self.names(), ["one", "two"])
+
+    def test_a_pipeline_inside(self):
+        with self.connection.transaction():
+            with (
+                self.assertRaises(psycopg.errors.UndefinedTable),
+                self.connection.transaction(),
+                self.connection.pipeline(),
+            ):
+                self.connection.execute("SELECT 1 FROM nothing")
+            with self.connection.transaction(), self.connection.pipeline():
+                self.connection.execute("INSERT INTO item VALUES ('one')")
+        self.assertEqual(self.names(), ["one"])
 
 
 class DoomedTests(Psycopg, test_connection.DoomedTests):
