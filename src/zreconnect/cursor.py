@@ -111,13 +111,13 @@ class ReconnectingCursor:
 
     def execute(self, query: Any, vars: Any = None, **options: Any) -> Any:
         arguments = (query,) if vars is None else (query, vars)
-        if (
-            self._work.state is State.IDLE
-            and self.name is None
-            and IPipeliningDriver.providedBy(self._work.link.driver)
-            and self._begins_along(arguments, options)
-        ):
-            return self
+        if self._work.state is State.IDLE and self.name is None:
+            driver = self._work.link.driver
+            if IPipeliningDriver.providedBy(driver):
+                if self._begins_along(arguments, options):
+                    return self
+            elif driver.calls_autocommit and self._switches_mode(driver.autocommit_mode(query)):
+                return 0
         return self._statement("execute", *arguments, **options)
 
     def executemany(self, query: Any, *parameters: Any, **options: Any) -> Any:
@@ -162,6 +162,14 @@ class ReconnectingCursor:
         """What the driver has returned will execute the statement."""
         if self._work.link.observer.watches_statements:
             self._work.link.observer.executed(None)
+
+    def _switches_mode(self, mode: bool | None) -> bool:
+        """Switch autocommit mode, if the statement does that and is no part of a transaction."""
+        work = self._work
+        if mode is None or not work.implicit_begin or work.join is not None or work.block:
+            return False
+        self.connection.autocommit = mode
+        return True
 
     def _begins_along(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
         """Have BEGIN travel along with the statement, if that can be; whether it was executed."""
@@ -348,7 +356,8 @@ class ReconnectingCursor:
         return -1 if self._raw is None else self._raw.rowcount
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        # Where the modules for MySQL have what was sent.
+        if name.startswith("_") and name != "_executed":
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         raw, link = self._raw_cursor(), self._work.link
         if name == "mogrify" and self._session is not link.session:

@@ -85,7 +85,8 @@ class IDriver(Interface):
     )
     supports_two_phase = Attribute("Whether transactions can be prepared.")
     calls_autocommit = Attribute(
-        "Whether the module's connections have ``autocommit`` as a method, and not as an attribute."
+        "Whether the module's connections have ``autocommit`` as a method, and not as an attribute,"
+        " and a statement can switch it."
     )
     refused_methods = Attribute(
         "The names of the raw connection's methods that work around its transaction, such as those "
@@ -273,6 +274,10 @@ class IDriver(Interface):
         Not while a statement is under way or its answer not read to the end, as after an interrupt,
         nor when the session is lost. Needs no round trip. Raises nothing.
         """
+
+    def autocommit_mode(query):
+        """The mode, True or False, to which a statement switches the session, if it does nothing
+        else; None for any other one. Called if `calls_autocommit` is true. Raises nothing."""
 
     def has_committed(raw):
         """Whether a statement may have committed what came before it in the transaction, as DDL

@@ -180,6 +180,9 @@ class BaseDriver:
     def attribute(self, raw: Any, name: str) -> Any:
         return getattr(raw, name)
 
+    def autocommit_mode(self, query: Any) -> bool | None:
+        return None
+
     def has_committed(self, raw: Any) -> bool:
         return False
 

@@ -34,7 +34,8 @@ from zreconnect.drivers.base import (
     set_own_default,
 )
 from zreconnect.drivers.mysqlchoices import MULTI_STATEMENTS, ChoosingDriver, quoted
-from zreconnect.drivers.mysqltext import READING, is_committing, may_commit
+from zreconnect.drivers.mysqltext import READING, SWITCHING, is_committing, may_commit
+from zreconnect.exceptions import DisconnectionError, ExceptionInfo
 from zreconnect.interfaces import IDriver, Meaning
 
 FORM = "mysql://user:password@host:port/dbname?option=value"
@@ -152,6 +153,26 @@ KEEPALIVE = {
     socket.TCP_KEEPCNT: 3,
     socket.TCP_USER_TIMEOUT: 60000,
 }
+
+
+class MysqlDisconnectionError(DisconnectionError):
+    """A `DisconnectionError` that begins with a number, as the errors of modules for MySQL do.
+
+    It is that of the module's error; or the one for a server that has gone away.
+    """
+
+    args: tuple[Any, ...]
+
+    def __init__(self, message: str, original: ExceptionInfo | None = None) -> None:
+        super().__init__(message, original)
+        number = original and errno(original[1])
+        self.args = (number or CR_SERVER_GONE_ERROR, message)
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[1],), {"args": self.args}
 
 
 @documented_by(IDriver)
@@ -346,6 +367,11 @@ class MysqlDriver(ChoosingDriver):
 
     def in_transaction(self, raw: Any) -> bool:
         return bool(raw.open) and not raw.get_autocommit()
+
+    def autocommit_mode(self, query: Any) -> bool | None:
+        text = query.decode(errors="replace") if isinstance(query, bytes) else query
+        switch = SWITCHING.match(text) if isinstance(text, str) else None
+        return None if switch is None else switch[1] is not None
 
     def has_committed(self, raw: Any) -> bool:
         return bool(getattr(raw, "zreconnect_committed", False))

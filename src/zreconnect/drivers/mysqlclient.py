@@ -10,15 +10,14 @@ from MySQLdb import connections, cursors
 
 from zreconnect.documented import implements
 from zreconnect.drivers.base import addresses
-from zreconnect.drivers.mysql import CR_SSL_CONNECTION_ERROR, MysqlDriver
-from zreconnect.exceptions import DisconnectionError
+from zreconnect.drivers.mysql import CR_SSL_CONNECTION_ERROR, MysqlDisconnectionError, MysqlDriver
 from zreconnect.interfaces import IDriver
 
 # The option of a DSN, and the key that mysqlclient has for it.
 TLS_FILES = {"ssl_ca": "ca", "ssl_cert": "cert", "ssl_key": "key"}
 
 
-class MysqlclientDisconnectionError(DisconnectionError, MySQLdb.OperationalError):
+class MysqlclientDisconnectionError(MysqlDisconnectionError, MySQLdb.OperationalError):
     """A `DisconnectionError` for code that was written against mysqlclient."""
 
 

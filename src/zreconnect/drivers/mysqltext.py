@@ -50,6 +50,11 @@ CHOSEN = re.compile(
 )
 # Between semicolons, when other quotes are gone.
 PART = re.compile(r"(?:`[^`]*`|[^;`])+")
+SWITCHING = re.compile(
+    BLANK + r"SET\s+(?:(?:SESSION|LOCAL)\s+|@@(?:(?:session|local)\s*\.\s*)?)?autocommit"
+    r"\s*:?=\s*(?:(1|ON|TRUE)|0|OFF|FALSE)[\s;]*\Z",
+    re.IGNORECASE | re.DOTALL,
+)
 # What can contain a semicolon, or a word, that is no part of a statement.
 QUOTED = re.compile(
     r"'[^'\\]*(?:\\.[^'\\]*)*'"

@@ -291,6 +291,9 @@ class PostgresqlDriver:
     def attribute(self, raw: Any, name: str) -> Any:
         return getattr(raw, name)
 
+    def autocommit_mode(self, query: Any) -> bool | None:
+        return None
+
     def has_committed(self, raw: Any) -> bool:
         return False
 

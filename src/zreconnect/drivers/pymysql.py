@@ -15,8 +15,7 @@ from pymysql.charset import charset_by_name
 
 from zreconnect.documented import implements
 from zreconnect.drivers.base import addresses
-from zreconnect.drivers.mysql import CHARSET, MysqlDriver
-from zreconnect.exceptions import DisconnectionError
+from zreconnect.drivers.mysql import CHARSET, MysqlDisconnectionError, MysqlDriver
 from zreconnect.interfaces import IDriver
 
 # Where the errors of a socket come from. Others are a signal handler's.
@@ -30,7 +29,7 @@ TLS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-class PymysqlDisconnectionError(DisconnectionError, pymysql.OperationalError):
+class PymysqlDisconnectionError(MysqlDisconnectionError, pymysql.OperationalError):
     """A `DisconnectionError` for code that was written against PyMySQL."""
 
 

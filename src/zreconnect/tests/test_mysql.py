@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import pickle
 import re
 import shutil
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 import pymysql
+import transaction
 from transaction.interfaces import TransientError
 
 import zreconnect
@@ -29,6 +31,7 @@ from zreconnect import (
     retry_on_disconnect,
 )
 from zreconnect.connection import ReconnectingConnection
+from zreconnect.datamanager import join_transactions
 from zreconnect.drivers import mysql, mysqlchoices
 from zreconnect.drivers.base import Evidence, Meaning, SessionSettings, load_driver
 from zreconnect.drivers.mysql import MysqlDriver
@@ -137,6 +140,32 @@ class Tests(MysqlTestCase):
                     self.insert(connection, "second")
                 connection.rollback()
         self.assertEqual(self.names(), [])
+
+    def test_the_number_of_a_loss(self):
+        for lose, number in (
+            (
+                lambda connection: self.forward.drop(),
+                {mysql.CR_SERVER_GONE_ERROR, mysql.CR_SERVER_LOST},
+            ),
+            (self.lose, mysql.LOST),
+        ):
+            connection = self.connect()
+            self.insert(connection)
+            lose(connection)
+            for found in (number, {mysql.CR_SERVER_GONE_ERROR}):
+                with self.assertRaises(DisconnectionError) as lost:
+                    self.insert(connection)
+                self.assertIn(lost.exception.args[0], found)
+                self.assertEqual(lost.exception.args[1], str(lost.exception))
+                copied = pickle.loads(pickle.dumps(lost.exception))
+                self.assertEqual(copied.args, lost.exception.args)
+                self.assertEqual(str(copied), str(lost.exception))
+
+    def test_what_was_sent(self):
+        cursor = self.connect().cursor()
+        cursor.execute("SELECT %s", (1,))
+        sent = cursor._executed
+        self.assertEqual(sent if isinstance(sent, str) else sent.decode(), "SELECT 1")
 
     def test_autocommit(self):
         connection = self.connect()
@@ -730,10 +759,44 @@ class Tests(MysqlTestCase):
         connection.commit()
         self.assertEqual(self.names(), ["one"])
 
+    def test_a_statement_between_transactions_switches_autocommit_mode(self):
+        connection = self.connect()
+        for mode, statement in enumerate(("SET AUTOCOMMIT=0", b"set @@session.autocommit = on")):
+            self.assertEqual(connection.cursor().execute(statement), 0)
+            self.assertEqual((connection.state, connection.autocommit), ("idle", mode))
+            self.insert(connection, f"first {mode}")
+            connection.rollback()
+            self.lose(connection)
+            self.insert(connection, f"second {mode}")
+            connection.rollback()
+            self.assertEqual(connection.autocommit, mode)
+        self.assertEqual(self.names(), ["first 1", "second 1"])
+
+    def test_a_statement_does_not_switch_the_mode_of_what_belongs_to_a_transaction(self):
+        def in_block(connection):
+            with connection:
+                connection.cursor().execute("SET autocommit = 1")
+
+        def explicitly(connection):
+            connection.work.implicit_begin = False
+            connection.cursor().execute("SET autocommit = 1")
+
+        def of_a_manager(connection):
+            join_transactions(connection, transaction.manager)
+            connection.cursor().execute("SET autocommit = 1")
+
+        self.addCleanup(transaction.abort)
+        for switch in (in_block, explicitly, of_a_manager):
+            with self.subTest(switch.__name__):
+                connection = self.connect()
+                with self.assertRaises(self.module.Error):
+                    switch(connection)
+                self.assertFalse(connection.autocommit)
+
     def test_a_transaction_that_autocommit_mode_ends_for_is_not_continued_in_another_session(self):
         connection = self.connect()
         connection.autocommit = True
-        connection.cursor().execute("SET autocommit = 0")
+        connection.cursor().execute("SET @number = 1, autocommit = 0")
         self.insert(connection, "first half")
         self.lose(connection)
         wait_until(lambda: not connection.work.link.session.watch.is_quiet())

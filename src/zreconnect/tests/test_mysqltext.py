@@ -2,7 +2,7 @@
 
 import unittest
 
-from zreconnect.drivers.mysqltext import READING, choices, is_committing, may_commit
+from zreconnect.drivers.mysqltext import READING, SWITCHING, choices, is_committing, may_commit
 
 COMMITTING = """
 CREATE TEMPORARY SEQUENCE numbers
@@ -138,3 +138,21 @@ class ChoicesTests(unittest.TestCase):
         }.items():
             with self.subTest(text):
                 self.assertEqual(choices(text, are_several=True), expected)
+
+
+class SwitchingTests(unittest.TestCase):
+    def test_the_mode(self):
+        for text, expected in {
+            "SET autocommit = 1": True,
+            "/* why */ set SESSION Autocommit=ON ;": True,
+            "SET @@autocommit := true": True,
+            "SET @@local.autocommit = 0": False,
+            "SET LOCAL autocommit = OFF": False,
+            "SET autocommit = @mode": None,
+            "SET @a = 1, autocommit = 1": None,
+            "SET GLOBAL autocommit = 1": None,
+            "SET autocommit = 10": None,
+        }.items():
+            with self.subTest(text):
+                switch = SWITCHING.match(text)
+                self.assertEqual(switch and switch[1] is not None, expected)
