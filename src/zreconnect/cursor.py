@@ -75,6 +75,7 @@ class ReconnectingCursor:
     itersize = _Setting(2000)
     binary_types = _Setting(doc="As in psycopg2.")
     format = _Setting(doc="As in psycopg 3.")
+    executemany_fallback = _Setting(doc="As in mysqlclient.")
     max_stmt_length = _Setting(doc="As in PyMySQL and mysqlclient.")
     row_factory = _Setting(doc="As in psycopg 3 and sqlite3.")
     scrollable = _Setting(doc="As in psycopg2 and psycopg 3.")

@@ -449,7 +449,8 @@ class MysqlDriver(ChoosingDriver):
             return result
         self._check_mode(raw)
         had_committed = raw.zreconnect_committed
-        cursor.zreconnect_may_commit = may_commit(text, bool(raw.client_flag & MULTI_STATEMENTS))
+        are_several = bool(raw.client_flag & MULTI_STATEMENTS)
+        cursor.zreconnect_may_commit = may_commit(text, are_several)
         raw.zreconnect_committed = had_committed or cursor.zreconnect_may_commit
         try:
             with self.asking(raw):
@@ -457,12 +458,12 @@ class MysqlDriver(ChoosingDriver):
         except self.module.Error as error:
             if errno(error) in ENDS_TRANSACTION or self._timeout_ended_transaction(raw, error):
                 self._roll_back_too(raw)
-            elif self.is_refused_by_standby(error, raw) and is_committing(text):
+            elif self.is_refused_by_standby(error, raw) and is_committing(text, are_several):
                 # It was refused before it could commit anything.
                 raw.zreconnect_committed, cursor.zreconnect_may_commit = had_committed, False
             raise
         self._check_mode(raw)
-        if is_committing(text):
+        if is_committing(text, are_several):
             # What follows is a transaction of its own.
             self.query(raw, f"SAVEPOINT {MARK}")
         self.note_choices(raw, cursor)

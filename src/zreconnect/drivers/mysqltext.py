@@ -30,6 +30,12 @@ COMMITTING = re.compile(
     r"|UNLOCK)\b",
     re.IGNORECASE | re.DOTALL,
 )
+# One that has others, with their semicolons, in it.
+ROUTINE = re.compile(
+    BLANK + r"CREATE\b(?:(?!\bBEGIN\b).)*\b(?:PROCEDURE|FUNCTION|TRIGGER|EVENT)\b.*\bBEGIN\b.*"
+    r"\bEND[\s;]*\Z",
+    re.IGNORECASE | re.DOTALL,
+)
 READING = re.compile(BLANK + r"(?:SELECT|SHOW|DESC|EXPLAIN|HELP|SET)\b", re.IGNORECASE | re.DOTALL)
 # Whether it stands in quotes depends on the session's sql_mode.
 SETTING_MODE = re.compile(BLANK + r"SET\b.*\bAUTOCOMMIT\b", re.IGNORECASE | re.DOTALL)
@@ -77,9 +83,14 @@ def may_commit(text: str, are_several: bool) -> bool:
     return not all(map(HARMLESS.match, parts or [text]))
 
 
-def is_committing(text: str) -> bool:
-    """Whether ``text`` is one statement that is known to commit, before and after itself."""
-    return COMMITTING.match(text) is not None and ";" not in text.rstrip("; \t\r\n")
+def is_committing(text: str, are_several: bool) -> bool:
+    """Whether ``text`` is one statement that is known to commit, before and after itself.
+
+    are_several: as for `may_commit`.
+    """
+    if COMMITTING.match(text) is None:
+        return False
+    return not are_several or ";" not in text.rstrip("; \t\r\n") or bool(ROUTINE.match(text))
 
 
 def choices(text: str, are_several: bool) -> dict[str, str] | None:

@@ -18,6 +18,7 @@ from unittest import mock
 
 import pymysql
 import transaction
+from pymysql.constants import CLIENT
 from transaction.interfaces import TransientError
 
 import zreconnect
@@ -535,6 +536,33 @@ class Tests(MysqlTestCase):
         self.insert(connection, "after")
         connection.commit()
         self.assertEqual(self.names(), ["after", "before"])
+
+    def test_after_a_routine_is_made_the_rest_is_committed_too(self):
+        for number, keywords in enumerate(({}, {"client_flag": CLIENT.MULTI_STATEMENTS})):
+            connection = ReconnectingConnection(
+                lambda: self.plain(**keywords),  # noqa: B023
+                self.driver_name,
+                witness=None,
+            )
+            self.addCleanup(connection.close)
+            connection.cursor().execute(
+                f"CREATE PROCEDURE work_{number}() BEGIN SELECT 1; SELECT 2; END"
+            )
+            self.insert(connection, f"after {number}")
+            connection.commit()
+        self.assertEqual(self.names(), ["after 0", "after 1"])
+
+    def plain(self, **keywords):
+        """A connection of the module's own."""
+        server = self.server
+        return self.module.connect(
+            host=server.host,
+            port=server.port,
+            user=server.user,
+            password=server.password,
+            database="test",
+            **keywords,
+        )
 
     def test_after_ddl_a_rollback_on_the_server_is_noticed(self):
         connection = self.connect()

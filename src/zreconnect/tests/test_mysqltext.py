@@ -68,29 +68,41 @@ class MayCommitTests(unittest.TestCase):
         for line in self.lines(COMMITTING):
             self.assertTrue(may_commit(line, are_several=False))
             self.assertTrue(may_commit(line, are_several=True))
-            self.assertTrue(is_committing(line))
+            self.assertTrue(is_committing(line, are_several=True))
 
     def test_what_may_commit(self):
         for line in self.lines(PERHAPS):
             self.assertTrue(may_commit(line, are_several=True))
-            self.assertFalse(is_committing(line))
+            self.assertFalse(is_committing(line, are_several=True))
 
     def test_what_does_not(self):
         for line in self.lines(HARMLESS):
             self.assertFalse(may_commit(line, are_several=False))
-            self.assertFalse(is_committing(line))
+            self.assertFalse(is_committing(line, are_several=True))
 
     def test_several_in_one(self):
         self.assertFalse(may_commit("INSERT INTO item VALUES ('a;'); UPDATE t SET a = ';'", True))
         self.assertTrue(may_commit("INSERT INTO item VALUES ('a;'); COMMIT", True))
-        self.assertFalse(is_committing("COMMIT; INSERT INTO item VALUES (1)"))
+        self.assertFalse(is_committing("COMMIT; INSERT INTO item VALUES (1)", are_several=True))
         self.assertTrue(may_commit("", are_several=True))
+
+    def test_a_routine_contains_others(self):
+        for text in (
+            "CREATE PROCEDURE work() BEGIN INSERT INTO item VALUES (1); COMMIT; END",
+            "create or replace definer = me trigger t before insert on item for each row\n"
+            "begin set @a = 1; end;\n",
+        ):
+            for are_several in (False, True):
+                self.assertTrue(is_committing(text, are_several))
+        text = "CREATE FUNCTION one() RETURNS int RETURN 1; SELECT 1"
+        self.assertFalse(is_committing(text, are_several=True))
+        self.assertTrue(is_committing(text, are_several=False))
 
     def test_comments_over_lines(self):
         for before in ("/* a\n COMMIT */", "-- COMMIT\n", "# COMMIT\n", " \n"):
             self.assertFalse(may_commit(f"{before} SELECT 1", are_several=True))
             self.assertTrue(may_commit(f"{before} COMMIT", are_several=True))
-            self.assertTrue(is_committing(f"{before} COMMIT"))
+            self.assertTrue(is_committing(f"{before} COMMIT", are_several=True))
             self.assertTrue(READING.match(f"{before} SELECT 1"))
 
 
