@@ -127,8 +127,11 @@ class ReconnectingCursor:
         options = {name: _lent(link, value) for name, value in options.items()}
         return self._statement("executemany", query, *sequences, **options)
 
-    def callproc(self, procname: str, *parameters: Any, **options: Any) -> Any:
-        return self._statement("callproc", procname, *parameters, **options)
+    @property
+    def callproc(self) -> Any:
+        # Of psycopg's and sqlite3's cursors hasattr() says that they have none.
+        _ = self._raw_cursor().callproc
+        return partial(self._statement, "callproc")
 
     def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> Any:
         """As in psycopg2."""
