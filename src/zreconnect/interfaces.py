@@ -189,8 +189,8 @@ class IDriver(Interface):
     def isolation_level(level):
         """The module's constant for an isolation level, given as constant or as SQL spells it.
 
-        None, and "DEFAULT", stand for the server's own: None. Raises ValueError for an unknown
-        level. No round trip.
+        None, unless the module means something else by it, and "DEFAULT" stand for the server's
+        own: None. Raises ValueError for an unknown level. No round trip.
         """
 
     def set_client_encoding(raw, encoding):

@@ -148,7 +148,7 @@ class LedgerObserver(SessionObserver):
         """One in which others' changes of the ledger are no conflict, whatever is usual for the
         session."""
         driver = self._driver
-        level = driver.isolation_level(driver.ledger_isolation)
+        level = driver.isolation_level(driver.ledger_isolation or "DEFAULT")
         try:
             driver.begin(raw, SessionSettings(isolation_level=level), rider)
             yield

@@ -146,10 +146,10 @@ class SqliteDriver(BaseDriver):
     def prepare(self, raw: Any) -> None:
         if not isinstance(raw, sqlite3.Connection):
             raise TypeError(f"connection_factory must return an sqlite3 connection, not {raw!r}")
+        mode = _legacy_mode(raw)
         if raw.in_transaction:
             raise sqlite3.ProgrammingError("connection_factory made a connection in a transaction")
-        # The attribute autocommit exists since Python 3.12.
-        if raw.isolation_level is None or getattr(raw, "autocommit", False) is True:
+        if raw.isolation_level is None or mode is True:
             raise sqlite3.ProgrammingError(
                 "connection_factory made a connection in autocommit mode; set autocommit on the "
                 "reconnecting connection instead"
@@ -173,7 +173,10 @@ class SqliteDriver(BaseDriver):
 
     def isolation_level(self, level: int | str | None) -> int | None:
         if level is None:
-            return None
+            raise ValueError(
+                "isolation level None, which sqlite3 takes for autocommit mode, is not that here: "
+                'set autocommit = True; "DEFAULT" is the level that SQLite has by itself'
+            )
         if level == SERIALIZABLE:
             return SERIALIZABLE
         if isinstance(level, str):
@@ -307,6 +310,19 @@ class SqliteDriver(BaseDriver):
         ((before,),) = self.query(raw, "PRAGMA busy_timeout")
         self.query(raw, f"PRAGMA busy_timeout = {int(limit * 1000)}")
         return float(before) / 1000
+
+
+def _legacy_mode(raw: Any) -> bool | None:
+    """The attribute autocommit, which exists since Python 3.12; if it is False, it is set back.
+
+    There always is a transaction then; what the factory has done in it is committed.
+    """
+    mode = getattr(raw, "autocommit", None)
+    if mode is False:
+        raw.autocommit = True
+        # sqlite3.LEGACY_TRANSACTION_CONTROL
+        raw.autocommit = -1
+    return mode
 
 
 def _check_other_threads(raw: Any) -> None:

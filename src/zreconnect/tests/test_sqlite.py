@@ -172,6 +172,40 @@ class MemoryTests(SqliteTestCase):
         connection.begin()
         self.assertEqual(connection.server, "sqlite://")
 
+    def test_a_factory_for_each_of_the_modules_modes(self):
+        """Of the attribute autocommit, and of isolation_level."""
+        modes = [{"isolation_level": level} for level in ("", "DEFERRED", "IMMEDIATE", "EXCLUSIVE")]
+        refused = [{"isolation_level": None}]
+        if hasattr(sqlite3, "LEGACY_TRANSACTION_CONTROL"):
+            modes += [{"autocommit": sqlite3.LEGACY_TRANSACTION_CONTROL}, {"autocommit": False}]
+            refused.append({"autocommit": True})
+        for number, mode in enumerate([*modes, *refused]):
+            with self.subTest(mode):
+                connection = zreconnect.ReconnectingConnection(
+                    lambda: sqlite3.connect(self.path, check_same_thread=False, **mode),  # noqa: B023
+                    "sqlite",
+                )
+                self.addCleanup(connection.close)
+                if mode in refused:
+                    with self.assertRaisesRegex(sqlite3.ProgrammingError, "set autocommit on the"):
+                        connection.begin()
+                    continue
+                connection.execute("INSERT INTO item VALUES (?)", (f"{number}, committed",))
+                connection.commit()
+                connection.execute("INSERT INTO item VALUES (?)", (f"{number}, rolled back",))
+                connection.rollback()
+        self.assertEqual(self.names(), [f"{number}, committed" for number in range(len(modes))])
+
+    def test_a_factory_for_a_uri(self):
+        connection = zreconnect.ReconnectingConnection(
+            lambda: sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, check_same_thread=False),
+            "sqlite",
+        )
+        self.addCleanup(connection.close)
+        connection.readonly = True
+        self.assertEqual(connection.execute("SELECT * FROM item").fetchall(), [])
+        self.assertIn("job.db", connection.server)
+
     def test_a_factory_for_a_single_thread(self):
         connection = zreconnect.ReconnectingConnection(lambda: sqlite3.connect(self.path), "sqlite")
         self.addCleanup(connection.close)
@@ -529,6 +563,12 @@ class SessionTests(SqliteTestCase):
         for level in ("READ UNCOMMITTED", "read committed", "Repeatable Read", "SERIALIZABLE"):
             self.assertEqual(driver.isolation_level(level), sqlite_driver.SERIALIZABLE)
         self.assertIsNone(driver.isolation_level("default"))
+
+    def test_what_sqlite3_takes_for_autocommit_mode_is_refused(self):
+        connection = self.connect()
+        with self.assertRaisesRegex(ValueError, "set autocommit = True"):
+            connection.isolation_level = None
+        self.assertFalse(hasattr(connection.cursor(), "callproc"))
 
     def test_encoding(self):
         connection = self.connect()
