@@ -174,7 +174,14 @@ class MemoryTests(SqliteTestCase):
 
     def test_a_factory_for_each_of_the_modules_modes(self):
         """Of the attribute autocommit, and of isolation_level."""
+
+        class InTransactions(sqlite3.Connection):
+            """As Python 3.12 has it."""
+
+            autocommit = False
+
         modes = [{"isolation_level": level} for level in ("", "DEFERRED", "IMMEDIATE", "EXCLUSIVE")]
+        modes.append({"factory": InTransactions})
         refused = [{"isolation_level": None}]
         if hasattr(sqlite3, "LEGACY_TRANSACTION_CONTROL"):
             modes += [{"autocommit": sqlite3.LEGACY_TRANSACTION_CONTROL}, {"autocommit": False}]
