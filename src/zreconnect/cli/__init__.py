@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in EXTRA:
             raise
-        return _fail(options, f"{error.name} is missing: install zreconnect[cli]")
+        return _fail(options, f"{error.name} is missing: pip install zreconnect[cli]")
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED

@@ -14,6 +14,7 @@ sets it up is a `DisconnectionError` under any policy.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -30,6 +31,7 @@ from zreconnect.exceptions import (
 )
 from zreconnect.integrations import needs
 from zreconnect.interfaces import Meaning
+from zreconnect.ledger import Ledger
 from zreconnect.options import Witness
 from zreconnect.policy import PERSIST, RetryPolicy
 from zreconnect.server import Server
@@ -50,6 +52,8 @@ KEY = "zreconnect"
 # connection.
 _RAW_OF_UNKNOWN_STATE = SimpleNamespace(closed=False, info=SimpleNamespace(status=CONNECTION_OK))
 _registered: weakref.WeakSet[Any] = weakref.WeakSet()
+# alembic's: called with a name, its kind, and those of what it is in.
+IncludeName = Callable[[str | None, str, Any], bool]
 
 
 def register(
@@ -82,6 +86,29 @@ def register(
     event.listen(engine, "begin_twophase", refuse_two_phase)
     event.listen(engine, "handle_error", registration.handle_error)
     _registered.add(engine.dialect)
+
+
+def without_ledger(
+    ledger: Ledger | None = None, include_name: IncludeName | None = None
+) -> IncludeName:
+    """For alembic: have autogenerate leave the table of the ledger alone. In ``env.py``::
+
+        context.configure(connection=connection, ..., include_name=without_ledger())
+
+    ledger: the `Ledger` that is the engine's witness; None for ``Ledger()``.
+    include_name: what has been there before, and is asked for all other names.
+    """
+    schema, _, table = (ledger or Ledger()).table.lower().rpartition(".")
+
+    def includes(name: str | None, kind: str, parents: Any) -> bool:
+        if kind == "table" and name == table:
+            # It has no name if it is the default one.
+            found = parents.get("schema_name") or "public"
+            if schema in ("", found):
+                return False
+        return include_name is None or include_name(name, kind, parents)
+
+    return includes
 
 
 def _check_engine(engine: Any) -> None:

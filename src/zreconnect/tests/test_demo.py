@@ -434,7 +434,7 @@ class BadInputTests(CommandTestCase):
                 )
                 self.assertEqual(
                     errors,
-                    f"zreconnect demo: error: {package} is missing: install zreconnect[cli]\n",
+                    f"zreconnect demo: error: {package} is missing: pip install zreconnect[cli]\n",
                 )
 
     def test_help_and_version_need_no_extra(self):

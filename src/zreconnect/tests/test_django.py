@@ -4,10 +4,12 @@ import contextlib
 import io
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from importlib import import_module
 from pathlib import Path
 from unittest import mock
@@ -34,7 +36,7 @@ from zreconnect import (
 )
 from zreconnect.integrations.django.base import DjangoDisconnectionError
 from zreconnect.tests import django_project
-from zreconnect.tests.base import DatabaseTestCase
+from zreconnect.tests.base import DatabaseTestCase, wait_until
 from zreconnect.tests.restarts import SurvivesRestarts
 
 POLICY = RetryPolicy(timeout=30)
@@ -201,12 +203,72 @@ class UnitOfWorkTests(DjangoTestCase):
                 finally:
                     self.assertFalse(connection.is_usable())
             self.assertTrue(connection.is_usable())
+
+    def close(self):
+        connection.ensure_connection()
         connection.connection.close()
-        self.assertFalse(connection.is_usable())
-        connection.errors_occurred = True
-        close_old_connections()
+
+    def close_in_transaction(self):
+        connection.set_autocommit(False)
+        self.File.objects.count()
+        connection.connection.driver_connection.close()
+
+    def fail_by_hand(self):
+        with connection.cursor() as cursor:
+            cursor.execute("BEGIN")
+            with contextlib.suppress(DatabaseError):
+                cursor.execute("SELECT 1 / 0")
+
+    def lose_without_autocommit(self):
+        connection.settings_dict["AUTOCOMMIT"] = False
+        connection.set_autocommit(False)
+        with contextlib.suppress(DisconnectionError):
+            self.lose()
+
+    def test_what_is_of_no_use_is_found_between_requests(self):
+        """Also if no error of Django's has told it."""
+
+        def check():
+            for spoil in (
+                self.close,
+                self.close_in_transaction,
+                self.fail_by_hand,
+                self.lose_without_autocommit,
+            ):
+                with self.subTest(spoil):
+                    spoil()
+                    self.assertFalse(connection.is_usable())
+                    close_old_connections()
+                    self.assertIsNone(connection.connection)
+                    self.assertFalse(connection.is_usable())
+                    connection.settings_dict["AUTOCOMMIT"] = True
+                    self.work(path=spoil.__name__)
+            django_project.forget_connections()
+
+        check()
+        paths = self.paths()
+        self.assertEqual(len(paths), 4)
+        self.query("TRUNCATE django_project_file CASCADE")
+        thread = threading.Thread(target=check)
+        thread.start()
+        thread.join()
+        self.assertEqual(self.paths(), paths)
+
+    def test_a_connection_that_is_closed_by_hand_in_the_driver(self):
         self.work(path="a")
-        self.assertEqual(self.paths(), ["a"])
+        connection.connection.driver_connection.close()
+        self.assertTrue(connection.is_usable())
+        self.work(path="b")
+        self.assertEqual(self.paths(), ["a", "b"])
+
+    def test_a_connection_that_is_too_old(self):
+        self.use()
+        connection.settings_dict["CONN_MAX_AGE"] = 0
+        self.work(path="a")
+        close_old_connections()
+        self.assertIsNone(connection.connection)
+        self.work(path="b")
+        self.assertEqual(self.paths(), ["a", "b"])
 
     def test_a_health_check_costs_nothing(self):
         self.work(path="a")
@@ -216,6 +278,67 @@ class UnitOfWorkTests(DjangoTestCase):
         self.server.restart()
         self.work(path="b")
         self.assertEqual(self.paths(), ["a", "b"])
+
+
+class TimeLimit(Exception):
+    """As Celery's soft time limit is raised, by the handler of a signal."""
+
+
+class TimeLimitTests(DjangoTestCase):
+    def setUp(self):
+        super().setUp()
+
+        def handler(*args):
+            raise TimeLimit
+
+        self.addCleanup(signal.signal, signal.SIGUSR1, signal.signal(signal.SIGUSR1, handler))
+
+    @contextlib.contextmanager
+    def limited(self, query):
+        """A signal comes, once, when the query gets a row."""
+        main = threading.main_thread().ident
+
+        def interrupt():
+            wait_until(lambda: self.query(query))
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with self.assertRaises(TimeLimit):
+            yield
+        thread.join()
+
+    def sleep(self):
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_sleep(60)")
+
+    def test_in_a_statement(self):
+        for nested in (False, True):
+            with self.limited("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"):
+                self.runs.clear()
+                self.work(self.nested_sleep if nested else self.sleep, path="never")
+            self.assertEqual(self.runs, ["run"])
+            self.assertTrue(connection.get_autocommit())
+            close_old_connections()
+            self.work(path=str(nested))
+        self.assertEqual(self.paths(), ["False", "True"])
+
+    def nested_sleep(self):
+        with transaction.atomic():
+            self.File.objects.create(path="never")
+            self.sleep()
+
+    def test_at_commit(self):
+        """Nothing is lost or done twice, whatever becomes of the answer."""
+        with self.limited("SELECT 1 FROM django_project_file WHERE path = 'at commit'"):
+            self.work(path="before")
+            with transaction.atomic():
+                self.File.objects.create(path="at commit")
+                self.forward.silence("to_client")
+        self.forward.resume()
+        close_old_connections()
+        self.work(path="later")
+        self.assertEqual(self.paths(), ["at commit", "before", "later"])
 
 
 class CommitTests(DjangoTestCase):

@@ -6,7 +6,7 @@ import sys
 import unittest
 
 REQUIREMENTS = {
-    "django": ("zreconnect.integrations.django.base", "Django"),
+    "django": ("zreconnect.integrations.django.base", "zreconnect[django]"),
     "pyramid": ("zreconnect.integrations.pyramid", "zreconnect[pyramid]"),
     "sqlalchemy": ("zreconnect.integrations.sqlalchemy", "zreconnect[sqlalchemy]"),
     "sqlobject": ("zreconnect.integrations.sqlobject", "zreconnect[sqlobject]"),

@@ -19,6 +19,8 @@ import psycopg
 import sqlalchemy
 import transaction
 import zope.sqlalchemy
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 from pyramid.config import Configurator
 from pyramid.request import Request
 from pyramid.response import Response
@@ -36,7 +38,7 @@ from zreconnect import (
     RetryPolicy,
 )
 from zreconnect.events import CommitLookedUp
-from zreconnect.integrations.sqlalchemy import register
+from zreconnect.integrations.sqlalchemy import register, without_ledger
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests.base import PATIENCE, DatabaseTestCase, wait_until, with_time_to_connect
 from zreconnect.tests.restarts import ATTEMPTS, SurvivesRestarts
@@ -1001,6 +1003,50 @@ class Psycopg2Tests(SqlalchemyTestCase):
             self.forward.drop()
 
     # What is refused
+
+    def migrations(self, engine, schemas=False, **options):
+        """The names of the tables that alembic's autogenerate would drop."""
+        with engine.connect() as connection:
+            context = MigrationContext.configure(
+                connection, opts={"include_schemas": schemas, **options}
+            )
+            found = compare_metadata(context, sqlalchemy.MetaData())
+        return sorted(table.name for operation, table in found if operation == "remove_table")
+
+    def test_alembic_leaves_the_ledger_alone(self):
+        self.query("CREATE SCHEMA ours")
+        self.addCleanup(self.query, "DROP SCHEMA ours CASCADE")
+        for ledger, schemas in (
+            (Ledger(), False),
+            (Ledger("Entries"), False),
+            (Ledger("public.entries"), False),
+            (Ledger("ours.entries"), True),
+            (Ledger("public.entries"), True),
+        ):
+            with self.subTest(ledger, schemas=schemas):
+                engine = self.engine(witness=ledger)
+                self.scalar(engine)
+                self.query("CREATE TABLE another ()")
+                table = ledger.table.lower().rpartition(".")[2]
+                found = self.migrations(engine, schemas)
+                self.assertEqual(found, sorted(["another", table]))
+                mine = None if ledger.table == Ledger().table else ledger
+                include_name = without_ledger(mine)
+                found = self.migrations(engine, schemas, include_name=include_name)
+                self.assertEqual(found, ["another"])
+                include_name = without_ledger(mine, lambda name, kind, parents: kind != "table")
+                self.assertEqual(self.migrations(engine, include_name=include_name), [])
+                engine.dispose()
+                self.query("DROP TABLE another")
+                self.query(f"DROP TABLE {ledger.table}")
+
+    def test_alembic_sees_a_table_of_the_same_name_in_another_schema(self):
+        self.query("CREATE SCHEMA ours")
+        self.addCleanup(self.query, "DROP SCHEMA ours CASCADE")
+        self.query("CREATE TABLE ours.entries ()")
+        include_name = without_ledger(Ledger("public.entries"))
+        found = self.migrations(self.plain_engine(), schemas=True, include_name=include_name)
+        self.assertEqual(found, ["entries"])
 
     def test_two_phase(self):
         with (

@@ -19,7 +19,7 @@ from zreconnect.integrations import needs
 from zreconnect.server import Server
 from zreconnect.states import State
 
-with needs(__name__, "Django"):
+with needs(__name__, "zreconnect[django]"):
     from django.conf import settings
     from django.core.exceptions import ImproperlyConfigured
     from django.db.backends.base.operations import BaseDatabaseOperations
@@ -122,10 +122,21 @@ class DatabaseWrapper(base.DatabaseWrapper):
     def is_usable(self) -> bool:
         """Whether a statement can be executed, or only after a rollback or never again. Whether
         there is a session shows when a transaction begins."""
+        if self.connection is None:
+            return False
         work = self.connection.work
-        if work.state is State.ACTIVE:
-            return not work.link.driver.in_failed_transaction(work.link.session.raw)
-        return work.state is State.IDLE
+        raw = work.link.session.raw
+        if raw is None or (raw.closed and work.state is State.IDLE):
+            return work.state is State.IDLE
+        if raw.closed or work.link.driver.in_failed_transaction(raw):
+            return False
+        return work.state in (State.IDLE, State.ACTIVE)
+
+    def close_if_unusable_or_obsolete(self) -> None:
+        # Django asks only after an error of its own kind. Here it costs no query to ask.
+        if not self.is_usable():
+            self.errors_occurred = True
+        super().close_if_unusable_or_obsolete()
 
     def create_cursor(self, name: str | None = None) -> Any:
         if name is None:
