@@ -99,6 +99,10 @@ class PsycopgDriver(PostgresqlDriver):
                 "connection_factory made a connection in autocommit mode; set autocommit on the "
                 "reconnecting connection instead"
             )
+        if self.in_transaction(raw):
+            raise psycopg.ProgrammingError(
+                "connection_factory made a connection that is in a transaction: have it commit"
+            )
         raw.autocommit = True
 
     def keep(self, raw: Any) -> Any:

@@ -83,6 +83,10 @@ class Psycopg2Driver(PostgresqlDriver):
                 "connection_factory made a connection in autocommit mode; set autocommit on the "
                 "reconnecting connection instead"
             )
+        if self.in_transaction(raw):
+            raise psycopg2.ProgrammingError(
+                "connection_factory made a connection that is in a transaction: have it commit"
+            )
         raw.autocommit = True
 
     def restore(self, raw: Any, settings: SessionSettings, replaced: dict[str, str]) -> None:

@@ -192,6 +192,8 @@ class _Registration:
         self._engine = engine
         self._driver = load_driver(engine.driver)
         self._parameters: dict[str, str] = {}
+        # What listeners to "do_connect" have noted with a raw connection.
+        self._noted: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
         # One for all connections, which knock at its door one at a time.
         self._server = Server(self._driver, self._open, self._parameters)
         self._options: dict[str, Any] = {
@@ -209,10 +211,10 @@ class _Registration:
         self._arguments = list(cargs), dict(cparams)
         known = {name: str(cparams[name]) for name in PARAMETERS if cparams.get(name)}
         self._parameters.update(known)
-        set_up = _SessionSetUp(self._engine, self._driver, record)
+        set_up = _SessionSetUp(self._engine, self._driver, record, self._noted)
         connection = PooledConnection(self._server, on_connect=set_up, **self._options)
-        record.info[KEY] = connection, set_up
         raw = connection.driver_connection
+        record.info[KEY] = connection, set_up
         # As the driver makes it.
         raw.autocommit = False
         return raw
@@ -265,28 +267,38 @@ class _Registration:
         dialect: Any = self._engine.dialect
         cargs, cparams = self._arguments
         cargs, cparams = list(cargs), dict(cparams)
+        # Whose connection it will be is not known yet.
+        record = SimpleNamespace(info={}, record_info={}, dbapi_connection=None)
         for listener in dialect.dispatch.do_connect:
             if listener != self.connect:
-                raw = listener(dialect, None, cargs, cparams)
+                raw = listener(dialect, record, cargs, cparams)
                 if raw is not None:
-                    return raw
+                    if self._driver.in_transaction(raw):
+                        # What it has set is to last.
+                        raw.commit()
+                    break
+        else:
 
-        def open_session(place: Any, timeout: float) -> Any:
-            return dialect.connect(*cargs, **connect_keywords(place, timeout))
+            def open_session(place: Any, timeout: float) -> Any:
+                return dialect.connect(*cargs, **connect_keywords(place, timeout))
 
-        return hosts.connect(self._driver, cparams, timeout, open_session)
+            raw = hosts.connect(self._driver, cparams, timeout, open_session)
+        self._noted[raw] = record.info
+        return raw
 
 
 class _SessionSetUp:
     """Sets up the later sessions of a pool's connection as the pool does with the first one."""
 
-    def __init__(self, engine: Engine, driver: Any, record: Any) -> None:
+    def __init__(self, engine: Engine, driver: Any, record: Any, noted: Any) -> None:
         self._engine = engine
         self._driver = driver
         self._record = record
+        self._noted = noted
         self._is_first = True
 
     def __call__(self, raw: Any) -> None:
+        self._record.info.update(self._noted.pop(raw, {}))
         if self._is_first:
             return
         raw.autocommit = False

@@ -1000,7 +1000,7 @@ class FactoryTests(DatabaseTestCase):
 
         for factory, error, message in [
             (in_autocommit_mode, self.module.ProgrammingError, "autocommit"),
-            (in_a_transaction, self.module.ProgrammingError, "inside a transaction"),
+            (in_a_transaction, self.module.ProgrammingError, "in a transaction: have it commit"),
             (
                 lambda: self.module.connect(self.dsn, async_=True),
                 self.module.ProgrammingError,

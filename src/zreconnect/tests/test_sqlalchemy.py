@@ -724,9 +724,19 @@ class Psycopg2Tests(SqlalchemyTestCase):
 
         @event.listens_for(engine, "do_connect")
         def connect(dialect, record, cargs, cparams):
-            return module.connect(dsn, application_name="mine")
+            self.assertEqual(record.info, {})
+            connected = module.connect(dsn, application_name="mine")
+            connected.cursor().execute("SET search_path = pg_catalog")
+            record.info["process"] = connected.info.backend_pid
+            return connected
 
-        self.assertEqual(self.scalar(engine, text("SHOW application_name")), "mine")
+        for _ in range(2):
+            with engine.connect() as connection:
+                self.assertEqual(connection.scalar(text("SHOW application_name")), "mine")
+                self.assertEqual(connection.scalar(text("SHOW search_path")), "pg_catalog")
+                process = connection.scalar(text("SELECT pg_backend_pid()"))
+                self.assertEqual(connection.info["process"], process)
+            self.forward.drop()
 
     def test_lost_while_the_pool_sets_it_up(self):
         engine = self.plain_engine()
