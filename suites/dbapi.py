@@ -1,50 +1,31 @@
-"""The compliance tests for DB-API 2.0, with each driver."""
-
-from __future__ import annotations
-
-import json
+"""The compliance suite of DB-API 2.0, on every driver."""
 
 from suites.sources import Sdist
 from suites.suite import Servers, Suite, with_unittest
 
-# Whose copy of them it is.
-PSYCOPG2 = "2.9.13"
+VERSION = "1.15.0"
+POSTGRESQL, MYSQL = ("psycopg2", "psycopg"), ("pymysql", "mysqlclient")
 
 
-def on(driver: str, server: str | None = None, extra: str | None = None) -> Suite:
+def on(driver: str) -> Suite:
     def variables(servers: Servers) -> dict[str, str]:
-        keywords = {}
-        if server is not None:
-            running = getattr(servers, server)
-            database = running.fresh_database().rpartition("/")[2]
-            keywords = {"host": running.host, "port": running.port, "user": running.user}
-            keywords |= {"password": running.password}
-            keywords["dbname" if server == "postgres" else "database"] = database
-        return {
-            "ZRECONNECT_SUITES_DRIVER": driver,
-            "ZRECONNECT_SUITES_KEYWORDS": json.dumps(keywords),
-        }
+        server = servers.postgres or servers.mariadb
+        dsn = "sqlite:///compliance.db" if server is None else server.fresh_database()
+        return {"SUITE_DRIVER": driver, "SUITE_DSN": dsn}
 
     return Suite(
         name=f"dbapi-{driver}",
-        title=f"DB-API compliance, {driver}",
-        source=Sdist("psycopg2", PSYCOPG2),
-        folder="tests",
+        title=f"DB-API compliance {VERSION}, {driver}",
+        source=Sdist("dbapi-compliance", VERSION),
         requirements=(),
-        extras=("pymysql", "mysql", "psycopg"),
-        postgres={} if server == "postgres" else None,
-        mariadb={} if server == "mariadb" else None,
-        tests=("suites.compliance",),
+        extras=("mysql", "psycopg", "pymysql"),
+        postgres={} if driver in POSTGRESQL else None,
+        mariadb={} if driver in MYSQL else None,
+        tests=("suites.through.dbapi_tests.ComplianceTests",),
         command=with_unittest,
         variables=variables,
-        through="compliance",
+        through="dbapi",
     )
 
 
-SUITES = (
-    on("psycopg2", "postgres"),
-    on("psycopg", "postgres"),
-    on("pymysql", "mariadb"),
-    on("mysqlclient", "mariadb"),
-    on("sqlite"),
-)
+SUITES = tuple(map(on, (*POSTGRESQL, *MYSQL, "sqlite")))
