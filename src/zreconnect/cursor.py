@@ -51,6 +51,20 @@ class _Setting:
         cursor._settings[self._name] = value
 
 
+class _IfThere:
+    """A method that only some of the drivers' cursors have."""
+
+    def __init__(self, method: Any) -> None:
+        self._method = method
+        self.__doc__ = method.__doc__
+
+    def __get__(self, cursor: ReconnectingCursor | None, owner: type | None = None) -> Any:
+        if cursor is not None:
+            # Its AttributeError.
+            getattr(cursor._raw_cursor(), self._method.__name__)
+        return self._method.__get__(cursor, owner)
+
+
 @implements(IReconnectingCursor)
 class ReconnectingCursor:
     """See `IReconnectingCursor`; made by `ReconnectingConnection.cursor`."""
@@ -127,27 +141,30 @@ class ReconnectingCursor:
         options = {name: _lent(link, value) for name, value in options.items()}
         return self._statement("executemany", query, *sequences, **options)
 
-    @property
-    def callproc(self) -> Any:
-        # Of psycopg's and sqlite3's cursors hasattr() says that they have none.
-        _ = self._raw_cursor().callproc
-        return partial(self._statement, "callproc")
+    @_IfThere
+    def callproc(self, procname: str, *parameters: Any, **options: Any) -> Any:
+        """As in PEP 249; psycopg 3 and sqlite3 have none."""
+        return self._statement("callproc", procname, *parameters, **options)
 
+    @_IfThere
     def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> Any:
         """As in psycopg2."""
         with Lent(self._work.link, file).lending() as lent:
             return self._statement("copy_expert", sql, lent, size)
 
+    @_IfThere
     def copy_from(self, file: Any, table: str, *args: Any, **keywords: Any) -> Any:
         """As in psycopg2."""
         with Lent(self._work.link, file).lending() as lent:
             return self._statement("copy_from", lent, table, *args, **keywords)
 
+    @_IfThere
     def copy_to(self, file: Any, table: str, *args: Any, **keywords: Any) -> Any:
         """As in psycopg2."""
         with Lent(self._work.link, file).lending() as lent:
             return self._statement("copy_to", lent, table, *args, **keywords)
 
+    @_IfThere
     @contextmanager
     def copy(self, statement: Any, params: Any = None, **options: Any) -> Iterator[Any]:
         """As in psycopg 3."""
@@ -156,6 +173,7 @@ class ReconnectingCursor:
         with guarded_block(self._guard, block, self._raw) as copy:
             yield Guarded(self._guard, copy, self._raw, in_block=True)
 
+    @_IfThere
     def stream(self, query: Any, params: Any = None, **options: Any) -> Iterator[Any]:
         """As in psycopg 3."""
         rows = self._statement("stream", query, params, **options)

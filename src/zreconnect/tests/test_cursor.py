@@ -2,11 +2,13 @@
 
 import io
 import logging
+import tempfile
 
 import psycopg2
 import psycopg2.extensions
 import psycopg2.extras
 
+import zreconnect
 from zreconnect import DisconnectionError
 from zreconnect.tests.base import DatabaseTestCase
 
@@ -50,6 +52,21 @@ class CursorTests(DatabaseTestCase):
         self.assertEqual(self.cursor.fetchone(), ("WORD",))
         self.assertEqual(self.cursor.mogrify("SELECT %s", ("it's",)), b"SELECT 'it''s'")
         self.assertEqual(self.cursor.query, b"SELECT * FROM upper('word')")
+
+    def test_it_has_the_methods_that_the_drivers_has(self):
+        names = ("callproc", "copy", "copy_expert", "copy_from", "copy_to", "stream")
+        with tempfile.TemporaryDirectory() as directory:
+            for driver, dsn, has in (
+                ("psycopg2", self.dsn, {"callproc", "copy_expert", "copy_from", "copy_to"}),
+                ("psycopg", self.dsn, {"copy", "stream"}),
+                ("sqlite", f"sqlite:///{directory}/database", set()),
+            ):
+                with self.subTest(driver):
+                    connection = zreconnect.connect(dsn, driver=driver)
+                    self.addCleanup(connection.close)
+                    cursor = connection.cursor()
+                    self.assertEqual({name for name in names if hasattr(cursor, name)}, has)
+                    self.assertEqual(connection.state, "idle")
 
     def test_mogrify_begins_nothing(self):
         self.cursor.mogrify("SELECT 1")
