@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,9 +13,10 @@ from zreconnect.documented import implements
 from zreconnect.interfaces import IPipeliningDriver, IReconnectingCursor
 from zreconnect.kept import KEPT, KeptRows
 from zreconnect.lent import Lent
-from zreconnect.proxies import Guarded, guarded_attribute, guarded_block, guarded_rows
+from zreconnect.proxies import guarded_attribute
 from zreconnect.session import NO_SESSION, Session
 from zreconnect.states import Moment, Request, State
+from zreconnect.transfers import IfThere, Transfers
 
 if TYPE_CHECKING:
     from zreconnect.connection import ReconnectingConnection
@@ -51,22 +52,8 @@ class _Setting:
         cursor._settings[self._name] = value
 
 
-class _IfThere:
-    """A method that only some of the drivers' cursors have."""
-
-    def __init__(self, method: Any) -> None:
-        self._method = method
-        self.__doc__ = method.__doc__
-
-    def __get__(self, cursor: ReconnectingCursor | None, owner: type | None = None) -> Any:
-        if cursor is not None:
-            # Its AttributeError.
-            getattr(cursor._raw_cursor(), self._method.__name__)
-        return self._method.__get__(cursor, owner)
-
-
 @implements(IReconnectingCursor)
-class ReconnectingCursor:
+class ReconnectingCursor(Transfers):
     """See `IReconnectingCursor`; made by `ReconnectingConnection.cursor`."""
 
     # With slots, setting an attribute that is not kept here is an error and not ignored.
@@ -141,44 +128,10 @@ class ReconnectingCursor:
         options = {name: _lent(link, value) for name, value in options.items()}
         return self._statement("executemany", query, *sequences, **options)
 
-    @_IfThere
+    @IfThere
     def callproc(self, procname: str, *parameters: Any, **options: Any) -> Any:
         """As in PEP 249; psycopg 3 and sqlite3 have none."""
         return self._statement("callproc", procname, *parameters, **options)
-
-    @_IfThere
-    def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> Any:
-        """As in psycopg2."""
-        with Lent(self._work.link, file).lending() as lent:
-            return self._statement("copy_expert", sql, lent, size)
-
-    @_IfThere
-    def copy_from(self, file: Any, table: str, *args: Any, **keywords: Any) -> Any:
-        """As in psycopg2."""
-        with Lent(self._work.link, file).lending() as lent:
-            return self._statement("copy_from", lent, table, *args, **keywords)
-
-    @_IfThere
-    def copy_to(self, file: Any, table: str, *args: Any, **keywords: Any) -> Any:
-        """As in psycopg2."""
-        with Lent(self._work.link, file).lending() as lent:
-            return self._statement("copy_to", lent, table, *args, **keywords)
-
-    @_IfThere
-    @contextmanager
-    def copy(self, statement: Any, params: Any = None, **options: Any) -> Iterator[Any]:
-        """As in psycopg 3."""
-        block = self._statement("copy", statement, params, **options)
-        self._executes_unseen()
-        with guarded_block(self._guard, block, self._raw) as copy:
-            yield Guarded(self._guard, copy, self._raw, in_block=True)
-
-    @_IfThere
-    def stream(self, query: Any, params: Any = None, **options: Any) -> Iterator[Any]:
-        """As in psycopg 3."""
-        rows = self._statement("stream", query, params, **options)
-        self._executes_unseen()
-        yield from guarded_rows(self._guard, rows, self._raw)
 
     def _executes_unseen(self) -> None:
         """What the driver has returned will execute the statement."""

@@ -26,7 +26,8 @@ finding
 guard
 siblings
 proxies settings datamanager
-cursor twophase
+transfers twophase
+cursor
 blocks tpc
 connection
 descriptor
