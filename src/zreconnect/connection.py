@@ -19,6 +19,7 @@ from zreconnect.blocks import transaction_block
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.datamanager import ConnectionDataManager, join_transactions
 from zreconnect.documented import implements
+from zreconnect.drivercalls import DriverCalls
 from zreconnect.exceptions import DBAPI_EXCEPTIONS
 from zreconnect.guard import Guard
 from zreconnect.interfaces import IReconnectingConnection
@@ -32,7 +33,6 @@ from zreconnect.server import Server, server_from_dsn, server_from_factory
 from zreconnect.session import NO_SESSION
 from zreconnect.settings import DriverAttribute
 from zreconnect.states import Request, State
-from zreconnect.tpc import TwoPhaseCalls
 from zreconnect.turn import Turn
 from zreconnect.twophase import TwoPhaseDataManager
 from zreconnect.work import Work
@@ -44,7 +44,7 @@ _block = contextlib.contextmanager(transaction_block)
 
 
 @implements(IReconnectingConnection)
-class ReconnectingConnection(TwoPhaseCalls):
+class ReconnectingConnection(DriverCalls):
     """A DB-API 2.0 connection that outlives its server sessions; see `IReconnectingConnection`.
 
     The server is first contacted when the first transaction begins.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,7 +12,7 @@ from zreconnect import commits
 from zreconnect.documented import implements
 from zreconnect.interfaces import IPipeliningDriver, IReconnectingCursor
 from zreconnect.kept import KEPT, KeptRows
-from zreconnect.lent import Lent
+from zreconnect.lent import lend_items
 from zreconnect.proxies import guarded_attribute
 from zreconnect.session import NO_SESSION, Session
 from zreconnect.states import Moment, Request, State
@@ -20,7 +20,6 @@ from zreconnect.transfers import IfThere, Transfers
 
 if TYPE_CHECKING:
     from zreconnect.connection import ReconnectingConnection
-    from zreconnect.link import Link
 
 
 class _Setting:
@@ -102,12 +101,20 @@ class ReconnectingCursor(Transfers):
         self._options = options
         if cursor_factory is not None:
             options["cursor_factory"] = cursor_factory
+        if options:
+            connection.work.link.driver.check_cursor(name, options)
         self._settings: dict[str, Any] = {}
         self._weak = weakref.ref(self)
         self._closed = False
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.connection!r}>"
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        # So that a program finds the class that it has asked for, whose methods are here, too.
+        factory = self._options.get("cursor_factory") or self._work.link.settings.cursor_factory
+        return factory if isinstance(factory, type) else type(self)
 
     # Statements
 
@@ -124,8 +131,8 @@ class ReconnectingCursor(Transfers):
 
     def executemany(self, query: Any, *parameters: Any, **options: Any) -> Any:
         link = self._work.link
-        sequences = [_lent(link, each) for each in parameters]
-        options = {name: _lent(link, value) for name, value in options.items()}
+        sequences = [lend_items(link, each) for each in parameters]
+        options = {name: lend_items(link, value) for name, value in options.items()}
         return self._statement("executemany", query, *sequences, **options)
 
     @IfThere
@@ -221,6 +228,8 @@ class ReconnectingCursor(Transfers):
                 guard.take_turn()
             if work.state is not State.ACTIVE:
                 work.ask(Request.LOOK)
+            if self._closed:
+                self._refuse_closed()
             raw = self._raw_cursor() if self._raw is None else self._raw
             try:
                 with link.session.watch.awaiting(link.options.response_timeout):
@@ -278,8 +287,9 @@ class ReconnectingCursor(Transfers):
     def fetchall(self) -> Any:
         return self._answer("fetchall")
 
+    @IfThere
     def scroll(self, value: int, mode: str = "relative") -> Any:
-        """As in psycopg2, psycopg 3 and MySQL's modules."""
+        """As in psycopg2, psycopg 3 and MySQL's modules; sqlite3 has none."""
         return self._answer("scroll", value, mode)
 
     def __iter__(self) -> Iterator[Any]:
@@ -293,6 +303,8 @@ class ReconnectingCursor(Transfers):
                     guard.take_turn()
                 if work.state is not State.ACTIVE:
                     work.ask(Request.LOOK)
+                if self._closed:
+                    self._refuse_closed()
                 if self._raw is not raw:
                     raw, rows = self._raw_cursor(), None
                 try:
@@ -316,8 +328,8 @@ class ReconnectingCursor(Transfers):
 
     @property
     def closed(self) -> bool:
-        """Whether the cursor was closed."""
-        return self._closed
+        """Whether the cursor was closed, or its connection."""
+        return self._closed or self._work.state is State.CLOSED
 
     @property
     def description(self) -> Any:
@@ -348,11 +360,11 @@ class ReconnectingCursor(Transfers):
         """Close the cursor, also after a disconnect. Raises `DisconnectionError` if a server-side
         cursor meets one here."""
         self._closed = True
-        raw, self._raw = self._raw, None
-        session, self._session = self._session, NO_SESSION
+        # It is not let go: what can be asked of a closed cursor is the driver's affair.
+        raw = self._raw
         if raw is None:
             return
-        if session is not self._work.link.session:
+        if self._session is not self._work.link.session:
             _close_lost(raw, self._error)
             return
         try:
@@ -376,14 +388,27 @@ class ReconnectingCursor(Transfers):
     def _refuse_closed(self) -> NoReturn:
         raise self._work.link.driver.module.InterfaceError("The cursor is closed")
 
+    def raw_in_session(self) -> Any:
+        """The raw cursor, for a statement that is executed with it in the present session."""
+        if self._closed:
+            self._refuse_closed()
+        if self._work.link.reader is not None:
+            self._keep_rows_of_others()
+        if self._session is not self._work.link.session:
+            self._open()
+        if self.name is not None and self._work.state is State.ACTIVE:
+            with self._guard.asking():
+                self._work.link.driver.own_transaction(self._session.raw)
+        return self._raw
+
     def _raw_cursor(self) -> Any:
         """The raw cursor; results that were fetched into it can be read after its session."""
         if self._raw is None:
             with self._guard.in_turn():
                 self._work.need_session()
-            if self._closed:
-                self._refuse_closed()
             self._open()
+            if self._closed:
+                _close_lost(self._raw, self._error)
         return self._raw
 
     def _open(self) -> None:
@@ -405,8 +430,3 @@ def _close_lost(raw: Any, error: type[Exception]) -> None:
     """Close a raw cursor of a session that has ended; psycopg complains if nobody does."""
     with suppress(error):
         raw.close()
-
-
-def _lent(link: Link, value: Any) -> Any:
-    is_made_meanwhile = isinstance(value, Iterable) and not isinstance(value, (list, tuple))
-    return Lent(link, iter(value)) if is_made_meanwhile else value

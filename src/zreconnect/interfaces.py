@@ -314,6 +314,9 @@ class IDriver(Interface):
         """An attribute of the raw connection, as a program is to see it that has begun its
         transaction here and not there. Raises AttributeError. No round trip."""
 
+    def check_cursor(name, options):
+        """Raise what the module raises for such a cursor at once; there may be no session yet."""
+
     def cursor(raw, name, options):
         """A new raw cursor. No round trip.
 
@@ -565,6 +568,15 @@ class IReconnectingConnection(Interface):
 
     def close():
         """Close the session for good. What was not committed is rolled back."""
+
+    def call_driver(function, *args, **keywords):
+        """Call a function that wants the driver's own connection or cursor, and return its result.
+
+        In the arguments, this connection and its cursors are replaced by the driver's own, such as
+        in ``connection.call_driver(register_hstore, connection)``. A transaction begins for it as
+        for a statement. A loss is what it is for a statement: `DisconnectionError`, or in
+        autocommit mode `CommitOutcomeUnknown`. What the function raises besides passes.
+        """
 
     def tpc_begin(xid):
         """Begin a transaction that the program commits in two phases, as in PEP 249.

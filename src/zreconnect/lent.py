@@ -7,7 +7,7 @@ psycopg2 has the server answer an error in its place.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 from zreconnect.link import Link
@@ -74,3 +74,9 @@ class Lent:
         finally:
             # Its traceback refers to this object.
             self._error = None
+
+
+def lend_items(link: Link, value: Any) -> Any:
+    """The value, or what stands for it if it makes its items meanwhile."""
+    is_made_meanwhile = isinstance(value, Iterable) and not isinstance(value, (list, tuple))
+    return Lent(link, iter(value)) if is_made_meanwhile else value

@@ -35,6 +35,10 @@ class Guarded:
         self._raw_cursor = raw_cursor
         self._in_block = in_block
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return self._wrapped.__class__
+
     def __getattr__(self, name: str) -> Any:
         if self._guard.work.state.shown == DOOMED:
             self._guard.work.ask(Request.LOOK)
@@ -81,6 +85,8 @@ class LargeObject(Guarded):
             with guard.asking():
                 raw = link.session.raw
                 link.driver.own_transaction(raw)
+                if method == "unlink":
+                    self._wrapped.close()
                 # With this mode it is not opened.
                 getattr(raw.lobject(self._wrapped.oid, "n"), method)(*args)
 

@@ -50,6 +50,14 @@ class _Switch(int):
         return repr(bool(self))
 
 
+class DriverContainer(DriverAttribute):
+    """One that a program may replace, such as the list of psycopg2's notices; some drivers have a
+    method of that name."""
+
+    def __get__(self, connection: Any, owner: type) -> Any:
+        return self if connection is None else connection.__getattr__(self._name)
+
+
 @documented_by(IReconnectingConnection)
 class SettingsOfSessions:
     """The part of a `ReconnectingConnection` that sets up its sessions.
@@ -65,6 +73,9 @@ class SettingsOfSessions:
     work: Work
     guard: Guard
 
+    notices = DriverContainer()
+    notifies = DriverContainer()
+
     cursorclass = DriverAttribute()
 
     @property
@@ -72,6 +83,11 @@ class SettingsOfSessions:
         """Whether ``close()`` was not called, as in PyMySQL and mysqlclient. A lost session is
         replaced."""
         return self.work.state is not State.CLOSED
+
+    @property
+    def connection(self) -> Any:
+        """Itself, as a cursor's is: functions of psycopg2 and psycopg 3 ask for it."""
+        return self
 
     @property
     def autocommit(self) -> Any:

@@ -183,6 +183,9 @@ class BaseDriver:
     def autocommit_mode(self, query: Any) -> bool | None:
         return None
 
+    def check_cursor(self, name: str | None, options: Mapping[str, Any]) -> None:
+        """The module says what it refuses when it makes the cursor."""
+
     def has_committed(self, raw: Any) -> bool:
         return False
 

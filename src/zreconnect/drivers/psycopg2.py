@@ -151,11 +151,11 @@ class Psycopg2Driver(PostgresqlDriver):
         # way to tell it that there is a transaction but to send another BEGIN. tpc_begin() sends
         # it at once. The server answers with a warning and leaves the transaction as it is.
         if raw.autocommit:
-            notices = len(raw.notices)
+            notices, raw.notices = raw.notices, None
             raw.autocommit = False
             raw.tpc_begin(raw.xid(0, "zreconnect", ""))
             raw.poll()  # Makes psycopg2 list the warning now, without a round trip.
-            del raw.notices[notices:]
+            raw.notices = notices
 
     def is_at_rest(self, raw: Any) -> bool:
         # Between the lines of own_transaction() psycopg2 and the server are of two minds.
@@ -196,6 +196,28 @@ class Psycopg2Driver(PostgresqlDriver):
         if name == "status" and self.in_transaction(raw):
             return extensions.STATUS_IN_TRANSACTION
         return getattr(raw, name)
+
+    def check_cursor(self, name: str | None, options: Mapping[str, Any]) -> None:
+        if name is None and (options.get("scrollable") is not None or options.get("withhold")):
+            raise psycopg2.ProgrammingError(
+                "scrollable and withhold are for server-side cursors: give the cursor a name"
+            )
+
+    def keep(self, raw: Any) -> Any:
+        # A list is psycopg2's own, and starts anew.
+        lists = {
+            name: value
+            for name in ("notices", "notifies")
+            if type(value := getattr(raw, name)) is not list
+        }
+        return dict(raw.string_types), dict(raw.binary_types), lists
+
+    def inherit(self, raw: Any, kept: Any) -> None:
+        string_types, binary_types, lists = kept
+        raw.string_types.update(string_types)
+        raw.binary_types.update(binary_types)
+        for name, value in lists.items():
+            setattr(raw, name, value)
 
     def cursor(self, raw: Any, name: str | None, options: Mapping[str, Any]) -> Any:
         return raw.cursor(**options) if name is None else raw.cursor(name, **options)

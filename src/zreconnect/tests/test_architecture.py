@@ -29,6 +29,7 @@ proxies settings datamanager
 transfers twophase
 cursor
 blocks tpc
+drivercalls
 connection
 descriptor
 adapter zopeless

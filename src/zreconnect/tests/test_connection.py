@@ -9,6 +9,7 @@ import threading
 import traceback
 import warnings
 import weakref
+from collections import deque
 
 import psycopg2
 import psycopg2.errors
@@ -472,7 +473,7 @@ class ReadingTests(DatabaseTestCase):
         with self.assertRaises(DisconnectionError):
             connection.cursor().copy_from(File(), "number")
 
-    def test_rows_that_have_arrived_can_be_read_until_the_next_session(self):
+    def test_rows_that_have_arrived_can_be_read_in_the_next_session(self):
         connection = self.connect()
         cursor = connection.cursor()
         cursor.execute("SELECT generate_series(1, 3)")
@@ -480,8 +481,7 @@ class ReadingTests(DatabaseTestCase):
         self.forward.drop()
         self.assertEqual(cursor.fetchone(), (1,))
         connection.begin()
-        with self.assertRaisesRegex(self.module.InterfaceError, "cursor already closed"):
-            cursor.fetchall()
+        self.assertEqual(cursor.fetchall(), [(2,), (3,)])
 
 
 class CommitTests(DatabaseTestCase):
@@ -1092,12 +1092,34 @@ class DriverAttributeTests(DatabaseTestCase):
         with self.assertRaises(AttributeError):
             _ = connection._missing
         with self.assertRaises(AttributeError):
-            connection.notices = []
+            connection.missing = []
 
     def test_notices(self):
         connection = self.connect()
         connection.cursor().execute("DO $$ BEGIN RAISE NOTICE 'hear me'; END $$")
         self.assertIn("hear me", connection.notices[-1])
+
+    def test_containers_of_the_programs_last(self):
+        connection = self.connect()
+        connection.notices, connection.notifies = notices, notifies = deque(), deque()
+        connection.cursor().execute("DO $$ BEGIN RAISE NOTICE 'hear me'; END $$; LISTEN two")
+        connection.commit()
+        self.forward.drop()
+        connection.cursor().execute("DO $$ BEGIN RAISE NOTICE 'me, too'; END $$")
+        connection.lobject()
+        self.assertEqual(len(notices), 2)
+        self.assertIs(connection.notices, notices)
+        self.assertIs(connection.notifies, notifies)
+
+    def test_types_that_were_registered_last(self):
+        connection = self.connect()
+        number = psycopg2.extensions.new_type((23,), "NUMBER", lambda value, _: f"n{value}")
+        connection.call_driver(psycopg2.extensions.register_type, number, connection)
+        connection.commit()
+        self.forward.drop()
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        self.assertEqual(cursor.fetchone(), ("n1",))
 
     def test_notify(self):
         connection = self.connect()

@@ -9,7 +9,7 @@ import psycopg2.extensions
 import psycopg2.extras
 
 import zreconnect
-from zreconnect import DisconnectionError
+from zreconnect import DisconnectionError, ReconnectingCursor
 from zreconnect.tests.base import DatabaseTestCase
 
 
@@ -145,6 +145,49 @@ class CursorTests(DatabaseTestCase):
         cursor = self.connection.cursor()
         cursor.execute("SELECT 1 AS a")
         self.assertEqual(cursor.fetchone()["a"], 1)
+
+    def test_a_cursor_is_of_the_class_that_was_asked_for(self):
+        cursor = self.connection.cursor(cursor_factory=psycopg2.extras.DictCursor)
+        self.assertIsInstance(cursor, psycopg2.extras.DictCursor)
+        self.assertIsInstance(cursor, ReconnectingCursor)
+        self.assertNotIsInstance(self.cursor, psycopg2.extensions.cursor)
+        self.connection.cursor_factory = psycopg2.extras.DictCursor
+        self.assertIsInstance(self.connection.cursor(), psycopg2.extras.DictCursor)
+        function = self.connection.cursor(cursor_factory=lambda *args: None)
+        self.assertIs(function.__class__, ReconnectingCursor)
+
+    def test_what_is_refused_is_refused_at_once(self):
+        for option in ({"scrollable": True}, {"scrollable": False}, {"withhold": True}):
+            with self.assertRaisesRegex(psycopg2.ProgrammingError, "a name"):
+                self.connection.cursor(**option)
+        self.connection.cursor(withhold=False, scrollable=None)
+        self.assertEqual(self.connection.state, "idle")
+
+    def test_a_closed_cursor(self):
+        self.cursor.execute("SELECT 1 AS n")
+        rows = iter(self.cursor)
+        for cursor in (self.cursor, self.connection.cursor()):
+            cursor.close()
+            cursor.close()
+            self.assertTrue(cursor.closed)
+            self.assertEqual(cursor.mogrify("SELECT %s", (1,)), b"SELECT 1")
+            for request in (
+                cursor.fetchone,
+                lambda cursor=cursor: cursor.execute("SELECT 1"),
+                lambda cursor=cursor: cursor.scroll(1),
+                cursor.nextset,
+                lambda cursor=cursor: list(cursor),
+            ):
+                with self.assertRaises(psycopg2.InterfaceError):
+                    request()
+        with self.assertRaises(psycopg2.InterfaceError):
+            next(rows)
+        self.assertEqual(self.cursor.description[0].name, "n")
+        self.assertEqual(self.connection.state, "active")
+
+    def test_a_cursor_is_closed_with_its_connection(self):
+        self.connection.close()
+        self.assertTrue(self.cursor.closed)
 
     def test_a_cursor_class_with_a_log_sees_only_the_users_statements(self):
         def connection_factory():

@@ -952,7 +952,7 @@ class AttributeTests(Psycopg, DatabaseTestCase):
         self.assertEqual(connection.info.transaction_status, psycopg.pq.TransactionStatus.IDLE)
         self.assertFalse(connection.broken)
         self.assertIsInstance(connection.driver_connection, psycopg.Connection)
-        self.assertIs(connection.connection, connection.driver_connection)
+        self.assertIs(connection.connection, connection)
         identifier = sql.Identifier('a"b')
         self.assertEqual(identifier.as_string(connection), '"a""b"')
         with self.assertRaises(AttributeError):

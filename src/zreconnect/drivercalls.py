@@ -1,0 +1,57 @@
+"""Functions of a driver's that want its own connection or cursor, and not what stands for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from zreconnect import commits
+from zreconnect.cursor import ReconnectingCursor
+from zreconnect.documented import documented_by
+from zreconnect.interfaces import IReconnectingConnection
+from zreconnect.states import Moment, State
+from zreconnect.tpc import TwoPhaseCalls
+
+Result = TypeVar("Result")
+
+
+@documented_by(IReconnectingConnection)
+class DriverCalls(TwoPhaseCalls):
+    """The part of a `ReconnectingConnection` that hands the driver's own objects out."""
+
+    __slots__ = ()
+
+    def call_driver(
+        self, function: Callable[..., Result], *args: Any, **keywords: Any
+    ) -> Result | Any:
+        work, guard, link = self.work, self.guard, self.work.link
+        with guard.in_turn():
+            guard.need_transaction()
+            session = link.session
+            handed: list[tuple[Any, Any]] = []
+
+            def own(value: Any) -> Any:
+                # By its own type: a cursor says that it is of the class that was asked for.
+                if value is self:
+                    raw = session.raw
+                elif issubclass(type(value), ReconnectingCursor) and value.connection is self:
+                    raw = value.raw_in_session()
+                else:
+                    return value
+                handed.append((raw, value))
+                return raw
+
+            args = tuple(map(own, args))
+            keywords = {name: own(value) for name, value in keywords.items()}
+            raw_cursor = next((raw for raw, ours in handed if ours is not self), None)
+            moment = Moment.AUTOCOMMIT if work.state is State.IDLE else Moment.STATEMENT
+            try:
+                with guard.asking(moment, raw_cursor):
+                    result = function(*args, **keywords)
+            finally:
+                if link.observer.watches_statements:
+                    link.observer.executed(None)
+            if work.state is State.ACTIVE and not session.in_transaction():
+                link.was_ended = True
+                commits.note()
+            return next((ours for raw, ours in handed if raw is result), result)
