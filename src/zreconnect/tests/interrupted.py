@@ -350,6 +350,14 @@ def insert_in_vain(program):
     transaction.get().join(Refuser())
 
 
+def insert_in_blocks(program):
+    with program.connection.transaction():
+        with program.connection.transaction():
+            program.insert()
+        with program.connection.transaction(force_rollback=True):
+            program.insert("never")
+
+
 CONNECT = Call("connect", connect, in_new_connection)
 BEGIN = Call("begin", begin)
 FIRST_STATEMENT = Call("first statement", Program.insert)
@@ -358,6 +366,7 @@ FETCH = Call("fetch", fetch, select)
 COMMIT = Call("commit", lambda program: program.commit(), lambda program: program.insert(), True)
 ROLLBACK = Call("rollback", lambda program: program.undo(), lambda program: program.insert())
 RUN = Call("run", lambda program: program.connection.run(program.insert), commits=True)
+BLOCKS = Call("blocks", insert_in_blocks, commits=True)
 CLOSE = Call("close", lambda program: program.connection.close(), Program.insert, closes=True)
 CLOSE_IDLE = Call("close, idle", lambda program: program.connection.close(), closes=True)
 TRANSACTION_COMMIT = Call("transaction.commit", COMMIT.call, COMMIT.before, True)
@@ -369,6 +378,6 @@ ZOPELESS_RUN = Call("ztm.run", lambda program: program.manager.run(program.inser
 PREPARE_AND_FINISH = Call("prepare and finish", COMMIT.call, COMMIT.before, True)
 PREPARE_AND_ABORT = Call("prepare and abort", TwoPhaseProgram.commit_in_vain, insert_in_vain)
 CALLS = (
-    *(CONNECT, BEGIN, FIRST_STATEMENT, STATEMENT, FETCH, COMMIT, ROLLBACK, RUN),
+    *(CONNECT, BEGIN, FIRST_STATEMENT, STATEMENT, FETCH, COMMIT, ROLLBACK, RUN, BLOCKS),
     *(CLOSE, CLOSE_IDLE),
 )

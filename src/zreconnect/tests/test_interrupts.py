@@ -33,6 +33,7 @@ from zreconnect.testing.layers import MariaDBLayer, PostgresLayer
 from zreconnect.tests.base import on_mariadb, wait_until
 from zreconnect.tests.interrupted import (
     BEGIN,
+    BLOCKS,
     CALLS,
     CLOSE,
     CLOSE_IDLE,
@@ -327,6 +328,9 @@ class CallTests(SweepTestCase):
 
     def test_run(self):
         self.sweep(RUN)
+
+    def test_blocks(self):
+        self.sweep(BLOCKS)
 
     def test_close(self):
         self.sweep(CLOSE)

@@ -199,7 +199,11 @@ class FactoryTests(Psycopg, test_connection.FactoryTests):
 
         for factory, error, message in [
             (in_autocommit_mode, psycopg.ProgrammingError, "in autocommit mode"),
-            (in_a_transaction, psycopg.ProgrammingError, "transaction status INTRANS"),
+            (
+                in_a_transaction,
+                psycopg.ProgrammingError,
+                "connection that is in a transaction",
+            ),
             (lambda: None, TypeError, "must return a psycopg.Connection, not None"),
         ]:
             with self.subTest(message), self.assertRaisesRegex(error, message):

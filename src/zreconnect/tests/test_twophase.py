@@ -384,6 +384,22 @@ class RefusedTests(TwoPhaseTestCase):
         transaction.commit()
         self.check(rows=1)
 
+    def test_a_block_that_has_not_ended(self):
+        self.connect()
+        for side in self.sides:
+            self.insert()
+            block = side.connection.transaction()
+            block.__enter__()
+            with self.assertRaisesRegex(psycopg2.ProgrammingError, "has not ended"):
+                transaction.commit()
+            transaction.abort()
+            self.check(rows=0)
+        self.insert()
+        with self.other.connection.transaction():
+            pass
+        transaction.commit()
+        self.check(rows=1)
+
     def test_after_a_failed_statement(self):
         self.connect()
         for side in self.sides:
