@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Mapping
-from urllib.parse import quote, unquote
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from zreconnect.drivers.base import DRIVERS, registered_names
 
@@ -78,11 +78,21 @@ def _registered_name(scheme: str, asked: str | None) -> str:
 
 
 def plain(dsn: str) -> str:
-    """The DSN as database modules read it, without the name of a driver in its scheme."""
+    """The DSN as database modules read it: without the name of a driver in its scheme, and with a
+    list for several hosts, as libpq has it, where SQLAlchemy has ``?host=a:5432&host=b``."""
     scheme = SCHEME.match(dsn)
     if scheme is None or "+" not in scheme.group(1):
         return dsn
-    return scheme.group(1).partition("+")[0].lower() + dsn[scheme.end(1) :]
+    dsn = scheme.group(1).partition("+")[0].lower() + dsn[scheme.end(1) :]
+    location, _, query = dsn.partition("?")
+    options = parse_qsl(query, keep_blank_values=True)
+    hosts = [value.partition(":") for name, value in options if name == "host"]
+    if len(hosts) < 2:
+        return dsn
+    options = [option for option in options if option[0] != "host"]
+    for name, number in (("host", 0), ("port", 2)):
+        options.append((name, ",".join(host[number] for host in hosts)))
+    return f"{location}?{urlencode(options, quote_via=quote)}"
 
 
 def parse_dbi(dsn: str) -> dict[str, str]:

@@ -44,6 +44,21 @@ class DriverNameTests(unittest.TestCase):
                     without = dsn.replace(dsn.partition(":")[0], dsn.partition("+")[0].lower())
                     self.assertEqual(driver.parse(dsn), driver.parse(without))
 
+    def test_several_hosts_as_sqlalchemy_has_them(self):
+        url = "postgresql+psycopg2://me:s%40cret@/db?sslmode=disable&host=one:5433&host=two"
+        self.assertEqual(
+            driver.parse(url),
+            {
+                "user": "me",
+                "password": "s@cret",
+                "host": "one,two",
+                "port": "5433,",
+                "dbname": "db",
+                "sslmode": "disable",
+            },
+        )
+        self.assertEqual(driver.parse("postgresql+psycopg2:///db?host=/run/pg")["host"], "/run/pg")
+
     def test_a_driver_that_is_not_the_dsns(self):
         for dsn, asked, message in [
             ("postgresql+psycopg://me:s3cret@here/db", "psycopg2", "asks for psycopg: leave one"),
