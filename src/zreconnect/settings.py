@@ -77,6 +77,7 @@ class SettingsOfSessions:
     notifies = DriverContainer()
 
     cursorclass = DriverAttribute()
+    text_factory = DriverAttribute()
 
     @property
     def open(self) -> bool:

@@ -115,7 +115,7 @@ class SqliteDriver(BaseDriver):
 
     def address(self, parameters: Mapping[str, str]) -> str:
         path = parameters["database"]
-        return "sqlite://" if path == MEMORY else f"sqlite:///{quote(path)}"
+        return "sqlite://" if path == MEMORY else f"sqlite:///{quote(os.fsencode(path))}"
 
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
         if _forked_in_transaction:
@@ -135,8 +135,11 @@ class SqliteDriver(BaseDriver):
         return Meaning.DISCONNECT if passes else Meaning.PERMANENT
 
     def parameters(self, raw: Any) -> dict[str, str]:
-        paths = {name: path for _, name, path in self.query(raw, "PRAGMA database_list")}
-        return {"database": paths["main"] or MEMORY}
+        # As bytes, because a file's name need be no text, and text may be what the factory chose.
+        ((path,),) = self.query(
+            raw, "SELECT CAST(file AS BLOB) FROM pragma_database_list WHERE name = 'main'"
+        )
+        return {"database": os.fsdecode(path or MEMORY)}
 
     # Session
 

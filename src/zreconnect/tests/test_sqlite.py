@@ -213,6 +213,19 @@ class MemoryTests(SqliteTestCase):
         self.assertEqual(connection.execute("SELECT * FROM item").fetchall(), [])
         self.assertIn("job.db", connection.server)
 
+    def test_a_factory_for_a_file_whose_name_is_no_text(self):
+        path = os.fsencode(self.directory) + b"/\xff.db"
+
+        def factory():
+            raw = sqlite3.connect(path, check_same_thread=False)
+            raw.text_factory = bytes
+            return raw
+
+        connection = zreconnect.ReconnectingConnection(factory, "sqlite")
+        self.addCleanup(connection.close)
+        self.assertEqual(connection.execute("SELECT 'one'").fetchone(), (b"one",))
+        self.assertTrue(connection.server.endswith("/%FF.db"))
+
     def test_a_factory_for_a_single_thread(self):
         connection = zreconnect.ReconnectingConnection(lambda: sqlite3.connect(self.path), "sqlite")
         self.addCleanup(connection.close)
@@ -624,7 +637,7 @@ class SessionTests(SqliteTestCase):
 
     def test_rows_of_the_users_choice_outlast_the_session(self):
         connection = self.connect(policy=FAIL_FAST)
-        connection.row_factory = sqlite3.Row
+        connection.row_factory, connection.text_factory = sqlite3.Row, bytes
         self.other.execute("BEGIN EXCLUSIVE")
         with self.assertRaises(zreconnect.DisconnectionError):
             connection.begin()
@@ -633,7 +646,7 @@ class SessionTests(SqliteTestCase):
         connection.commit()
         forked = connection.fork()
         self.addCleanup(forked.close)
-        self.assertEqual(forked.execute("SELECT 1 AS one").fetchone()["one"], 1)
+        self.assertEqual(forked.execute("SELECT 'one' AS one").fetchone()["one"], b"one")
 
     def test_a_statement_of_the_connection_begins_a_transaction(self):
         connection = self.connect()
