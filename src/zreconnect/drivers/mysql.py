@@ -34,7 +34,7 @@ from zreconnect.drivers.base import (
     set_own_default,
 )
 from zreconnect.drivers.mysqlchoices import MULTI_STATEMENTS, ChoosingDriver, quoted
-from zreconnect.drivers.mysqltext import READING, SWITCHING, is_committing, may_commit
+from zreconnect.drivers.mysqltext import CHOOSING, READING, SWITCHING, is_committing, may_commit
 from zreconnect.exceptions import DisconnectionError, ExceptionInfo
 from zreconnect.interfaces import IDriver, Meaning
 
@@ -442,14 +442,15 @@ class MysqlDriver(ChoosingDriver):
         cursor.zreconnect_sent = text
         if len(statement) * BYTES_OF_CHARACTER > raw.zreconnect_longest:
             self._check_length(raw, statement)
+        are_several = bool(raw.client_flag & MULTI_STATEMENTS)
         if not raw.zreconnect_begun:
             with self.asking(raw):
                 result = execute(statement)
-            self.note_choices(raw, cursor)
+            if are_several or CHOOSING.match(text):
+                self.note_choices(raw, cursor)
             return result
         self._check_mode(raw)
         had_committed = raw.zreconnect_committed
-        are_several = bool(raw.client_flag & MULTI_STATEMENTS)
         cursor.zreconnect_may_commit = may_commit(text, are_several)
         raw.zreconnect_committed = had_committed or cursor.zreconnect_may_commit
         try:
@@ -466,7 +467,8 @@ class MysqlDriver(ChoosingDriver):
         if is_committing(text, are_several):
             # What follows is a transaction of its own.
             self.query(raw, f"SAVEPOINT {MARK}")
-        self.note_choices(raw, cursor)
+        if are_several or CHOOSING.match(text):
+            self.note_choices(raw, cursor)
         return result
 
     def _check_length(self, raw: Any, statement: Any) -> None:
