@@ -20,12 +20,9 @@ from zreconnect.interfaces import IDriver
 
 # The client's flag for a session that takes several statements in one string.
 MULTI_STATEMENTS = 1 << 16
-METHODS = {
-    "select_db": "database",
-    "set_character_set": "encoding",
-    "set_charset": "encoding",
-    "set_sql_mode": "mode",
-}
+# What chooses something, by what of it; the other name is PyMySQL's old one.
+METHODS = {"select_db": "database", "set_character_set": "encoding", "set_sql_mode": "mode"}
+OLD_NAMES = {"set_charset": "set_character_set"}
 CHARACTER_SETS = ("character_set_client", "character_set_results", "collation_connection")
 # What a program sets on a connection itself; the modules have a copy of the converters for each.
 ATTRIBUTES = ("cursorclass", "encoders", "decoders", "converter")
@@ -69,11 +66,12 @@ class ChoosingDriver(BaseDriver):
 
     def attribute(self, raw: Any, name: str) -> Any:
         value = getattr(raw, name)
-        if name not in METHODS:
+        method = OLD_NAMES.get(name, name)
+        if method not in METHODS:
             return value
 
         def choose(*args: Any, **keywords: Any) -> None:
-            self._choose(raw, METHODS[name], methodcaller(name, *args, **keywords))
+            self._choose(raw, METHODS[method], methodcaller(method, *args, **keywords))
 
         return choose
 

@@ -1467,6 +1467,11 @@ class PymysqlTests(Tests, LineTestCase):
         connection.rollback()
         self.assertEqual(self.names(), [])
 
+    def test_the_old_name_for_choosing_a_character_set(self):
+        connection = self.connect()
+        connection.set_charset("latin1")
+        self.assert_chosen_again(connection, "test", LATIN1)
+
     def test_an_address_that_is_silent_keeps_no_other_from_being_tried(self):
         def addresses(parameters):
             found = [] if "hostaddr" in parameters else ["127.0.0.9", "127.0.0.1"]
