@@ -330,12 +330,15 @@ class TimeLimitTests(DjangoTestCase):
 
     def test_at_commit(self):
         """Nothing is lost or done twice, whatever becomes of the answer."""
-        with self.limited("SELECT 1 FROM django_project_file WHERE path = 'at commit'"):
+        done = "SELECT 1 FROM django_project_file WHERE path = 'at commit'"
+        with mock.patch("zreconnect.guard.PATIENCE_OF_ROLLBACK", 0.1), self.limited(done):
             self.work(path="before")
             with transaction.atomic():
                 self.File.objects.create(path="at commit")
                 self.forward.silence("to_client")
         self.forward.resume()
+        with self.assertRaises(CommitOutcomeUnknown):
+            transaction.rollback()
         close_old_connections()
         self.work(path="later")
         self.assertEqual(self.paths(), ["at commit", "before", "later"])
