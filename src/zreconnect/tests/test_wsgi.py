@@ -190,6 +190,17 @@ class ServiceUnavailableTests(unittest.TestCase):
         ServiceUnavailable(responding(chunks))({}, lambda *arguments: None).close()
         self.assertEqual(chunks.closed, 1)
 
+    def test_body_with_a_length_is_left_to_the_application(self):
+        environ = {"wsgi.input": Input(b"body"), "CONTENT_LENGTH": "4"}
+        bodies = []
+
+        def application(environ, start_response):
+            bodies.append(environ["wsgi.input"])
+            return responding([b"read"])(environ, start_response)
+
+        self.assertEqual(Answer(ServiceUnavailable(application), "POST", **environ).body, b"read")
+        self.assertEqual(bodies, [environ["wsgi.input"]])
+
     def test_time_after_which_to_try_again(self):
         answer = Answer(ServiceUnavailable(failing(LOST), retry_after=59.5))
         self.assertEqual(answer.headers["Retry-After"], "60")
