@@ -35,7 +35,10 @@ class ComplianceTests(dbapi20.DatabaseAPI20Test):
     def _connect(self) -> Any:
         return self.connect()
 
-    # What the suite wants each driver to say for itself.
+    # What the suite leaves to each driver.
+
+    def test_non_idempotent_close(self) -> None:
+        self.skipTest("reasonable persons differ about it, the suite says")
 
     def test_nextset(self) -> None:
         self.skipTest("optional")
