@@ -8,11 +8,11 @@ from suites.sources import Sdist
 from suites.suite import Servers, Suite, with_unittest
 
 VERSION = "2.9.13"
-MODULES = (
-    "async bugX000 bug_gc cancel connection copy cursor dates errcodes errors extras_dictcursor"
-    " fast_executemany green ipaddress lobject module notify psycopg2_dbapi20 quote replication"
-    " sql transaction types_basic types_extras with"
-).split()
+MODULES = """
+async bugX000 bug_gc cancel connection copy cursor dates errcodes errors extras_dictcursor
+fast_executemany green ipaddress lobject module notify psycopg2_dbapi20 quote replication sql
+transaction types_basic types_extras with
+"""
 REGISTER = "register_type(type, connection or cursor), or what calls it"
 ENCRYPT = "encrypt_password(scope=connection)"
 ADAPT = "adapter.prepare(connection)"
@@ -111,7 +111,7 @@ SUITES = (
         requirements=(),
         extras=(),
         postgres={"max_prepared_transactions": 20},
-        tests=tuple(f"tests.test_{name}" for name in MODULES),
+        tests=tuple(f"tests.test_{name}" for name in MODULES.split()),
         command=with_unittest,
         variables=variables,
         through="psycopg2",

@@ -64,6 +64,14 @@ class ZopelessConnection(PostgresConnection):
     def cache(self, cache: CacheSet) -> None:
         """SQLObject makes one for all threads, in which they would see each other's values."""
 
+    @property
+    def db(self) -> Any:
+        return self.getConnection().info.dbname
+
+    @db.setter
+    def db(self, db: None) -> None:
+        """It is the manager's."""
+
     def getConnection(self) -> ReconnectingConnection:
         connection = self._manager.connection()
         # What SQLObject's debug output calls it.
@@ -72,6 +80,12 @@ class ZopelessConnection(PostgresConnection):
 
     def releaseConnection(self, conn: ReconnectingConnection, explicit: bool = False) -> None:
         """It stays the thread's, in its transaction."""
+
+    def uri(self) -> str:
+        """The server's address, without password: for people, and to tell databases apart."""
+        return self._manager.descriptor.connection().server
+
+    oldUri = uri
 
     def expireAll(self) -> None:
         self.objects.expire_all()

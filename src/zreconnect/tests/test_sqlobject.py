@@ -329,6 +329,15 @@ class TransactionTests(SQLObjectTestCase):
         finally:
             del sqlobject.sqlhub.threadConnection
 
+    def test_the_database_has_a_name_and_an_address(self):
+        ztm = self.install()
+        ztm.begin()
+        connection = SQLBase._connection
+        self.assertIn(connection.db, connection.listDatabases())
+        for address in (connection.uri(), connection.oldUri()):
+            self.assertTrue(address.endswith(f"/{self.dbname}"), address)
+            self.assertNotIn(self.server.password, address)
+
     def test_making_databases_is_refused(self):
         self.install()
         with self.assertRaises(dberrors.NotSupportedError):
