@@ -54,6 +54,21 @@ class Guarded:
         return guarded_rows(self._guard, iter(self._wrapped), self._raw_cursor)
 
     def __enter__(self) -> Guarded:
+        self._block = guarded_block(self._guard, self._wrapped, self._raw_cursor)
+        self._block.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._block.__exit__(*error)
+
+
+class LargeObject(Guarded):
+    """One of psycopg2's.
+
+    What it can do outside of the transaction in which it was opened, it does in the present one.
+    """
+
+    def __enter__(self) -> LargeObject:
         return self
 
     def __exit__(self, error_type: object, error: BaseException | None, traceback: object) -> None:
@@ -64,13 +79,6 @@ class Guarded:
                 # That of the block goes first, and what is lost is noted.
                 if error is None:
                     raise
-
-
-class LargeObject(Guarded):
-    """One of psycopg2's.
-
-    What it can do outside of the transaction in which it was opened, it does in the present one.
-    """
 
     def unlink(self) -> None:
         self._use_anew("unlink")

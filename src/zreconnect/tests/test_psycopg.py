@@ -753,6 +753,19 @@ class CopyTests(Psycopg, DatabaseTestCase):
         with self.assertRaises(errors.UndefinedTable), self.cursor.copy("COPY missing TO STDOUT"):
             pass
 
+    def test_a_block_that_is_entered_again(self):
+        with self.cursor.copy("COPY number FROM STDIN") as copy:
+            copy.write_row((1, "one"))
+        with self.assertRaisesRegex(TypeError, "only once"), copy:
+            self.fail("it has ended")
+        with self.connection.pipeline() as pipeline:
+            with pipeline as same:
+                self.assertIs(same, pipeline)
+                cursor = self.connection.execute("SELECT n FROM number")
+            self.assertEqual(pipeline.status, psycopg.pq.PipelineStatus.ON)
+        self.assertEqual(cursor.fetchall(), [(1,)])
+        self.connection.commit()
+
     def test_a_loss_dooms(self):
         def write():
             with self.cursor.copy("COPY number FROM STDIN") as copy:
