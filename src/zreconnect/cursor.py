@@ -13,7 +13,7 @@ from zreconnect.documented import implements
 from zreconnect.interfaces import IPipeliningDriver, IReconnectingCursor
 from zreconnect.kept import KEPT, KeptRows
 from zreconnect.lent import lend_items
-from zreconnect.proxies import guarded_attribute
+from zreconnect.proxies import guarded_attribute, no_attribute
 from zreconnect.session import NO_SESSION, Session
 from zreconnect.states import Moment, Request, State
 from zreconnect.transfers import IfThere, Transfers
@@ -345,7 +345,7 @@ class ReconnectingCursor(Transfers):
     def __getattr__(self, name: str) -> Any:
         # Where the modules for MySQL have what was sent.
         if name.startswith("_") and name != "_executed":
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+            raise no_attribute(self, name)
         raw, link = self._raw_cursor(), self._work.link
         if name == "mogrify" and self._session is not link.session:
             # It needs an open session, and leaves the results of another one alone.
