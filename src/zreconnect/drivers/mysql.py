@@ -71,6 +71,7 @@ ER_READ_ONLY_MODE = 1836
 ER_CONNECTION_KILLED = 1927
 ER_STATEMENT_TIMEOUT = 1969
 ER_QUERY_TIMEOUT = 3024
+ER_TRANSACTION_ROLLBACK_DURING_COMMIT = 3101
 ER_CLIENT_INTERACTION_TIMEOUT = 4031
 # The client library's: https://dev.mysql.com/doc/mysql-errors/en/client-error-reference.html
 CR_CONNECTION_ERROR = 2002
@@ -116,9 +117,21 @@ TLS_REFUSAL = re.compile(
     re.IGNORECASE,
 )
 READ_ONLY = {ER_OPEN_AS_READONLY, ER_READ_ONLY_MODE}
-TRANSIENT = {ER_CHECKREAD, ER_LOCK_DEADLOCK, ER_LOCK_WAIT_TIMEOUT, ER_TABLE_DEF_CHANGED}
-# InnoDB has rolled the whole transaction back, and not the statement alone.
-ENDS_TRANSACTION = {ER_CHECKREAD, ER_LOCK_DEADLOCK, ER_LOCK_TABLE_FULL}
+# Somebody else was in the way. InnoDB, or group replication at COMMIT, has rolled back the whole
+# transaction with those below, and not the statement alone.
+TRANSIENT = {
+    ER_CHECKREAD,
+    ER_LOCK_DEADLOCK,
+    ER_LOCK_WAIT_TIMEOUT,
+    ER_TABLE_DEF_CHANGED,
+    ER_TRANSACTION_ROLLBACK_DURING_COMMIT,
+}
+ENDS_TRANSACTION = {
+    ER_CHECKREAD,
+    ER_LOCK_DEADLOCK,
+    ER_LOCK_TABLE_FULL,
+    ER_TRANSACTION_ROLLBACK_DURING_COMMIT,
+}
 # Of COMMIT, these leave it open whether it was done.
 UNDECIDED = {ER_QUERY_INTERRUPTED, ER_STATEMENT_TIMEOUT, ER_QUERY_TIMEOUT, ER_ERROR_DURING_COMMIT}
 CONDITIONS = {

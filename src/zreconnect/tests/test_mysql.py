@@ -288,7 +288,6 @@ class Tests(MysqlTestCase):
     def test_a_conflict_at_commit_has_rolled_back(self):
         connection = self.connect()
         connection.run(lambda: None)
-        conflict = self.module.OperationalError(mysql.ER_LOCK_DEADLOCK, "conflict")
         execute_all = self.driver._execute_all
 
         def refuse_commit(raw, statements):
@@ -296,7 +295,12 @@ class Tests(MysqlTestCase):
                 raise conflict
             return execute_all(raw, statements)
 
-        for statement, names in (("SELECT 1", []), ("TRUNCATE other", ["one"])):
+        for statement, names, number in (
+            ("SELECT 1", [], mysql.ER_LOCK_DEADLOCK),
+            ("SELECT 1", [], mysql.ER_TRANSACTION_ROLLBACK_DURING_COMMIT),
+            ("TRUNCATE other", ["one"], mysql.ER_LOCK_DEADLOCK),
+        ):
+            conflict = self.module.OperationalError(number, "conflict")
             self.query("CREATE OR REPLACE TABLE test.other (number int)")
             with mock.patch.object(self.driver, "_execute_all", refuse_commit):
                 self.insert(connection)
@@ -305,7 +309,6 @@ class Tests(MysqlTestCase):
                     connection.commit()
             self.assertEqual((connection.state, self.names()), ("idle", names))
             self.assertEqual(isinstance(raised.exception, TransientError), not names)
-            conflict = self.module.OperationalError(mysql.ER_LOCK_DEADLOCK, "conflict")
 
     # Orphans
 
