@@ -126,9 +126,9 @@ class DatabaseWrapper(base.DatabaseWrapper):
             return False
         work = self.connection.work
         raw = work.link.session.raw
-        if raw is None or (raw.closed and work.state is State.IDLE):
+        if raw is None or raw.closed:
             return work.state is State.IDLE
-        if raw.closed or work.link.driver.in_failed_transaction(raw):
+        if work.link.driver.in_failed_transaction(raw):
             return False
         return work.state in (State.IDLE, State.ACTIVE)
 
