@@ -65,12 +65,7 @@ class LedgerObserver(SessionObserver):
         return self._enter() if self._is_to_enter() and not self.waits else ""
 
     def commit(self, raw: Any) -> None:
-        if (
-            self.waits
-            and not self._is_entered
-            and self._is_to_enter()
-            and not self._driver.in_failed_transaction(raw)
-        ):
+        if self.waits and self._is_to_enter() and not self._driver.in_failed_transaction(raw):
             # As long as no COMMIT is sent that has something to commit, losing the session rolls
             # back.
             self.may_have_written = False

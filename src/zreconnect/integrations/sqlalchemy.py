@@ -273,9 +273,8 @@ class _Registration:
             if listener != self.connect:
                 raw = listener(dialect, record, cargs, cparams)
                 if raw is not None:
-                    if self._driver.in_transaction(raw):
-                        # What it has set is to last.
-                        raw.commit()
+                    # What it has set is to last.
+                    raw.commit()
                     break
         else:
 
