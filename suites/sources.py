@@ -17,6 +17,10 @@ class NotToBeHad(Exception):
     """A source that cannot be fetched here, and why."""
 
 
+class NotGiven(NotToBeHad):
+    """One that the user has to name, and has not."""
+
+
 @dataclass(frozen=True)
 class Sdist:
     """The source distribution of a project, from where pip gets it."""
@@ -74,7 +78,7 @@ class Checkout:
         """The directory."""
         path = os.environ.get(self.variable)
         if not path:
-            raise NotToBeHad(f"set {self.variable} to the path of {self.what}")
+            raise NotGiven(f"set {self.variable} to the path of {self.what}")
         if not Path(path).is_dir():
             raise NotToBeHad(f"{self.variable}: there is no directory {path}")
         return Path(path).absolute()
