@@ -12,7 +12,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[3]
 with mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
-    from suites import counting, recording, running, storm, suite, zope_sqlalchemy
+    from suites import counting, recording, running, sources, storm, suite, zope_sqlalchemy
     from suites.__main__ import chosen, described, main
 
 SUITE = suite.Suite(
@@ -132,6 +132,41 @@ class ProgramTests(unittest.TestCase):
             self.assertRaisesRegex(SystemExit, "there is no strom. There are: .*storm"),
         ):
             main()
+
+    def run_main(self, source, *names):
+        """Run one suite of that source; what main() returns, and what it prints."""
+        described = dataclasses.replace(SUITE, source=source)
+        printed = io.StringIO()
+        with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+            module = sys.modules[main.__module__]
+            for name, value in {
+                "chosen": lambda names: [("imaginary", described)],
+                "DIRECTORY": Path(directory),
+                "RESULTS": Path(directory),
+            }.items():
+                stack.enter_context(mock.patch.object(module, name, value))
+            stack.enter_context(mock.patch("sys.argv", ["suites", *names]))
+            stack.enter_context(mock.patch("signal.signal"))
+            stack.enter_context(contextlib.redirect_stdout(printed))
+            return main(), printed.getvalue()
+
+    def test_what_cannot_be_fetched_is_told_and_is_a_failure(self):
+        class Nowhere:
+            def fetch(self, directory):
+                raise sources.NotToBeHad("there is no network")
+
+        failed, printed = self.run_main(Nowhere())
+        self.assertEqual(failed, 1)
+        self.assertIn("imaginary: not to be had here: there is no network", printed)
+        self.assertIn("Not run: imaginary", printed)
+
+    def test_what_the_user_has_to_fetch_is_one_only_if_it_is_asked_for(self):
+        source = sources.Checkout("ZRECONNECT_SUITES_NOWHERE", "1", "a checkout of it")
+        for names, failed in (([], 0), (["imaginary"], 1)):
+            with self.subTest(names):
+                returned, printed = self.run_main(source, *names)
+                self.assertEqual(returned, failed)
+                self.assertIn("set ZRECONNECT_SUITES_NOWHERE to the path of a checkout", printed)
 
 
 class RunningTests(unittest.TestCase):
