@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from zreconnect import commits
 from zreconnect.documented import implements
 from zreconnect.interfaces import IPipeliningDriver, IReconnectingCursor
-from zreconnect.kept import KEPT, KeptRows
+from zreconnect.kept import FEW_ROWS, KEPT, KeptRows
 from zreconnect.lent import lend_items
 from zreconnect.proxies import guarded_attribute, no_attribute
 from zreconnect.session import NO_SESSION, Session
@@ -263,20 +263,26 @@ class ReconnectingCursor(Transfers):
         if link.reader is self._weak:
             link.reader = None
         elif self._work.state is not State.ACTIVE or not link.session.watch.is_quiet():
-            # In a transaction, which would be lost as well, what has arrived on the line tells.
             link.keep_rows()
+        else:
+            # If they are many, what has arrived on the line has to tell of a loss of both.
+            link.keep_rows(FEW_ROWS)
 
-    def keep_rows(self) -> None:
+    def keep_rows(self, at_most: float) -> bool:
         """Keep the rows that are in the client and were not fetched, for after the session's end.
 
-        Raises nothing but interrupts.
+        Whether nothing is left to be kept; there may be more than ``at_most``. Raises nothing but
+        interrupts.
         """
         raw = self._raw
         if raw is None or raw.closed or raw.rownumber >= raw.rowcount:
-            return
+            return True
+        if raw.rowcount > at_most:
+            return False
         kept = KeptRows.of(raw)
         if kept is not None:
             self._raw, self._session = kept, KEPT
+        return True
 
     def fetchone(self) -> Any:
         return self._answer("fetchone")

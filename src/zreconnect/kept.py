@@ -2,7 +2,8 @@
 
 psycopg2 gives them out no longer than its connection is open, and takes a lost one for closed as
 soon as anything has found it lost. So they are fetched before something is asked of the server
-outside the transaction that they belong to; then they are in the client twice.
+outside the transaction that they belong to, and within it if they are few; then they are in the
+client twice.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 from zreconnect.session import Session
 from zreconnect.watchdog import NO_WATCH
 
+#: What costs nothing to have twice: as many as psycopg2 fetches at once from a server-side cursor.
+FEW_ROWS = 2000
 #: Stands for the session of kept rows, which need none.
 KEPT = Session(None, None, NO_WATCH, 0)
 

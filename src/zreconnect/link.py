@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Callable
@@ -130,12 +131,11 @@ class Link:
         self.observer.record_session(raw, self.settings)
         self.is_on_standby = self.driver.is_standby(raw)
 
-    def keep_rows(self) -> None:
-        """Have rows kept that would be lost with the session."""
+    def keep_rows(self, at_most: float = math.inf) -> None:
+        """Have rows kept that would be lost with the session, unless there are more."""
         cursor = None if self.reader is None else self.reader()
-        if cursor is not None:
-            cursor.keep_rows()
-        self.reader = None
+        if cursor is None or cursor.keep_rows(at_most):
+            self.reader = None
 
     def end(self) -> None:
         """End the present session, if there is one."""

@@ -1163,6 +1163,7 @@ class DriverAttributeTests(DatabaseTestCase):
     def test_a_large_object_after_its_transaction(self):
         connection = self.connect()
         large_object = connection.lobject(mode="wb")
+        self.assertIsInstance(large_object, psycopg2.extensions.lobject)
         large_object.write(b"content")
         connection.commit()
         with self.assertRaises(psycopg2.ProgrammingError):

@@ -9,7 +9,7 @@ from psycopg2 import extensions, sql
 from psycopg2.extras import execute_values, register_hstore
 
 import zreconnect
-from zreconnect import CommitOutcomeUnknown, DisconnectionError, Ledger
+from zreconnect import CommitOutcomeUnknown, DisconnectionError, Ledger, XidWitness
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests.base import DatabaseTestCase
 
@@ -50,6 +50,14 @@ class SharedTests:
             connection.commit()
             self.assertEqual(self.names(), ["two"])
             self.query("DELETE FROM item")
+
+    def test_a_witness_that_watches_statements_knows_of_it(self):
+        connection = self.connect(witness=XidWitness(at_commit=True))
+        cursor = connection.cursor()
+        connection.call_driver(execute, cursor, "INSERT INTO item VALUES ('one')")
+        self.assertTrue(connection.work.link.observer.may_have_written)
+        connection.commit()
+        self.assertEqual(self.names(), ["one"])
 
     def test_rows_can_be_fetched_afterwards(self):
         connection = self.connect()

@@ -9,6 +9,7 @@ from psycopg2 import extensions
 from psycopg2.extras import DictCursor, NamedTupleCursor, RealDictCursor, execute_values
 
 from zreconnect import DisconnectionError
+from zreconnect.kept import FEW_ROWS
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests.base import DatabaseTestCase, LineTestCase, needs_mysqlclient, on_mariadb
 from zreconnect.tests.test_mysql import MysqlTestCase
@@ -146,6 +147,17 @@ class SharedTests:
         connection.rollback()
         self.assertEqual(list(cursor), ROWS[1:])
 
+    def test_in_a_transaction_that_is_lost_by_another_statement(self):
+        connection = self.connect()
+        cursor = self.numbers(connection)
+        other = connection.cursor()
+        other.execute("SELECT 1")
+        self.forward.cut("to_client", 0)
+        with self.assertRaises(DisconnectionError):
+            other.execute("SELECT 1")
+        connection.rollback()
+        self.assertEqual(list(cursor), ROWS[1:])
+
     def test_after_the_session_was_given_up(self):
         connection = self.connect()
         cursor = self.numbers_after_commit(connection)
@@ -273,10 +285,12 @@ class Psycopg2Tests(PostgresTests, DatabaseTestCase):
         with self.assertRaises(ZeroDivisionError):
             cursor.fetchone()
 
-    def test_a_loss_that_nothing_tells_of_in_the_transaction_itself(self):
+    def test_many_rows_and_a_loss_that_nothing_tells_of_in_the_transaction_itself(self):
         """Whoever runs that again executes again; nothing is fetched in vain for it."""
         connection = self.connect()
-        cursor = self.numbers(connection)
+        cursor = connection.cursor()
+        cursor.execute("SELECT generate_series(0, %s)", (FEW_ROWS,))
+        connection.cursor().execute("SELECT 1")
         self.forward.cut("to_client", 0)
         with self.assertRaises(DisconnectionError):
             connection.cursor().execute("SELECT 1")
