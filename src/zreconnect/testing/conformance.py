@@ -522,6 +522,19 @@ class DriverConformance(TestCase):
             savepoint.release()
         self.assertEqual(self._names(), ["a", "c"])
 
+    def test_a_block_inside_a_transaction_is_a_savepoint(self) -> None:
+        connection = self._connect()
+        with connection.transaction() as cursor:
+            cursor.execute(insert("a"))
+            for name in (None, f"one '{2 * self.driver.quote}; two"):
+                with connection.transaction(name, force_rollback=True):
+                    cursor.execute(insert("b"))
+            with connection.transaction():
+                cursor.execute(insert("c"))
+                with self.assertRaises(self.module.ProgrammingError):
+                    connection.commit()
+        self.assertEqual(self._names(), ["a", "c"])
+
     def test_a_savepoint_heals_a_failed_statement(self) -> None:
         connection = self._connect()
         with connection.transaction() as cursor:
