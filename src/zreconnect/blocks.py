@@ -96,7 +96,7 @@ def _part(connection: ReconnectingConnection, savepoint: Savepoint, force_rollba
     except BaseException as error:
         if cursor is None and isinstance(error, module_error):
             # The server has not set it.
-            work.savepoints.remove(savepoint)
+            work.savepoints[:] = [each for each in work.savepoints if each is not savepoint]
             raise
         is_meant = _is_meant(error, cursor)
         try:

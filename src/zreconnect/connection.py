@@ -364,7 +364,7 @@ class ReconnectingConnection(DriverCalls):
 
     @contextlib.contextmanager
     def pipeline(self) -> Iterator[Any]:
-        """As in psycopg 3. Begins a transaction if there is none, and does not end it.
+        """As in psycopg 3. Its first statement begins a transaction, if there is none.
 
         Raises the driver's ProgrammingError in autocommit mode outside a transaction.
         """
@@ -373,7 +373,8 @@ class ReconnectingConnection(DriverCalls):
                 raise self.work.link.driver.module.ProgrammingError(
                     "pipeline() in autocommit mode: begin() a transaction first"
                 )
-            self.guard.need_transaction()
+            is_idle = self.work.state is State.IDLE
+            (self.guard.need_live_session if is_idle else self.guard.need_transaction)()
         with guarded_block(self.guard, self.work.link.session.raw.pipeline()) as pipeline:
             yield Guarded(self.guard, pipeline, in_block=True)
 

@@ -30,7 +30,8 @@ _DRIVERS = {
     Answer.OPEN: (
         "ProgrammingError",
         "A block of transaction() inside has not ended, such as that of a generator which is not "
-        "exhausted, or it could not be undone: end it before what is around it, or roll back",
+        "exhausted, or it could not be undone. Nothing is committed before, and no block around it "
+        "ends: end it, or roll back.",
     ),
     Answer.PREPARED: (
         "ProgrammingError",

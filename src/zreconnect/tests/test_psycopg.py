@@ -138,6 +138,34 @@ class PipelineBlockTests(Psycopg, DatabaseTestCase):
             self.connection.commit()
         self.assertEqual(self.names(), ["one", "two"])
 
+    def test_a_block_of_an_idle_pipeline_is_the_whole_transaction(self):
+        with self.connection.pipeline():
+            self.assertEqual(self.connection.state, "idle")
+            with self.connection.transaction():
+                self.connection.execute("INSERT INTO item VALUES ('one')")
+            self.assertEqual((self.connection.state, self.names()), ("idle", ["one"]))
+            with self.assertRaises(errors.UniqueViolation), self.connection.transaction():
+                self.connection.execute("INSERT INTO item VALUES ('one')")
+            self.connection.execute("INSERT INTO item VALUES ('two')")
+            self.connection.commit()
+        self.assertEqual(self.names(), ["one", "two"])
+
+    def test_a_session_that_is_lost_before_the_first_statement(self):
+        for lose in (self.forward.drop, self.lose_session):
+            with self.connection.pipeline():
+                lose()
+                with self.connection.transaction():
+                    self.connection.execute(f"INSERT INTO item VALUES ('{lose.__name__}')")
+            lose()
+            with self.connection.pipeline(), self.connection.transaction():
+                self.connection.execute(f"INSERT INTO item VALUES ('{lose.__name__} before')")
+        self.assertEqual(len(self.names()), 4)
+
+    def lose_session(self):
+        (pid,) = self.sessions()
+        self.server.terminate_backend(pid)
+        wait_until(lambda: pid not in self.sessions())
+
     def test_a_pipeline_inside(self):
         with self.connection.transaction():
             with (
