@@ -45,8 +45,7 @@ from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until
 # Passed on: they begin and end nothing, and execute nothing outside a transaction of their own.
 PASSED_ON_BY_CONNECTION = {
     "adapters", "add_notice_handler", "add_notify_handler", "cancel", "cancel_safe",
-    "connect", "connection", "fileno", "info", "notifies", "remove_notice_handler",
-    "remove_notify_handler", "wait", "xid",
+    "connect", "fileno", "info", "remove_notice_handler", "remove_notify_handler", "wait", "xid",
 }  # fmt: skip
 PASSED_ON_BY_CURSOR = {
     "adapters", "nextset", "pgresult", "results", "rownumber", "set_result",
