@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import copy
 from operator import methodcaller
 from typing import Any
 
@@ -53,7 +54,7 @@ class ChoosingDriver(BaseDriver):
         for name, value in attributes.items():
             # mysqlclient's converters are gone from a connection that is closed.
             if value is not None:
-                setattr(raw, name, value)
+                setattr(raw, name, copy(value))
 
     def choose_again(self, raw: Any, settings: SessionSettings) -> None:
         """Choose what was chosen in the session before, in the same order."""

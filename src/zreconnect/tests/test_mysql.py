@@ -1117,6 +1117,11 @@ class Tests(MysqlTestCase):
             self.assertEqual(self.names(), ["one"])
             self.query("DELETE FROM test.item")
             self.lose(connection)
+        fork = connection.fork()
+        self.addCleanup(fork.close)
+        self.assertIn(Name, fork.encoders)
+        del fork.encoders[Name]
+        self.assertIn(Name, connection.encoders)
 
     def test_choosing_costs_no_round_trip(self):
         connection = self.connect()
