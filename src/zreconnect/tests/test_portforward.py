@@ -328,11 +328,9 @@ class StartAndStopTests(EchoTests):
         handled = []
         handler = signal.signal(signal.SIGALRM, lambda *_: handled.append(self.forward.count()))
         self.addCleanup(signal.signal, signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-        try:
-            wait_for(lambda: self.forward.drop() == 0 and len(handled) > 100)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number in range(1, 101):
+            signal.setitimer(signal.ITIMER_REAL, 0.0001)
+            wait_for(lambda number=number: self.forward.drop() == 0 and len(handled) == number)
 
 
 class DropTests(EchoTests):
