@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import queue
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from zreconnect.testing._ports import LOCALHOST, bind
 _DIRECTIONS = {"to_server": ["to_server"], "to_client": ["to_client"], "both": list(DIRECTIONS)}
 _COMMAND_TIMEOUT = 30.0
 _DELIVERY_TIMEOUT = 5.0
+_ENDED = object()
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,9 @@ class PortForward:
         self._thread: threading.Thread | None = None
         self._calling: threading.Thread | None = None
         self._numbers = itertools.count()
-        self._answers: dict[int, Future[Any]] = {}
+        # A queue, because an interrupt's handler may ask while another answer is waited for, and
+        # whoever it has interrupted holds no lock of a queue.
+        self._answers: dict[int, queue.SimpleQueue[Any]] = {}
         self._cuts: dict[int, Cut] = {}
 
     def __repr__(self) -> str:
@@ -326,14 +330,19 @@ class PortForward:
     def _ask(self, name: str, *arguments: Any) -> Any:
         """Have the process do what its method of that name does; what that returns."""
         number, is_called = next(self._numbers), threading.current_thread() is self._calling
-        answer = self._answers[number] = Future()
+        answers = self._answers[number] = queue.SimpleQueue()
         try:
             self._channel.send(json.dumps((number, is_called, name, arguments)).encode())
-            return answer.result(_COMMAND_TIMEOUT)
+            answer = answers.get(timeout=_COMMAND_TIMEOUT)
+        except queue.Empty:
+            raise TimeoutError(f"{self!r} has not done it in {_COMMAND_TIMEOUT} seconds") from None
         except OSError as error:
             raise self._has_ended() from error
         finally:
             self._answers.pop(number, None)
+        if answer is _ENDED:
+            raise self._has_ended()
+        return answer
 
     def _has_ended(self) -> RuntimeError:
         return RuntimeError(f"{self!r} is not running: its process has ended")
@@ -350,8 +359,8 @@ class PortForward:
                 kind, number, result = json.loads(message)
                 if kind == "answer":
                     # Who has asked may have been interrupted.
-                    if (answer := self._answers.pop(number, None)) is not None:
-                        answer.set_result(result)
+                    if (answers := self._answers.pop(number, None)) is not None:
+                        answers.put(result)
                 elif kind == "call":
                     self._calling = threading.Thread(
                         target=self._have_called,
@@ -362,8 +371,8 @@ class PortForward:
                     self._calling.start()
                 else:
                     self._cuts.pop(number)._has_happened()
-        for answer in list(self._answers.values()):
-            answer.set_exception(self._has_ended())
+        for answers in list(self._answers.values()):
+            answers.put(_ENDED)
 
     def _have_called(self, cut: Cut) -> None:
         cut._call()
