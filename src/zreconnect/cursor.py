@@ -21,6 +21,9 @@ from zreconnect.transfers import IfThere, Transfers
 if TYPE_CHECKING:
     from zreconnect.connection import ReconnectingConnection
 
+# Where the modules for MySQL, and psycopg 3, have what was sent: its manual tells of it.
+SENT = ("_executed", "_query")
+
 
 class _Setting:
     """An attribute of the raw cursor that the next raw cursor gets again.
@@ -349,8 +352,7 @@ class ReconnectingCursor(Transfers):
         return -1 if self._raw is None else self._raw.rowcount
 
     def __getattr__(self, name: str) -> Any:
-        # Where the modules for MySQL have what was sent.
-        if name.startswith("_") and name != "_executed":
+        if name.startswith("_") and name not in SENT:
             raise no_attribute(self, name)
         raw, link = self._raw_cursor(), self._work.link
         if name == "mogrify" and self._session is not link.session:

@@ -475,6 +475,27 @@ class SessionTests(DjangoTestCase):
         statements = [query["sql"] for query in queries.captured_queries]
         self.assertRegex(statements[-2], r"SELECT COUNT.*= 'a'")
 
+    def test_a_statement_that_cannot_be_sent_is_logged_as_django_has_it(self):
+        with (
+            CaptureQueriesContext(connection) as queries,
+            self.assertRaises(DjangoDisconnectionError),
+            transaction.atomic(),
+            connection.cursor() as cursor,
+        ):
+            with contextlib.suppress(django.db.Error):
+                self.lose()
+            cursor.execute("SELECT %s", ["a"])
+        statements = [query["sql"] for query in queries.captured_queries]
+        self.assertIn("QUERY = 'SELECT %s' - PARAMS = ('a',)", statements)
+
+    def test_what_a_wrapper_adds_is_logged(self):
+        def with_comment(execute, sql, parameters, many, context):
+            return execute(f"/* of a view */ {sql}", parameters, many, context)
+
+        with CaptureQueriesContext(connection) as queries, connection.execute_wrapper(with_comment):
+            self.File.objects.count()
+        self.assertRegex(queries.captured_queries[-1]["sql"], "^/. of a view ./ SELECT COUNT")
+
     def test_a_loss_while_queries_are_logged(self):
         with CaptureQueriesContext(connection):
             self.work(self.server.restart)

@@ -51,11 +51,10 @@ class ErrorWrapper(DatabaseErrorWrapper):
 
 class DatabaseOperations(base.DatabaseOperations):
     def last_executed_query(self, cursor: Any, sql: str, params: Any) -> str:
-        # PostgreSQL's asks psycopg's cursor, for a private attribute.
         try:
-            query: str = self.compose_sql(sql, params)
+            query: str = super().last_executed_query(cursor, sql, params)
         except Exception:
-            # Of what could not be executed either, or the session was lost: that error counts.
+            # It has lost its session, and that error counts.
             query = BaseDatabaseOperations.last_executed_query(self, cursor, sql, params)
         return query
 
