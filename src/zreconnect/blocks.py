@@ -25,38 +25,21 @@ Block = Generator[ReconnectingCursor, None, None]
 
 
 def transaction_block(
-    connection: ReconnectingConnection, savepoint: Savepoint, force_rollback: bool
+    connection: ReconnectingConnection, name: str | None, force_rollback: bool
 ) -> Block:
     """What is done before and after a block, as `IReconnectingConnection.transaction` has it.
 
-    savepoint: the one that is set, unless the block is the whole transaction and has given it no
-    name.
+    name: that of the savepoint, which is then set also if the block is the whole transaction.
     """
-    work, guard = connection.work, connection.guard
-    try:
-        if not work.turn.is_mine():
-            guard.take_turn()
-        if work.member is not None:
-            guard.end_forgotten()
-        is_begun = work.state is not State.IDLE or connection.is_begun_by_statement()
-        is_whole = not is_begun and work.join is None
-        if not is_begun and work.is_autocommit() and not is_whole:
-            connection.begin()
-        elif not is_whole:
-            guard.need_transaction()
-    except BaseException:
-        work.give_turn()
-        raise
-    block = _whole if is_whole else _part
-    yield from block(connection, savepoint, force_rollback)
-
-
-def _whole(connection: ReconnectingConnection, savepoint: Savepoint, force_rollback: bool) -> Block:
+    savepoint = Savepoint(connection, name)
+    if not _is_whole(connection):
+        # An interrupt after it would leave a block that has ended well.
+        return (yield from _part(connection, savepoint, force_rollback))
     work, number, cursor = connection.work, None, None
     try:
         connection.begin()
         number = work.number
-        if savepoint.is_named:
+        if name:
             savepoint.set()
         if force_rollback:
             work.savepoints.append(savepoint)
@@ -78,6 +61,27 @@ def _whole(connection: ReconnectingConnection, savepoint: Savepoint, force_rollb
             return
         if is_present:
             connection.rollback_after(error)
+        raise
+
+
+def _is_whole(connection: ReconnectingConnection) -> bool:
+    """Whether a block is to be a transaction, and ends it; else there is one, from now on."""
+    work, guard = connection.work, connection.guard
+    try:
+        if not work.turn.is_mine():
+            guard.take_turn()
+        if work.member is not None:
+            guard.end_forgotten()
+        is_automatic = work.state is State.IDLE and work.link.settings.autocommit
+        if work.state is State.IDLE and not (is_automatic and connection.is_begun_by_statement()):
+            if work.join is None:
+                return True
+            if is_automatic:
+                connection.begin()
+        guard.need_transaction()
+        return False
+    except BaseException:
+        work.give_turn()
         raise
 
 

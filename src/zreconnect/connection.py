@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -65,7 +64,7 @@ class ReconnectingConnection(DriverCalls):
     """
 
     # With slots, setting an attribute that is not kept here is an error and not ignored.
-    __slots__ = ("__weakref__", "_savepoints")
+    __slots__ = ("__weakref__",)
 
     #: How threads share a connection of this class.
     turn_class: type[Turn] = Turn
@@ -95,7 +94,6 @@ class ReconnectingConnection(DriverCalls):
         patience = self.patience_class(link.options.policy, link.server)
         self.work = Work(link, self.turn_class(), patience)
         self.guard = Guard(self.work)
-        self._savepoints = itertools.count(1)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.server} {self.state}>"
@@ -191,22 +189,14 @@ class ReconnectingConnection(DriverCalls):
                 raise self.work.link.driver.module.ProgrammingError(
                     "savepoint() outside a transaction, in autocommit mode"
                 )
-            savepoint = self._next_savepoint(None)
+            savepoint = Savepoint(self)
             savepoint.set()
             return savepoint
-
-    def _next_savepoint(self, name: str | None) -> Savepoint:
-        if name is not None and not isinstance(name, str):
-            raise TypeError(f"savepoint_name must be a string, not {type(name).__name__}")
-        if name:
-            quote = self.work.link.driver.quote
-            return Savepoint(self, quote + name.replace(quote, 2 * quote) + quote, is_named=True)
-        return Savepoint(self, f"zreconnect_{next(self._savepoints)}")
 
     def transaction(
         self, savepoint_name: str | None = None, force_rollback: bool = False
     ) -> contextlib.AbstractContextManager[ReconnectingCursor]:
-        return _block(self, self._next_savepoint(savepoint_name), force_rollback)
+        return _block(self, savepoint_name, force_rollback)
 
     def run(
         self,

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from zreconnect.documented import implements
 from zreconnect.interfaces import ISavepoint
+
+_numbers = itertools.count(1)
 
 
 @implements(ISavepoint)
 class Savepoint:
     """A savepoint inside a transaction of a `ReconnectingConnection`.
 
-    name: as it stands in statements. is_named: whether the program has given it.
+    name: the one that the program has given it, if it has. Raises TypeError if that is no string.
     """
 
-    def __init__(self, connection: Any, name: str, is_named: bool = False) -> None:
-        self.is_named = is_named
+    def __init__(self, connection: Any, name: str | None = None) -> None:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"savepoint_name must be a string, not {type(name).__name__}")
         self._connection = connection
-        self._name = name
+        quote = connection.work.link.driver.quote
+        self._name = (
+            quote + name.replace(quote, 2 * quote) + quote
+            if name
+            else f"zreconnect_{next(_numbers)}"
+        )
 
     def set(self) -> None:
         """Set it. Raises what a statement raises."""

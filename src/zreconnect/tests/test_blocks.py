@@ -98,8 +98,11 @@ class BlockTests:
             self.add("four")
             cursor.execute("ROLLBACK TO SAVEPOINT second")
         self.assertEqual(self.names(), ["one", "three"])
-        with self.assertRaisesRegex(TypeError, "savepoint_name must be a string, not int"):
-            self.transaction(5)
+        with (
+            self.assertRaisesRegex(TypeError, "savepoint_name must be a string, not int"),
+            self.transaction(5),
+        ):
+            self.fail("there is a savepoint")
 
     def test_force_rollback(self):
         with self.transaction(force_rollback=True):
