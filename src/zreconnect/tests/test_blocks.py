@@ -183,6 +183,16 @@ class BlockTests:
         self.assertIsNotNone(caught.exception.__cause__)
         self.assertEqual((self.connection.state, self.names()), ("idle", ["one", "two"]))
 
+    def test_a_savepoint_that_is_released_within(self):
+        self.add("never")
+        with self.assertLogs("zreconnect", "WARNING") as logs, self.fails("name") as cursor:
+            self.add("never, too")
+            cursor.execute("RELEASE SAVEPOINT name")
+        self.assertIn("could not be undone", logs.output[0])
+        self.assertRaises(self.error, self.connection.commit)
+        self.connection.rollback()
+        self.assertEqual(self.names(), [])
+
     def test_closed_within(self):
         self.add("never")
         with self.assertRaises(self.connection.InterfaceError), self.transaction():
