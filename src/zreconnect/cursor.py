@@ -198,6 +198,14 @@ class ReconnectingCursor(Transfers):
                 self._keep_rows_of_others()
             if work.state is not State.ACTIVE:
                 guard.need_transaction(args[0] if method == "execute" else None)
+            query = args[0]
+            if work.state is State.ACTIVE and (
+                # Spares most statements the call.
+                (";" in query or link.driver.may_chain(query) if isinstance(query, str) else True)
+                and link.driver.chains(query)
+            ):
+                link.was_ended = True
+                commits.note()
             session = link.session
             if self._session is not session:
                 self._open()

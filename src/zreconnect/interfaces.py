@@ -92,6 +92,10 @@ class IDriver(Interface):
         "The names of the raw connection's methods that work around its transaction, such as those "
         "that execute statements without a cursor. They are not handed on."
     )
+    may_chain = Attribute(
+        "Whether ``chains()`` is to be asked about a string without semicolons: a function of C's, "
+        "such as a pattern's ``match``."
+    )
     rollback_request = Attribute(
         "The module's exception that only ends a block of ``transaction()`` and undoes it, as "
         "psycopg's Rollback; an empty tuple if it has none."
@@ -332,6 +336,11 @@ class IDriver(Interface):
     def sets_modes(statement):
         """Whether a statement, as text or composed, has to be the first one of its transaction,
         before any query: SET TRANSACTION and its like. No round trip."""
+
+    def chains(statement):
+        """Whether a statement, as text or composed, after which a transaction is under way, has
+        ended the one before: COMMIT AND CHAIN and its like. No round trip; False if
+        ``has_committed()`` tells of it."""
 
     def looks_like_reading(raw_cursor):
         """Whether the statement that ``raw_cursor`` executed last is of a kind that writes nothing,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -140,6 +141,8 @@ class BaseDriver:
     supports_two_phase = False
     calls_autocommit = False
     refused_methods: frozenset[str] = frozenset()
+    # Nothing matches it.
+    may_chain = re.compile("(?!)").match
     rollback_request: Any = ()
     quote = '"'
     ledger_conflict = "ON CONFLICT (id) DO UPDATE SET"
@@ -209,6 +212,10 @@ class BaseDriver:
         return False
 
     def sets_modes(self, statement: Any) -> bool:
+        return False
+
+    def chains(self, statement: Any) -> bool:
+        # `has_committed` tells of it, or nothing that could be lost.
         return False
 
     def looks_like_reading(self, raw_cursor: Any) -> bool:

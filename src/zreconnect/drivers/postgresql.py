@@ -58,10 +58,11 @@ DISCONNECT_MESSAGES = (
     "SSL SYSCALL error",
     "connection already closed",
 )
+# What may stand before a statement.
+BLANK = r"(?:\s|--[^\n]*(?:\n|\Z)|/\*(?:[^*]|\*(?!/))*\*/)*"
 # What the server takes before the transaction's first query only.
 SETS_MODES = re.compile(
-    r"(?:\s|--[^\n]*(?:\n|\Z)|/\*(?:[^*]|\*(?!/))*\*/)*"
-    r"(?:SET\s+(?:(?:LOCAL|SESSION)\s+)?TRANSACTION(?:_|\b)"
+    rf"{BLANK}(?:SET\s+(?:(?:LOCAL|SESSION)\s+)?TRANSACTION(?:_|\b)"
     r"|(?:BEGIN|START)\b[^;]*\b(?:ISOLATION|READ|DEFERRABLE)\b)",
     re.IGNORECASE,
 )
@@ -70,6 +71,21 @@ COMMIT_STATEMENT = re.compile(
     rb"(?:^|;)(?:\s|--[^\n]*(?:\n|\Z)|/\*(?:[^*]|\*(?!/))*\*/)*"
     rb"(?:COMMIT|END|PREPARE\s+TRANSACTION)\b",
     re.IGNORECASE,
+)
+# After these a transaction is under way, as before, and it is another one.
+CHAINING = re.compile(
+    r"(?:^|;)\s*(?:COMMIT|END|ABORT|ROLLBACK)\b[^;]*\bAND\s+CHAIN\b"
+    r"|(?:^|;)\s*(?:(?:COMMIT|END|ABORT|ROLLBACK)\b(?![^;]*\bTO\b)|PREPARE\s+TRANSACTION\b)"
+    r".*;\s*(?:BEGIN|START)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+# Most that have a semicolon have no such word after it, which is found out fast.
+FOLLOWING = re.compile(rf";{BLANK}(?:COMMIT|END|ABORT|ROLLBACK|BEGIN|START)\b", re.IGNORECASE)
+# What can contain such words and is no part of a statement.
+QUOTED_OR_COMMENT = re.compile(
+    r"\bE'[^'\\]*(?:(?:\\.|'')[^'\\]*)*'|'[^']*'|\"[^\"]*\"|(\$\w*\$).*?\1"
+    r"|--[^\n]*|/\*(?:[^*]|\*(?!/))*\*/",
+    re.IGNORECASE | re.DOTALL,
 )
 # Tags of what the server executed.
 READING_TAGS = re.compile(r"(SELECT|FETCH|MOVE|SHOW|SET|DECLARE|CLOSE|SAVEPOINT|RELEASE)\b")
@@ -188,6 +204,7 @@ class PostgresqlDriver:
     refused_methods: frozenset[str] = frozenset()
     rollback_request: Any = ()
     quote = '"'
+    may_chain = re.compile(BLANK + r"(?:COMMIT|END|ABORT|ROLLBACK)\b", re.IGNORECASE).match
     disconnect_messages: tuple[str, ...] = DISCONNECT_MESSAGES
     ledger_table = (
         "CREATE TABLE IF NOT EXISTS {table} ("
@@ -238,14 +255,23 @@ class PostgresqlDriver:
         return dsn_module.redacted(parameters)
 
     def sets_modes(self, statement: Any) -> bool:
+        return SETS_MODES.match(self._text(statement)) is not None
+
+    def chains(self, statement: Any) -> bool:
+        text = self._text(statement)
+        if FOLLOWING.search(text) is None and self.may_chain(text) is None:
+            return False
+        return CHAINING.search(QUOTED_OR_COMMENT.sub(" ", text)) is not None
+
+    def _text(self, statement: Any) -> str:
+        """What the program has written of a statement, as far as it is known without a session."""
         if isinstance(statement, bytes):
-            statement = statement.decode("ascii", "replace")
-        elif isinstance(statement, self.sql.Composable):
-            while isinstance(statement, self.sql.Composed):
-                statement = next(iter(statement), None)
-            if isinstance(statement, self.sql.SQL):
-                statement = statement.as_string(None)
-        return isinstance(statement, str) and SETS_MODES.match(statement) is not None
+            return statement.decode("ascii", "replace")
+        if isinstance(statement, self.sql.Composed):
+            return "".join(map(self._text, statement))
+        if isinstance(statement, self.sql.SQL):
+            statement = statement.as_string(None)
+        return statement if isinstance(statement, str) else " "
 
     def begins_read_only(self, raw: Any, settings: SessionSettings) -> bool:
         return bool(raw.readonly if settings.readonly is None else settings.readonly)

@@ -94,6 +94,55 @@ class BothTests(WitnessTestCase):
             resume.join()
             self.assertEqual(self.names(), ["one"])
 
+    def chained(self, **keywords):
+        """A connection whose transaction a statement has ended, and begun another one."""
+        for module in (psycopg2, psycopg):
+            self.driver, composed = module.__name__, module.sql.SQL("{}; START TRANSACTION")
+            ends = composed.format(module.sql.SQL("END"))
+            for statement in ("COMMIT AND CHAIN", "ROLLBACK; BEGIN", ends):
+                for connection in self.connections(**keywords):
+                    with self.subTest(self.driver, statement=statement):
+                        self.insert(connection, "first")
+                        connection.execute(statement)
+                        self.insert(connection, "second")
+                        yield connection
+                        connection.rollback()
+                        connection.close()
+
+    def test_what_is_known_of_a_transaction_says_nothing_of_the_one_that_is_chained_to_it(self):
+        for direction in ("to_server", "to_client"):
+            for connection in self.chained():
+                with self.subTest(direction):
+                    self.forward.cut(direction, 0)
+                    self.assertRaises(CommitOutcomeUnknown, connection.commit)
+
+    def test_a_statement_that_chains_has_committed_something(self):
+        for connection in self.chained():
+            self.forward.drop()
+            with self.assertRaises(CommitOutcomeUnknown):
+                self.insert(connection)
+
+    def test_statements_that_chain(self):
+        for statement in (
+            "commit and chain",
+            b"/* why */ ROLLBACK WORK AND CHAIN;",
+            "SELECT ';'; -- END\nABORT /* */ ; BEGIN; SELECT 1",
+            "PREPARE TRANSACTION 'one'; START TRANSACTION",
+            "SELECT E'\\'; '; COMMIT; SELECT 1; BEGIN",
+        ):
+            self.assertTrue(driver.chains(statement), statement)
+        for statement in (
+            "COMMIT",
+            "SELECT 1; COMMIT AND NO CHAIN",
+            "ROLLBACK TO SAVEPOINT a; BEGIN",
+            "SELECT '; COMMIT AND CHAIN', \"; END; BEGIN\"",
+            "DO $a$ BEGIN PERFORM 1; END; BEGIN $a$",
+            "/* ; COMMIT */ SELECT 1; BEGIN -- AND CHAIN",
+            b"SELECT 1",
+            1,
+        ):
+            self.assertFalse(driver.chains(statement), statement)
+
     def test_a_server_that_does_not_come_back_leaves_it_unknown(self):
         for connection in self.connections():
             connection.run(lambda: None)
