@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from zreconnect.branch import Branch, end_branch, is_prepared
 from zreconnect.documented import documented_by
 from zreconnect.exceptions import CommitOutcomeUnknown, one_line
+from zreconnect.finding import lookup_errors
 from zreconnect.interfaces import ACTIVE, IReconnectingConnection
 from zreconnect.settings import SettingsOfSessions
 from zreconnect.states import Moment, Request, State
@@ -214,16 +215,36 @@ class TwoPhaseCalls(SettingsOfSessions):
         work = self.work
         work.ask(Request.BEGIN, f"{what} of another transaction")
         self.guard.need_live_session(asks=True)
+        if wanted is Outcome.COMMITTED:
+            work.own.sending()
         try:
             with self.guard.asking(Moment.AUTOCOMMIT):
                 end_branch(work.link.driver, work.link.session.raw, gid, wanted)
         except CommitOutcomeUnknown as unknown:
-            self.guard.need_live_session(asks=True)
-            with self.guard.asking():
-                is_there = is_prepared(work.link.driver, work.link.session.raw, gid)
+            is_there, problem = self._is_still_prepared(gid)
             if is_there:
+                if wanted is Outcome.COMMITTED:
+                    work.own.withdraw()
                 self.guard.raise_lost(unknown.__cause__ or unknown, inside=True)
             if wanted is Outcome.COMMITTED:
-                raise CommitOutcomeUnknown(
-                    self.work.link.server.address, COMMIT, f"Nothing is prepared as {gid}."
-                ) from unknown
+                evidence = f"Nothing is prepared as {gid}."
+                if is_there is None:
+                    evidence = f"What is still prepared as {gid} is not committed."
+                raise CommitOutcomeUnknown(work.link.server.address, COMMIT, evidence) from (
+                    problem or unknown
+                )
+            if problem is not None:
+                raise problem from unknown
+        except work.link.driver.module.Error:
+            if wanted is Outcome.COMMITTED:
+                work.own.withdraw()
+            raise
+
+    def _is_still_prepared(self, gid: str) -> tuple[bool | None, BaseException | None]:
+        """Whether that name is still there, or None and what has kept us from knowing."""
+        try:
+            self.guard.need_live_session(asks=True)
+            with self.guard.asking():
+                return is_prepared(self.work.link.driver, self.work.link.session.raw, gid), None
+        except lookup_errors(self.work) as problem:
+            return None, problem

@@ -12,7 +12,14 @@ import transaction
 from psycopg2 import extensions
 
 import zreconnect
-from zreconnect import PERSIST, CommitOutcomeUnknown, DisconnectionError, Ledger, twophase
+from zreconnect import (
+    FAIL_FAST,
+    PERSIST,
+    CommitOutcomeUnknown,
+    DisconnectionError,
+    Ledger,
+    twophase,
+)
 from zreconnect.tests.test_twophase import (
     DATABASES,
     IMPATIENT,
@@ -365,6 +372,57 @@ class TwoPhaseCallsTests:
                     with expected:
                         getattr(self.connection, end)(self.gid)
                 self.check(rows, prepared=int(error is DisconnectionError))
+
+    def test_a_loss_with_such_a_name_when_the_server_stays_away(self):
+        vanish = self.database.vanish
+        for number, (end, lose, error, prepared) in enumerate(
+            (
+                (
+                    "tpc_commit",
+                    lambda: self.database.lose_answer(then=vanish),
+                    CommitOutcomeUnknown,
+                    0,
+                ),
+                ("tpc_commit", vanish, CommitOutcomeUnknown, 1),
+                ("tpc_rollback", vanish, DisconnectionError, 1),
+            )
+        ):
+            with self.subTest(number):
+                if not self.database.prepared():
+                    self.prepare(str(number))
+                self.connection.close()
+                self.connection = self.connect(policy=FAIL_FAST)
+                with self.at_end(lose, "zreconnect.tpc"), self.assertRaises(error):
+                    getattr(self.connection, end)(self.gid)
+                self.database.forward.accept()
+                self.check(1, prepared=prepared)
+
+    def test_what_it_commits_under_a_name_is_not_run_again(self):
+        other = self.connect()
+        nothing = contextlib.nullcontext()
+        for lose, gid, runs in (
+            (nothing, self.gid, 1),
+            (self.at_end(self.database.lose_request, "zreconnect.tpc"), self.gid, 2),
+            (nothing, "another", 2),
+        ):
+            calls = []
+
+            def work(lose=lose, gid=gid, calls=calls):
+                calls.append(gid)
+                with lose if len(calls) == 1 else nothing, contextlib.suppress(self.module.Error):
+                    other.tpc_commit(gid)
+                raise DisconnectionError(gid)
+
+            with self.subTest(gid=gid, runs=runs):
+                self.prepare(str(runs) + gid)
+                self.connection.close()
+                self.connection = self.connect()
+                with self.assertRaises(DisconnectionError):
+                    self.connection.run(work, attempts=3)
+                self.assertEqual(len(calls), runs if gid == self.gid else 3)
+                other.reset()
+                for name in self.database.query("SELECT gid FROM pg_prepared_xacts"):
+                    other.tpc_rollback(*name)
 
     def test_what_is_prepared_is_found_after_a_loss_while_idle(self):
         self.prepare()
