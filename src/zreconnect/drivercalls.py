@@ -44,6 +44,7 @@ class DriverCalls(TwoPhaseCalls):
             args = tuple(map(own, args))
             keywords = {name: own(value) for name, value in keywords.items()}
             raw_cursor = next((raw for raw, ours in handed if ours is not self), None)
+            link.driver.hand_out(session.raw)
             moment = Moment.AUTOCOMMIT if work.state is State.IDLE else Moment.STATEMENT
             try:
                 with guard.asking(moment, raw_cursor):

@@ -92,6 +92,9 @@ class IDriver(Interface):
         "The names of the raw connection's methods that work around its transaction, such as those "
         "that execute statements without a cursor. They are not handed on."
     )
+    committing_methods = Attribute(
+        "The names of methods of the raw connection and its cursors that commit what came before."
+    )
     may_chain = Attribute(
         "Whether ``chains()`` is to be asked about a string without semicolons: a function of C's, "
         "such as a pattern's ``match``."
@@ -328,6 +331,10 @@ class IDriver(Interface):
         NotSupportedError if it has none. options: those that the module's ``cursor()`` takes, and
         ``cursor_factory``.
         """
+
+    def hand_out(raw):
+        """Called before a function of the program's uses the raw connection by itself. No round
+        trip; note what would not show afterwards, as far as `has_committed` is to tell it."""
 
     def is_commit(raw_cursor):
         """Whether the statement that ``raw_cursor`` sent last may be a COMMIT, or be committed by
@@ -585,6 +592,10 @@ class IReconnectingConnection(Interface):
         in ``connection.call_driver(register_hstore, connection)``. A transaction begins for it as
         for a statement. A loss is what it is for a statement: `DisconnectionError`, or in
         autocommit mode `CommitOutcomeUnknown`. What the function raises besides passes.
+
+        The transaction is not the function's to end; if it has, that is seen on PostgreSQL and
+        SQLite unless it has begun another one. The modules for MySQL do not tell: there, a loss in
+        the rest of the transaction is a `CommitOutcomeUnknown`, and nothing of it is run again.
         """
 
     def tpc_begin(xid):

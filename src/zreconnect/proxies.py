@@ -10,6 +10,7 @@ import sys
 from collections.abc import Generator, Iterator
 from typing import Any
 
+from zreconnect import commits
 from zreconnect.exceptions import CommitOutcomeUnknown
 from zreconnect.guard import Guard
 from zreconnect.interfaces import DOOMED
@@ -142,6 +143,9 @@ def guarded_attribute(
         if is_connection:
             guard.work.link.keep_rows()
         with turn(), guard.asking(Moment.STATEMENT, raw_cursor, in_block):
+            if name in driver.committing_methods:
+                guard.work.link.was_ended = True
+                commits.note()
             result = value(*args, **keywords)
         if isinstance(result, Generator):
             rows = guarded_rows(guard, result, raw_cursor, waits=not is_connection)

@@ -141,6 +141,7 @@ class BaseDriver:
     supports_two_phase = False
     calls_autocommit = False
     refused_methods: frozenset[str] = frozenset()
+    committing_methods: frozenset[str] = frozenset()
     # Nothing matches it.
     may_chain = re.compile("(?!)").match
     rollback_request: Any = ()
@@ -158,6 +159,9 @@ class BaseDriver:
 
     def inherit(self, raw: Any, kept: Any) -> None:
         """Nothing is kept."""
+
+    def hand_out(self, raw: Any) -> None:
+        """The transaction's status tells enough afterwards."""
 
     def begins_read_only(self, raw: Any, settings: SessionSettings) -> bool:
         return bool(settings.readonly)

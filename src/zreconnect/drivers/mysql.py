@@ -389,6 +389,10 @@ class MysqlDriver(ChoosingDriver):
     def has_committed(self, raw: Any) -> bool:
         return bool(getattr(raw, "zreconnect_committed", False))
 
+    def hand_out(self, raw: Any) -> None:
+        # Neither the modules' own cursors nor their commit() show what they do.
+        raw.zreconnect_committed = raw.zreconnect_begun
+
     def _execute_all(self, raw: Any, statements: list[str]) -> Any:
         """Execute statements, in one round trip if the server can; the row of the last one."""
         if self._is_mariadb(raw):
@@ -610,8 +614,8 @@ _NOTHING = (
     "to commit after an error."
 )
 _PARTLY = (
-    "The rest was not committed: the transaction was ended before, in a procedure or by a "
-    "statement that contains others. What came before that, it may have committed."
+    "The rest was not committed: the transaction was ended before, in a procedure, by a statement "
+    "that contains others, or in call_driver(). What came before that, it may have committed."
 )
 
 

@@ -202,6 +202,7 @@ class PostgresqlDriver:
     supports_two_phase = True
     calls_autocommit = False
     refused_methods: frozenset[str] = frozenset()
+    committing_methods: frozenset[str] = frozenset()
     rollback_request: Any = ()
     quote = '"'
     may_chain = re.compile(BLANK + r"(?:COMMIT|END|ABORT|ROLLBACK)\b", re.IGNORECASE).match
@@ -302,6 +303,9 @@ class PostgresqlDriver:
 
     def inherit(self, raw: Any, kept: Any) -> None:
         """Nothing is kept."""
+
+    def hand_out(self, raw: Any) -> None:
+        """The transaction's status tells enough afterwards."""
 
     def close(self, raw: Any) -> None:
         with contextlib.suppress(self.module.Error):

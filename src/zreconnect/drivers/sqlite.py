@@ -95,6 +95,7 @@ class SqliteDriver(BaseDriver):
     module = sqlite3
     disconnection_error = SqliteDisconnectionError
     has_sessions = False
+    committing_methods = frozenset({"executescript"})
     ledger_table = "CREATE TABLE IF NOT EXISTS {table} (id text PRIMARY KEY, number integer)"
 
     # Where to connect to

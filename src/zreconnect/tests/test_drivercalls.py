@@ -2,6 +2,7 @@
 
 import sqlite3
 import unittest
+from contextlib import closing
 
 import psycopg
 from psycopg.types import TypeInfo
@@ -11,7 +12,8 @@ from psycopg2.extras import execute_values, register_hstore
 import zreconnect
 from zreconnect import CommitOutcomeUnknown, DisconnectionError, Ledger, XidWitness
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
-from zreconnect.tests.base import DatabaseTestCase
+from zreconnect.tests.base import DatabaseTestCase, LineTestCase, needs_mysqlclient, on_mariadb
+from zreconnect.tests.test_mysql import MysqlTestCase
 
 
 def execute(cursor, statement):
@@ -163,9 +165,81 @@ class PsycopgTests(SharedTests, DatabaseTestCase):
         self.assertEqual(connection.call_driver(TypeInfo.fetch, connection, "text").oid, 25)
 
 
+class MysqlTests:
+    def test_what_a_function_may_have_committed_is_not_run_again(self):
+        def commit(raw):
+            raw.commit()
+
+        def create(raw):
+            with closing(raw.cursor()) as cursor:
+                cursor.execute("CREATE OR REPLACE TABLE another (number int)")
+
+        def lose(connection):
+            self.server.kill_session(connection.driver_connection.thread_id())
+
+        def fail(connection):
+            raise DisconnectionError("another")
+
+        for function, end, error in (
+            (commit, lose, CommitOutcomeUnknown),
+            (create, fail, DisconnectionError),
+            (create, lambda connection: None, self.module.InternalError),
+        ):
+            connection, names = self.connect(), iter("abcdef")
+
+            def work(connection=connection, names=names, function=function, end=end):
+                self.insert(connection, next(names))
+                connection.call_driver(function, connection)
+                end(connection)
+                self.insert(connection, next(names))
+
+            with self.subTest(function=function.__name__, error=error.__name__):
+                with self.assertRaises(error) as raised:
+                    connection.run(work)
+                self.assertNotIn("Nothing was committed", str(raised.exception))
+                self.assertEqual(self.names(), ["a"])
+            self.query("DELETE FROM test.item")
+
+    def test_outside_a_transaction_it_ends_nothing(self):
+        connection = self.connect()
+        connection.autocommit = True
+        connection.call_driver(lambda raw: raw.commit(), connection)
+        connection.autocommit = False
+        connection.run(self.insert, connection)
+        self.assertEqual(self.names(), ["one"])
+
+
+@on_mariadb()
+class PymysqlTests(MysqlTests, MysqlTestCase, LineTestCase):
+    driver_name = "pymysql"
+
+
+@on_mariadb()
+@needs_mysqlclient
+class MysqlclientTests(MysqlTests, MysqlTestCase, LineTestCase):
+    driver_name = "mysqlclient"
+
+
 class SqliteTests(unittest.TestCase):
     def test_a_function_of_the_connection(self):
         connection = zreconnect.connect("sqlite://")
         self.addCleanup(connection.close)
         script = list(connection.call_driver(sqlite3.Connection.iterdump, connection))
         self.assertEqual(script, ["BEGIN TRANSACTION;", "COMMIT;"])
+
+    def test_a_script_has_committed_what_came_before(self):
+        connection = zreconnect.connect("sqlite://")
+        self.addCleanup(connection.close)
+        connection.execute("CREATE TABLE item (name text)")
+        connection.commit()
+        for owner in (connection, connection.cursor()):
+            for script in ("SELECT 1", "BEGIN; SELECT 1"):
+
+                def work(owner=owner, script=script):
+                    connection.execute("INSERT INTO item VALUES ('one')")
+                    owner.executescript(script)
+                    raise DisconnectionError("another")
+
+                with self.assertRaises(DisconnectionError):
+                    connection.run(work)
+        self.assertEqual(connection.execute("SELECT count(*) FROM item").fetchall(), [(4,)])
