@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import tenacity
@@ -50,6 +50,8 @@ class RetryPolicy:
     multiplier: float = 2.0
     attempts: int | None = None
     since_outage: bool = False
+    # Of what is left of a policy: that one's timeout.
+    _whole: float | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.timeout is not None:
@@ -70,18 +72,30 @@ class RetryPolicy:
         return min(LONGEST_ATTEMPT, max(SHORTEST_ATTEMPT, self.timeout - elapsed))
 
     def least_attempt(self) -> float:
-        """The seconds that an attempt may go on at least, also when nobody waits for it so long."""
+        """The seconds that a new session may take at least until it can be used."""
         return SINGLE_ATTEMPT if self.since_outage else 0.0
+
+    def lasting_attempt(self) -> float:
+        """The seconds that connecting goes on at least, also when nobody waits for it so long.
+
+        As many as before the outage, or a server that takes longer to connect to would stay away.
+        """
+        if not self.since_outage:
+            return 0.0
+        whole = self.timeout if self._whole is None else self._whole
+        return min(LONGEST_ATTEMPT, max(SINGLE_ATTEMPT, whole or 0.0))
 
     def after(self, elapsed: float) -> RetryPolicy:
         if self.timeout is None:
             return self
-        return replace(self, timeout=max(0.0, self.timeout - elapsed))
+        return self.within(max(0.0, self.timeout - elapsed))
 
     def within(self, seconds: float) -> RetryPolicy:
         """The policy, with a timeout of at most so many seconds."""
-        timeout = seconds if self.timeout is None else min(self.timeout, seconds)
-        return replace(self, timeout=timeout)
+        if self.timeout is None:
+            return replace(self, timeout=seconds)
+        whole = self.timeout if self._whole is None else self._whole
+        return replace(self, timeout=min(self.timeout, seconds), _whole=whole)
 
     def retrying(
         self,

@@ -111,9 +111,9 @@ def _attempt(
 ) -> Session:
     """A session that is prepared, and the server knows what came of it."""
     began, timeout = time.monotonic(), policy.longest_attempt(elapsed)
-    lasting = max(timeout, policy.least_attempt())
     try:
-        session = _prepared(server, server.connect(timeout, lasting), lasting, prepare)
+        raw = server.connect(timeout, policy.lasting_attempt())
+        session = _prepared(server, raw, max(timeout, policy.least_attempt()), prepare)
     except AttemptFailed:
         server.missed(began)
         raise

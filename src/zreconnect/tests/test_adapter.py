@@ -22,6 +22,7 @@ from zreconnect import (
 )
 from zreconnect.events import ConnectionAttemptFailed
 from zreconnect.interfaces import IDatabaseUnavailable
+from zreconnect.policy import SINGLE_ATTEMPT
 from zreconnect.tests.base import PATIENCE, DatabaseTestCase, wait_until, with_time_to_connect
 
 
@@ -413,19 +414,23 @@ class TimeoutTests(AdapterTestCase):
         self.let_be_away(adapter, 60)
         hold_back = threading.Event()
         open_session = server._open_session
+        limits = []
 
         def open_slowly(timeout):
+            limits.append(timeout)
             hold_back.wait(PATIENCE)
             return open_session(timeout)
 
         with (
             mock.patch.object(server, "_open_session", open_slowly),
-            mock.patch("zreconnect.policy.SINGLE_ATTEMPT", PATIENCE),
+            mock.patch("zreconnect.policy.LONGEST_ATTEMPT", PATIENCE),
         ):
             self.give_up(adapter)
             self.give_up(adapter)
             hold_back.set()
             wait_until(lambda: server.away_for(60) == 0)
+        # It has the time that one had before the outage.
+        self.assertGreater(limits[0], SINGLE_ATTEMPT)
         self.read(adapter)
         transaction.commit()
 

@@ -9,7 +9,7 @@ from zope.interface.verify import verifyObject
 
 from zreconnect import FAIL_FAST, PERSIST, RetryPolicy
 from zreconnect.interfaces import IRetryPolicy
-from zreconnect.policy import Patience
+from zreconnect.policy import LONGEST_ATTEMPT, SINGLE_ATTEMPT, Patience
 
 
 class RetryPolicyTests(unittest.TestCase):
@@ -112,6 +112,16 @@ class PatienceTests(unittest.TestCase):
         # One attempt.
         self.assertEqual(self.left(policy, away=70).timeout, 0)
         self.assertEqual(self.left(FAIL_FAST, away=70), replace(FAIL_FAST, timeout=0))
+
+    def test_connecting_goes_on_for_as_long_as_before_the_outage(self):
+        """Else who takes longer to connect to than anybody waits would never be reached again."""
+        for timeout, seconds in (60, LONGEST_ATTEMPT), (5, 5), (0.1, SINGLE_ATTEMPT):
+            policy = RetryPolicy(timeout=timeout, since_outage=True)
+            self.assertEqual(policy.lasting_attempt(), seconds)
+            left = self.left(policy.after(timeout / 2), away=1000, elapsed=timeout)
+            self.assertEqual((left.timeout, left.lasting_attempt()), (0, seconds))
+        self.assertEqual(RetryPolicy(since_outage=True).lasting_attempt(), SINGLE_ATTEMPT)
+        self.assertEqual(RetryPolicy(timeout=60).lasting_attempt(), 0)
 
     def test_who_waits_for_ever_does_in_an_outage(self):
         policy = RetryPolicy(since_outage=True)
