@@ -9,7 +9,9 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from zreconnect.drivers.base import DRIVERS, registered_names
 
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+._-]*):")
+# What SQLAlchemy takes for a host with a port where there is one host only.
+_HOST_AND_PORT = re.compile(r"[A-Za-z0-9.-]*:\d*")
 # Which drivers a scheme may mean; the first one is taken.
 _POSTGRESQL = ("psycopg2", "psycopg")
 _MYSQL = ("mysqlclient", "pymysql")
@@ -78,21 +80,23 @@ def _registered_name(scheme: str, asked: str | None) -> str:
 
 
 def plain(dsn: str) -> str:
-    """The DSN as database modules read it: without the name of a driver in its scheme, and with a
-    list for several hosts, as libpq has it, where SQLAlchemy has ``?host=a:5432&host=b``."""
+    """The DSN as database modules read it: without the name of a driver in its scheme, with ``%20``
+    where SQLAlchemy's options have ``+``, and with a list for several hosts, as libpq has it, where
+    SQLAlchemy has ``?host=a:5432&host=b``."""
     scheme = SCHEME.match(dsn)
     if scheme is None or "+" not in scheme.group(1):
         return dsn
     dsn = scheme.group(1).partition("+")[0].lower() + dsn[scheme.end(1) :]
-    location, _, query = dsn.partition("?")
+    location, question_mark, query = dsn.partition("?")
     options = parse_qsl(query, keep_blank_values=True)
-    hosts = [value.partition(":") for name, value in options if name == "host"]
-    if len(hosts) < 2:
-        return dsn
-    options = [option for option in options if option[0] != "host"]
-    for name, number in (("host", 0), ("port", 2)):
-        options.append((name, ",".join(host[number] for host in hosts)))
-    return f"{location}?{urlencode(options, quote_via=quote)}"
+    hosts = [value for name, value in options if name == "host"]
+    if len(hosts) > 1 or any(map(_HOST_AND_PORT.fullmatch, hosts)):
+        split = [host.partition(":") for host in hosts]
+        options = [option for option in options if option[0] != "host"]
+        options.append(("host", ",".join(host for host, _, _ in split)))
+        if "port" not in dict(options):
+            options.append(("port", ",".join(port for _, _, port in split)))
+    return location + question_mark + urlencode(options, quote_via=quote)
 
 
 def parse_dbi(dsn: str) -> dict[str, str]:

@@ -57,7 +57,25 @@ class DriverNameTests(unittest.TestCase):
                 "sslmode": "disable",
             },
         )
-        self.assertEqual(driver.parse("postgresql+psycopg2:///db?host=/run/pg")["host"], "/run/pg")
+        for query, host, port in [
+            ("host=/run/pg", "/run/pg", None),
+            ("host=one:5433", "one", "5433"),
+            ("host=one&host=two&port=5433,5434", "one,two", "5433,5434"),
+            ("host=one,two&port=5433", "one,two", "5433"),
+        ]:
+            with self.subTest(query):
+                parameters = driver.parse(f"postgresql+psycopg2:///db?{query}")
+                self.assertEqual((parameters["host"], parameters.get("port")), (host, port))
+
+    def test_a_plus_in_options_of_sqlalchemy_is_a_space(self):
+        for scheme, expected in [
+            ("postgresql+psycopg2", "-c work_mem=4MB"),
+            ("postgresql", "-c+work_mem=4MB"),
+        ]:
+            with self.subTest(scheme):
+                parameters = driver.parse(f"{scheme}://me:a+b@here/db?options=-c+work_mem%3D4MB")
+                self.assertEqual(parameters["options"], expected)
+                self.assertEqual(parameters["password"], "a+b")
 
     def test_a_driver_that_is_not_the_dsns(self):
         for dsn, asked, message in [
@@ -66,6 +84,7 @@ class DriverNameTests(unittest.TestCase):
             ("mysql://me:s3cret@here/db", "psycopg", "asks for mysqlclient or pymysql: leave"),
             ("sqlite:///s3cret", "psycopg2", "'sqlite' asks for sqlite: leave one"),
             ("postgresql+asyncpg://me:s3cret@here/db", "psycopg", "unknown scheme"),
+            ("postgresql+psycopg_async://me:s3cret@here/db", "psycopg", "unknown scheme"),
         ]:
             with self.subTest(dsn), self.assertRaisesRegex(ValueError, message) as caught:
                 connect(dsn, asked)
