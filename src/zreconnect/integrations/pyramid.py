@@ -11,7 +11,7 @@ from typing import Any
 
 from zreconnect.exceptions import DisconnectionError, ReconnectTimeout
 from zreconnect.integrations import needs
-from zreconnect.integrations.wsgi import EXPLANATION, RETRY_AFTER, STATUS
+from zreconnect.integrations.wsgi import EXPLANATION, RETRY_AFTER, STATUS, KeptOpen
 
 with needs(__name__, "zreconnect[pyramid]"):
     from pyramid.response import Response
@@ -21,6 +21,8 @@ Handler = Callable[[Any], Any]
 
 # Exception views are for classes, and for interfaces that extend one of Pyramid's.
 UNAVAILABLE = (DisconnectionError, ReconnectTimeout)
+# In the environment of an attempt: what there was of the body before it.
+_BODY = "zreconnect.body"
 
 
 def includeme(config: Any) -> None:
@@ -39,12 +41,22 @@ def includeme(config: Any) -> None:
         config.add_subscriber(rewind_body, "pyramid_retry.IBeforeRetry")
 
 
+def keep_body(environ: dict[str, Any]) -> None:
+    """Let an attempt do what it likes with the request's body, of which pyramid_retry has made a
+    file if there are several."""
+    if environ.get("webob.is_body_seekable"):
+        names = {"wsgi.input", "CONTENT_LENGTH", "CONTENT_TYPE"} & set(environ)
+        environ[_BODY] = {name: environ[name] for name in names}
+        environ["wsgi.input"] = KeptOpen(environ["wsgi.input"])
+
+
 def rewind_body(event: Any) -> None:
     """Have the next attempt find the request's body as this one did; for `IBeforeRetry`.
 
-    pyramid_retry has made a file of it, and does not rewind that. WebOb keeps the form that it has
-    read, with the uploaded files where the view has left them, in the environment of all attempts.
+    pyramid_retry does not rewind the file that it has made. WebOb keeps the form that it has read,
+    with the uploaded files where the view has left them, in the environment of all attempts.
     """
+    event.environ.update(event.environ.pop(_BODY, {}))
     event.environ.pop("webob._parsed_post_vars", None)
     event.request.make_body_seekable()
 
@@ -57,12 +69,14 @@ def service_unavailable(error: BaseException, request: Any) -> Any:
 
 
 def tween_factory(handler: Handler, registry: Any) -> Handler:
-    """Have the exception view answer what is raised outside of Pyramid's own tween for that.
+    """Have the exception view answer what is raised outside of Pyramid's own tween for that, and
+    each attempt find the request's body.
 
     pyramid_tm asks for the user before it calls that tween, and that can ask the database.
     """
 
     def tween(request: Any) -> Any:
+        keep_body(request.environ)
         try:
             return handler(request)
         except UNAVAILABLE:

@@ -120,7 +120,7 @@ class WholeResponse:
 
     repoze.retry rewinds the request's body for the next attempt, and leaves in the environment what
     the application has made of it, such as WebOb's files, read to their end. After an error the
-    environment is as it was before.
+    environment is as it was before. The application cannot close the body.
 
     application: the WSGI application.
     """
@@ -130,6 +130,7 @@ class WholeResponse:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         before = dict(environ)
+        environ["wsgi.input"] = KeptOpen(environ["wsgi.input"])
         try:
             started, chunks = self._run(environ)
         except BaseException:
@@ -164,6 +165,33 @@ class _Body(tempfile.SpooledTemporaryFile[bytes]):
     def seekable(self) -> bool:
         # Python 3.10 does not say.
         return True
+
+
+class KeptOpen:
+    """A request's body, which a view can close for itself only: the next attempt reads it, too.
+
+    ``with request.body_file:`` closes it, and so does an `io.TextIOWrapper` that is given up.
+
+    file: the body as it is, which this one is in all else.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._file)
+
+    def __enter__(self) -> KeptOpen:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """It stays open."""
+
+    def close(self) -> None:
+        """It stays open."""
 
 
 def whole_body(environ: WSGIEnvironment) -> IO[bytes] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from zreconnect.integrations.wsgi import EXPLANATION, RETRY_AFTER, whole_body
+from zreconnect.integrations.wsgi import EXPLANATION, RETRY_AFTER, KeptOpen, whole_body
 from zreconnect.interfaces import IDatabaseUnavailable
 
 
@@ -36,12 +36,14 @@ class DatabaseUnavailableView:
 def keep_body(event: Any) -> None:
     """Have ZPublisher's request read its body from a file that can be rewound; for `IPubStart`.
 
-    ZPublisher rewinds what the server has given it. Not every server's input can be.
+    ZPublisher rewinds what the server has given it. Not every server's input can be, and none that
+    a view has closed.
     """
     request = event.request
     seekable = getattr(request.stdin, "seekable", None)
     if seekable is None or not seekable():
         request.stdin = whole_body(request.environ) or io.BytesIO()
+    request.stdin = KeptOpen(request.stdin)
     request.environ["wsgi.input"] = request.stdin
 
 

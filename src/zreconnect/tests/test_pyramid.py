@@ -5,7 +5,9 @@ from pathlib import Path
 from unittest import mock
 
 from pyramid.config import Configurator
+from pyramid.request import Request
 
+from zreconnect import DisconnectionError
 from zreconnect.tests.stack_tests import StackTests
 from zreconnect.tests.web import STACKS, Stack, WebTestCase
 
@@ -41,6 +43,25 @@ class PyramidTests(StackTests, WebTestCase):
         with mock.patch.dict(sys.modules, {"pyramid_retry": None}):
             config.include("zreconnect.integrations.pyramid")
         config.commit()
+
+    def test_body_that_an_attempt_has_replaced(self):
+        bodies = []
+
+        def view(request):
+            bodies.append(request.body)
+            request.body = b"replaced"
+            if len(bodies) < 3:
+                raise DisconnectionError("lost")
+            return request.response
+
+        config = Configurator()
+        for package in "pyramid_tm", "pyramid_retry", "zreconnect.integrations.pyramid":
+            config.include(package)
+        config.add_route("body", "/")
+        config.add_view(view, route_name="body")
+        request = Request.blank("/", method="POST", body=b"the whole body")
+        self.assertEqual(request.get_response(config.make_wsgi_app()).status_code, 200)
+        self.assertEqual(bodies, [b"the whole body"] * 3)
 
     def test_head_while_the_server_is_down(self):
         self.check_head()

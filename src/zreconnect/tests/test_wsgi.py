@@ -16,6 +16,7 @@ from zreconnect import CommitOutcomeUnknown, DisconnectionError, ReconnectTimeou
 from zreconnect.exceptions import DisconnectedConnectionError
 from zreconnect.integrations.wsgi import (
     EXPLANATION,
+    KeptOpen,
     ServiceUnavailable,
     WholeResponse,
     make_service_unavailable,
@@ -253,7 +254,7 @@ class WholeResponseTests(unittest.TestCase):
         started = []
         chunks = Chunks(b"one ", LOST)
         with self.assertRaises(DisconnectionError):
-            WholeResponse(responding(chunks))({}, started.append)
+            WholeResponse(responding(chunks))({"wsgi.input": io.BytesIO()}, started.append)
         self.assertEqual((started, chunks.closed), ([], 1))
 
 
@@ -280,6 +281,18 @@ class WholeBodyTests(unittest.TestCase):
             # Nobody would end what is read.
             self.assertIsNone(whole_body({"wsgi.input": Input(b""), **environ}))
         self.assertIsNone(whole_body(chunked(b"")))
+
+
+class KeptOpenTests(unittest.TestCase):
+    def test_who_closes_it_closes_nothing(self):
+        body = KeptOpen(io.BytesIO(b"one\ntwo\n"))
+        for _ in range(2):
+            with body as file:
+                self.assertEqual(list(file), [b"one\n", b"two\n"])
+            body.seek(0)
+            self.assertEqual(io.TextIOWrapper(body).read(), "one\ntwo\n")
+            body.close()
+            body.seek(0)
 
 
 class RepozeTests(unittest.TestCase):

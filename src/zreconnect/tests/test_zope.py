@@ -71,4 +71,8 @@ class ZPublisherTests(ZopeTests, WebTestCase):
 
     def test_body_that_the_server_can_rewind_is_left_alone(self):
         body = io.BytesIO(b"content")
-        self.assertIs(self.new_request(body, CONTENT_LENGTH="7").stdin, body)
+        request = self.new_request(body, CONTENT_LENGTH="7")
+        request.stdin.seek(2)
+        self.assertEqual(body.tell(), 2)
+        request.stdin.close()
+        self.assertFalse(body.closed)
