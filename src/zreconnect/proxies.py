@@ -104,8 +104,9 @@ def no_attribute(owner: Any, name: str) -> AttributeError:
     """The error for a private name, for which what is made for the driver's own object looks."""
     return AttributeError(
         f"{type(owner).__name__} has no attribute {name!r}. What works with the driver's own "
-        "connection only is given that one in on_connect, for each session, or takes "
-        "connection.driver_connection; cursors are made by connection.cursor(cursor_factory=...)"
+        "connection only is given that one in on_connect, for each session, or by "
+        "connection.call_driver(function, connection); cursors are made by "
+        "connection.cursor(cursor_factory=...)"
     )
 
 
