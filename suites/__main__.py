@@ -10,7 +10,7 @@ import sys
 
 import suites
 from suites import counting, environments, running
-from suites.recording import Record
+from suites.recording import STARTED, Record
 from suites.sources import NotGiven, NotToBeHad
 from suites.suite import Suite
 
@@ -51,6 +51,9 @@ def measure(module: str, suite: Suite, through_only: bool) -> counting.Row:
     bare = Record(results / "bare.jsonl")
     if not (through_only and bare.path.exists()):
         bare = running.run(suite, False, python, source, results)
+    if unended := [test for test, (outcome, _) in bare.outcomes().items() if outcome == STARTED]:
+        bare.path.unlink()
+        raise NotToBeHad(f"bare, it did not get past {', '.join(unended)}")
     through = running.run(suite, True, python, source, results)
     outcomes = bare.outcomes(), through.outcomes()
     row, differences = counting.count(suite, *outcomes)

@@ -61,8 +61,13 @@ def run(
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            with ended(process):
-                _watch(process, record, f"{suite.name}, {side}", suite.patience)
+            try:
+                with ended(process):
+                    _watch(process, record, f"{suite.name}, {side}", suite.patience)
+            except BaseException:
+                # A part of them is nothing to compare with.
+                record.path.unlink()
+                raise
     return record
 
 

@@ -219,6 +219,16 @@ class RunningTests(unittest.TestCase):
         self.assertEqual(outcomes["imaginary_tests.T.test_2"][0], "started")
         self.assertIn("hangs, nothing for 2 seconds: imaginary_tests.T.test_2", printed)
 
+    def test_an_interrupted_run_leaves_no_outcomes(self):
+        with (
+            mock.patch.object(running, "_watch", side_effect=KeyboardInterrupt),
+            mock.patch.object(recording.Record, "outcomes", self.fail),
+            tempfile.TemporaryDirectory() as name,
+        ):
+            with self.assertRaises(KeyboardInterrupt):
+                running.run(SUITE, False, sys.executable, Path(name), Path(name))
+            self.assertEqual(os.listdir(name), ["bare.log"])
+
     def test_what_ends_the_process_leaves_the_outcomes_before_it(self):
         outcomes, _ = self.run_tests(
             "import os\n"
