@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
@@ -107,7 +108,8 @@ class ReconnectingCursor(Transfers):
         if options:
             connection.work.link.driver.check_cursor(name, options)
         self._settings: dict[str, Any] = {}
-        self._weak = weakref.ref(self)
+        self._weak = weakref.ref(self, connection.work.link.readers.discard)
+        hash(self._weak)  # Which cannot be found out any more when it is discarded.
         self._closed = False
 
     def __repr__(self) -> str:
@@ -194,7 +196,7 @@ class ReconnectingCursor(Transfers):
                 guard.take_turn()
             if self._closed:
                 self._refuse_closed()
-            if link.reader is not None:
+            if link.readers:
                 self._keep_rows_of_others()
             if work.state is not State.ACTIVE:
                 guard.need_transaction(args[0] if method == "execute" else None)
@@ -226,7 +228,7 @@ class ReconnectingCursor(Transfers):
             if link.observer.watches_statements:
                 link.observer.executed(raw)
             if link.driver.loses_rows and self.name is None and raw.description is not None:
-                link.reader = self._weak
+                link.readers.add(self._weak)
             return self if result is raw else result
         finally:
             if work.state is not State.ACTIVE:
@@ -271,13 +273,11 @@ class ReconnectingCursor(Transfers):
     def _keep_rows_of_others(self) -> None:
         """Before a statement that may find the session lost; its own rows are not read any more."""
         link = self._work.link
-        if link.reader is self._weak:
-            link.reader = None
-        elif self._work.state is not State.ACTIVE or not link.session.watch.is_quiet():
-            link.keep_rows()
-        else:
+        link.readers.discard(self._weak)
+        if link.readers:
+            are_all_lost = self._work.state is State.ACTIVE and link.session.watch.is_quiet()
             # If they are many, what has arrived on the line has to tell of a loss of both.
-            link.keep_rows(FEW_ROWS)
+            link.keep_rows(FEW_ROWS if are_all_lost else math.inf)
 
     def keep_rows(self, at_most: float) -> bool:
         """Keep the rows that are in the client and were not fetched, for after the session's end.
@@ -290,7 +290,7 @@ class ReconnectingCursor(Transfers):
             return True
         if raw.rowcount > at_most:
             return False
-        kept = KeptRows.of(raw)
+        kept = KeptRows.of(raw, self._session)
         if kept is not None:
             self._raw, self._session = kept, KEPT
         return True
@@ -408,7 +408,7 @@ class ReconnectingCursor(Transfers):
         """The raw cursor, for a statement that is executed with it in the present session."""
         if self._closed:
             self._refuse_closed()
-        if self._work.link.reader is not None:
+        if self._work.link.readers:
             self._keep_rows_of_others()
         if self._session is not self._work.link.session:
             self._open()
@@ -430,6 +430,9 @@ class ReconnectingCursor(Transfers):
     def _open(self) -> None:
         link = self._work.link
         session = link.session
+        if self._session is KEPT and self._raw.session is session:
+            self._raw, self._session = self._raw.raw, session
+            return
         if self._raw is not None:
             _close_lost(self._raw, self._error)
         try:

@@ -22,22 +22,24 @@ KEPT = Session(None, None, NO_WATCH, 0)
 class KeptRows:
     """Takes a raw cursor's place, until its next statement.
 
-    raw: the raw cursor, which has the rest. rows: all rows. rownumber: the next one's index.
+    raw: the raw cursor, which has the rest. session: that of the raw cursor, whose next statement
+    it executes, unless the session has ended. rows: all rows. rownumber: the next one's index.
     """
 
-    def __init__(self, raw: Any, rows: list[Any], rownumber: int) -> None:
-        self._raw = raw
+    def __init__(self, raw: Any, session: Session, rows: list[Any], rownumber: int) -> None:
+        self.raw = raw
+        self.session = session
         self._rows = rows
         self.rownumber = rownumber
 
     @classmethod
-    def of(cls, raw: Any) -> KeptRows | None:
+    def of(cls, raw: Any, session: Session) -> KeptRows | None:
         """Those of ``raw``, which stays as it is; None if they cannot be read, which the program
         is to meet where it reads them."""
         rownumber = raw.rownumber
         try:
             raw.scroll(0, "absolute")
-            return cls(raw, raw.fetchall(), rownumber)
+            return cls(raw, session, raw.fetchall(), rownumber)
         except Exception:
             return None
         finally:
@@ -47,6 +49,8 @@ class KeptRows:
         return next(self, None)
 
     def fetchmany(self, size: int) -> list[Any]:
+        # psycopg2 takes a negative number for all that are left.
+        size = size if size >= 0 else len(self._rows)
         start, self.rownumber = self.rownumber, min(self.rownumber + size, len(self._rows))
         return self._rows[start : self.rownumber]
 
@@ -65,13 +69,13 @@ class KeptRows:
     def scroll(self, value: int, mode: str) -> None:
         """Raises what psycopg2 raises."""
         if mode not in ("relative", "absolute"):
-            raise self._raw.connection.ProgrammingError(
+            raise self.raw.connection.ProgrammingError(
                 "scroll mode must be 'relative' or 'absolute'"
             )
         rownumber = value + (self.rownumber if mode == "relative" else 0)
         if not 0 <= rownumber < len(self._rows):
-            raise self._raw.connection.ProgrammingError("scroll destination out of bounds")
+            raise self.raw.connection.ProgrammingError("scroll destination out of bounds")
         self.rownumber = rownumber
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._raw, name)
+        return getattr(self.raw, name)

@@ -33,7 +33,7 @@ class Link:
     was_ended: whether a statement of the program's has ended the transaction, as COMMIT does.
     observer: the `IObserver` of the present session and, if that is lost, of its last transaction;
     another one in another process.
-    reader: refers to the cursor that has rows which would be lost with the session, or None.
+    readers: refer to the cursors that have rows which would be lost with the session.
     """
 
     def __init__(self, server: Server, options: Options) -> None:
@@ -51,7 +51,7 @@ class Link:
         self._had_session = False
         self.is_on_standby = False
         self.was_ended = False
-        self.reader: weakref.ref[Any] | None = None
+        self.readers: set[weakref.ref[Any]] = set()
         # Whether a server has refused a write since.
         self._was_refused = False
 
@@ -132,10 +132,12 @@ class Link:
         self.is_on_standby = self.driver.is_standby(raw)
 
     def keep_rows(self, at_most: float = math.inf) -> None:
-        """Have rows kept that would be lost with the session, unless there are more."""
-        cursor = None if self.reader is None else self.reader()
-        if cursor is None or cursor.keep_rows(at_most):
-            self.reader = None
+        """Have rows kept that would be lost with the session, of each cursor unless it has more."""
+        for reader in self.readers.copy():
+            cursor = reader()
+            if cursor is None or cursor.keep_rows(at_most):
+                # Last: what an interrupt has left out is kept by the next who tries.
+                self.readers.discard(reader)
 
     def end(self) -> None:
         """End the present session, if there is one."""

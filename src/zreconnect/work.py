@@ -137,7 +137,7 @@ class Work:
             self.own.withdraw()
         if before is State.ACTIVE and state not in _GOES_ON and self.link.has_committed():
             self.own.sending()
-        if self.link.reader is not None and state is not State.CLOSED:
+        if self.link.readers and state is not State.CLOSED:
             self.link.keep_rows()
 
     def is_autocommit(self) -> bool:

@@ -136,6 +136,20 @@ class SharedTests:
         cursor.execute(NUMBERS)
         self.assertEqual(list(cursor), ROWS)
 
+    def test_those_of_several_cursors(self):
+        for commit in (True, False):
+            connection = self.connect()
+            cursors = [self.numbers(connection) for _ in range(3)]
+            if commit:
+                connection.commit()
+                self.lose_while_idle(connection)
+            else:
+                self.forward.drop()
+                self.assertRaises(DisconnectionError, connection.cursor().execute, "SELECT 1")
+                connection.rollback()
+            for cursor in cursors:
+                self.assertEqual(list(cursor), ROWS[1:])
+
     def test_in_the_lost_transaction_itself(self):
         connection = self.connect()
         cursor = self.numbers(connection)
@@ -232,6 +246,14 @@ class PostgresTests(SharedTests):
         cursor.close()
 
 
+class CountingCursor(extensions.cursor):
+    statements = 0
+
+    def execute(self, *arguments):
+        self.statements += 1
+        return super().execute(*arguments)
+
+
 class Psycopg2Tests(PostgresTests, DatabaseTestCase):
     def test_with_cursor_factories(self):
         for factory in (DictCursor, NamedTupleCursor, RealDictCursor, LoudCursor):
@@ -250,6 +272,30 @@ class Psycopg2Tests(PostgresTests, DatabaseTestCase):
                     for row in found
                 ]
                 self.assertEqual(plain, ROWS)
+
+    def test_a_negative_number_is_all_that_are_left(self):
+        connection = self.connect()
+        cursor = self.numbers_after_commit(connection)
+        self.assertEqual((cursor.fetchmany(-1), cursor.fetchmany(-1)), (ROWS[1:], []))
+
+    def test_the_raw_cursor_stays_as_long_as_its_session(self):
+        connection = self.connect()
+        cursor = connection.cursor(cursor_factory=CountingCursor)
+        for expected in (1, 2, 3):
+            cursor.execute(NUMBERS)
+            self.assertEqual(cursor.statements, expected)
+            connection.commit()
+            self.assertEqual(cursor.fetchone(), (1,))
+        self.lose_while_idle(connection)
+        cursor.execute(NUMBERS)
+        self.assertEqual(cursor.statements, 1)
+
+    def test_cursors_that_are_gone_are_forgotten(self):
+        connection = self.connect()
+        for _ in range(3):
+            self.numbers(connection)
+        cursor = self.numbers(connection)
+        self.assertEqual([reader() for reader in connection.work.link.readers], [cursor])
 
     def test_what_psycopg2_knows_besides(self):
         connection = self.connect()
