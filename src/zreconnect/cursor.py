@@ -274,10 +274,9 @@ class ReconnectingCursor(Transfers):
         """Before a statement that may find the session lost; its own rows are not read any more."""
         link = self._work.link
         link.readers.discard(self._weak)
-        if link.readers:
-            are_all_lost = self._work.state is State.ACTIVE and link.session.watch.is_quiet()
-            # If they are many, what has arrived on the line has to tell of a loss of both.
-            link.keep_rows(FEW_ROWS if are_all_lost else math.inf)
+        are_few = self._work.state is State.ACTIVE and link.session.watch.is_quiet()
+        # If they are many, what has arrived on the line has to tell of a loss of both.
+        link.keep_rows(FEW_ROWS if are_few else math.inf)
 
     def keep_rows(self, at_most: float) -> bool:
         """Keep the rows that are in the client and were not fetched, for after the session's end.
