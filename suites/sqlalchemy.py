@@ -35,8 +35,10 @@ def on(driver: str, name: str, title: str, tests: Sequence[str]) -> Suite:
         server.query("ALTER DATABASE test SET default_text_search_config = 'pg_catalog.english'")
         for schema in ("test_schema", "test_schema_2"):
             server.query(f"CREATE SCHEMA {schema}", dbname="test")
-        url = server.dsn(dbname="test").replace("postgresql:", f"postgresql+{driver}:", 1)
-        return ["--dburi", url]
+        # Tests replace capital letters in the URL, also in the password.
+        server.query("CREATE ROLE scott SUPERUSER LOGIN PASSWORD 'tiger'")
+        address = f"{server.host}:{server.port}"
+        return ["--dburi", f"postgresql+{driver}://scott:tiger@{address}/test"]
 
     return Suite(
         name=f"sqlalchemy-{name}",
