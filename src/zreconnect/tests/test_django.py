@@ -30,6 +30,7 @@ from zreconnect import (
     CommitOutcomeUnknown,
     DisconnectionError,
     Ledger,
+    ReconnectingConnection,
     ReconnectTimeout,
     RetryPolicy,
     retry_on_disconnect,
@@ -327,6 +328,31 @@ class TimeLimitTests(DjangoTestCase):
         with transaction.atomic():
             self.File.objects.create(path="never")
             self.sleep()
+
+    def test_where_django_switches_the_mode(self):
+        """The next block is committed: Django does not go on with the mode of the last one."""
+        interrupted = mock.Mock(side_effect=TimeLimit)
+        switch = {"autocommit": property(fset=interrupted)}
+        for name, replaced in (("switch", switch), ("roll back", {"rollback": interrupted})):
+            with self.subTest(name), contextlib.ExitStack() as stack:
+                with self.assertRaises(TimeLimit), transaction.atomic():
+                    self.File.objects.create(path=name)
+                    stack.enter_context(mock.patch.multiple(ReconnectingConnection, **replaced))
+                    if name == "roll back":
+                        raise TimeLimit
+                stack.close()
+                self.work(path=f"after {name}")
+        self.assertEqual(self.paths(), ["after roll back", "after switch", "switch"])
+
+    def test_a_mode_that_cannot_be_switched(self):
+        self.work()
+        transaction.set_autocommit(False)
+        self.work(path="manually")
+        with self.assertRaises(DatabaseError):
+            transaction.set_autocommit(True)
+        transaction.commit()
+        transaction.set_autocommit(True)
+        self.assertEqual(self.paths(), ["manually", "pack.py"])
 
     def test_at_commit(self):
         """Nothing is lost or done twice, whatever becomes of the answer."""

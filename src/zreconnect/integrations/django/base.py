@@ -6,6 +6,7 @@ Django looks for ``DatabaseWrapper`` in the module ``base`` of what a database's
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ with needs(__name__, "zreconnect[django]"):
     from django.core.exceptions import ImproperlyConfigured
     from django.db.backends.base.operations import BaseDatabaseOperations
     from django.db.backends.postgresql import base
-    from django.db.utils import DatabaseErrorWrapper, OperationalError
+    from django.db.utils import DatabaseErrorWrapper, Error, OperationalError
     from django.utils.functional import cached_property
 
 #: Those of a database's OPTIONS that are for `ReconnectingConnection`.
@@ -107,6 +108,20 @@ class DatabaseWrapper(base.DatabaseWrapper):
     @cached_property  # type: ignore[untyped-decorator]
     def wrap_database_errors(self) -> ErrorWrapper:
         return ErrorWrapper(self)
+
+    def set_autocommit(self, autocommit: bool, **options: Any) -> None:
+        # Django would not commit what comes next if it took the mode for another than it is.
+        met = sys.exc_info()[1]
+        try:
+            super().set_autocommit(autocommit, **options)
+        except BaseException as error:
+            is_djangos = isinstance(error, Error)
+            if self.autocommit == autocommit or (is_djangos and met is None):
+                raise
+            self.close()
+            # In atomic(), an interrupt has kept the transaction from being ended, and is to pass.
+            if not (is_djangos and autocommit):
+                raise
 
     # atomic() calls it by way of commit(). It rolls back after Django's errors, but not after
     # CommitOutcomeUnknown, and would then replace that by the error of a connection that waits for
