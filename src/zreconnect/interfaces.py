@@ -345,9 +345,9 @@ class IDriver(Interface):
         before any query: SET TRANSACTION and its like. No round trip."""
 
     def chains(statement):
-        """Whether a statement, as text or composed, after which a transaction is under way, has
-        ended the one before: COMMIT AND CHAIN and its like. No round trip; False if
-        ``has_committed()`` tells of it."""
+        """Whether a statement, as text or composed, ends the transaction and goes on in another
+        one: COMMIT AND CHAIN, or a string in which something follows COMMIT. No round trip; False
+        if ``has_committed()`` tells of it."""
 
     def looks_like_reading(raw_cursor):
         """Whether the statement that ``raw_cursor`` executed last is of a kind that writes nothing,
@@ -591,7 +591,8 @@ class IReconnectingConnection(Interface):
         In the arguments, this connection and its cursors are replaced by the driver's own, such as
         in ``connection.call_driver(register_hstore, connection)``. A transaction begins for it as
         for a statement. A loss is what it is for a statement: `DisconnectionError`, or in
-        autocommit mode `CommitOutcomeUnknown`. What the function raises besides passes.
+        autocommit mode `CommitOutcomeUnknown`. What the function raises besides passes. All that
+        it does counts as one request, for ``response_timeout``.
 
         The transaction is not the function's to end; if it has, that is seen on PostgreSQL and
         SQLite unless it has begun another one. The modules for MySQL do not tell: there, a loss in

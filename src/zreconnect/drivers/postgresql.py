@@ -72,15 +72,13 @@ COMMIT_STATEMENT = re.compile(
     rb"(?:COMMIT|END|PREPARE\s+TRANSACTION)\b",
     re.IGNORECASE,
 )
-# After these a transaction is under way, as before, and it is another one.
+# What ends a transaction, by itself or in a string of statements; and what goes on after that.
+ENDS = r"(?:COMMIT|END|ABORT|ROLLBACK|PREPARE\s+TRANSACTION)\b"
 CHAINING = re.compile(
-    r"(?:^|;)\s*(?:COMMIT|END|ABORT|ROLLBACK)\b[^;]*\bAND\s+CHAIN\b"
-    r"|(?:^|;)\s*(?:(?:COMMIT|END|ABORT|ROLLBACK)\b(?![^;]*\bTO\b)|PREPARE\s+TRANSACTION\b)"
-    r".*;\s*(?:BEGIN|START)\b",
-    re.IGNORECASE | re.DOTALL,
+    rf"(?:^|;)\s*{ENDS}(?:[^;]*\bAND\s+CHAIN\b|(?![^;]*\bTO\b)[^;]*;[\s;]*[^\s;])", re.IGNORECASE
 )
 # Most that have a semicolon have no such word after it, which is found out fast.
-FOLLOWING = re.compile(rf";{BLANK}(?:COMMIT|END|ABORT|ROLLBACK|BEGIN|START)\b", re.IGNORECASE)
+FOLLOWING = re.compile(rf";{BLANK}{ENDS}", re.IGNORECASE)
 # What can contain such words and is no part of a statement.
 QUOTED_OR_COMMENT = re.compile(
     r"\bE'[^'\\]*(?:(?:\\.|'')[^'\\]*)*'|'[^']*'|\"[^\"]*\"|(\$\w*\$).*?\1"
@@ -205,7 +203,7 @@ class PostgresqlDriver:
     committing_methods: frozenset[str] = frozenset()
     rollback_request: Any = ()
     quote = '"'
-    may_chain = re.compile(BLANK + r"(?:COMMIT|END|ABORT|ROLLBACK)\b", re.IGNORECASE).match
+    may_chain = re.compile(BLANK + ENDS, re.IGNORECASE).match
     disconnect_messages: tuple[str, ...] = DISCONNECT_MESSAGES
     ledger_table = (
         "CREATE TABLE IF NOT EXISTS {table} ("

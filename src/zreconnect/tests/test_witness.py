@@ -122,18 +122,33 @@ class BothTests(WitnessTestCase):
             with self.assertRaises(CommitOutcomeUnknown):
                 self.insert(connection)
 
+    def test_a_conflict_after_a_commit_in_the_same_string_has_nothing_run_again(self):
+        for self.driver in ("psycopg2", "psycopg"):
+            connection = self.connect()
+
+            def work(connection=connection):
+                self.insert(connection)
+                connection.execute("COMMIT; DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
+
+            with self.assertRaises(connection.OperationalError):
+                connection.run(work)
+            self.assertEqual(self.names(), ["one"])
+            self.query("DELETE FROM item")
+
     def test_statements_that_chain(self):
         for statement in (
             "commit and chain",
             b"/* why */ ROLLBACK WORK AND CHAIN;",
             "SELECT ';'; -- END\nABORT /* */ ; BEGIN; SELECT 1",
             "PREPARE TRANSACTION 'one'; START TRANSACTION",
+            "COMMIT; SELECT 1",
             "SELECT E'\\'; '; COMMIT; SELECT 1; BEGIN",
         ):
             self.assertTrue(driver.chains(statement), statement)
         for statement in (
             "COMMIT",
-            "SELECT 1; COMMIT AND NO CHAIN",
+            "SELECT 1; COMMIT AND NO CHAIN ; --",
+            "PREPARE transactions AS SELECT 1; SELECT 1",
             "ROLLBACK TO SAVEPOINT a; BEGIN",
             "SELECT '; COMMIT AND CHAIN', \"; END; BEGIN\"",
             "DO $a$ BEGIN PERFORM 1; END; BEGIN $a$",
