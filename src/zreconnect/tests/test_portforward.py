@@ -299,7 +299,9 @@ class StartAndStopTests(EchoTests):
 
     def test_its_process_ends_with_the_program_however_that_ends(self):
         program = (
-            "import sys, time; from zreconnect.testing import PortForward;"
+            # What is started in the background of a shell ignores SIGINT.
+            "import signal, sys, time; from zreconnect.testing import PortForward;"
+            "signal.signal(signal.SIGINT, signal.default_int_handler);"
             "forward = PortForward('127.0.0.1', int(sys.argv[1])); forward.start();"
             "print(forward._process.pid, flush=True); time.sleep(3600)"
         )
