@@ -10,6 +10,8 @@ from unittest import mock
 import zreconnect
 from zreconnect.drivers import base
 from zreconnect.drivers.base import BaseDriver, SessionSettings, load_driver
+from zreconnect.drivers.postgresql import PostgresqlDriver
+from zreconnect.integrations.pyramid import keep_body
 
 MODULE = """
 from zreconnect.drivers.sqlite import SqliteDriver
@@ -97,10 +99,20 @@ class DriverTests(unittest.TestCase):
             load_driver("acme")
 
 
+class BodyTests(unittest.TestCase):
+    def test_a_request_that_runs_once_keeps_nothing(self):
+        environ = {}
+        keep_body(environ)
+        self.assertEqual(environ, {})
+
+
 class BaseDriverTests(unittest.TestCase):
     def test_what_a_driver_need_not_say(self):
         driver = BaseDriver()
         error = ValueError("x")
+        for each in (driver, PostgresqlDriver()):
+            self.assertIsNone(each.keep(None))
+            self.assertIsNone(each.autocommit_mode("SET autocommit = 1"))
         self.assertTrue(driver.has_sessions)
         self.assertFalse(driver.supports_two_phase)
         self.assertFalse(driver.is_transient(error))

@@ -1,6 +1,7 @@
 """Rows that have arrived before their session ended, with every module that has sessions."""
 
 import os
+import threading
 from contextlib import suppress
 
 import psycopg
@@ -345,6 +346,26 @@ class Psycopg2Tests(PostgresTests, DatabaseTestCase):
             cursor.fetchone()
         with self.assertRaisesRegex(psycopg2.InterfaceError, "execute it again"):
             next(iter(cursor))
+
+
+class OthersTests(DatabaseTestCase):
+    def test_a_call_of_the_drivers_keeps_the_rows_of_another_cursor(self):
+        connection = self.connect()
+        first, second = connection.cursor(), connection.cursor()
+        first.execute("SELECT generate_series(1, 3)")
+        connection.call_driver(lambda raw: raw.execute("SELECT 4"), second)
+        self.forward.drop()
+        connection.rollback()
+        self.assertEqual(first.fetchall(), [(1,), (2,), (3,)])
+
+    def test_a_thread_may_ask_for_what_is_known_of_anothers_connection(self):
+        connection = self.connect()
+        connection.begin()
+        found = []
+        thread = threading.Thread(target=lambda: found.append(connection.get_backend_pid()))
+        thread.start()
+        thread.join()
+        self.assertEqual(found, [connection.get_backend_pid()])
 
 
 class LoudCursor(extensions.cursor):
