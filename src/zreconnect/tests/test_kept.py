@@ -368,6 +368,19 @@ class OthersTests(DatabaseTestCase):
         self.assertEqual(found, [connection.get_backend_pid()])
 
 
+class MethodTests(DatabaseTestCase):
+    def test_a_method_that_was_had_before_is_refused_after_a_loss(self):
+        connection = self.connect()
+        connection.begin()
+        ask = connection.get_backend_pid
+        self.forward.drop()
+        with self.assertRaises(DisconnectionError):
+            connection.cursor().execute("SELECT 1")
+        with self.assertRaises(DisconnectionError):
+            ask()
+        connection.rollback()
+
+
 class LoudCursor(extensions.cursor):
     def execute(self, query, vars=None):
         super().execute(query, vars)
