@@ -1,4 +1,4 @@
-"""Where the tests come from: a source distribution, Debian's source package, or a directory."""
+"""Where the tests come from: a source distribution, or a directory."""
 
 from __future__ import annotations
 
@@ -56,23 +56,6 @@ class Sdist:
 
 
 @dataclass(frozen=True)
-class DebianSource:
-    """Debian's source package, from where apt-get gets it: one of its sources is ``deb-src``."""
-
-    package: str
-    version: str
-
-    def fetch(self, directory: Path) -> Path:
-        """The directory with the source, in ``directory``."""
-        target = directory / f"{self.package}-{self.version}"
-        if not target.exists():
-            with _fresh(target) as fresh:
-                _call("apt-get", "source", "--quiet", f"{self.package}={self.version}", cwd=fresh)
-        (source,) = (path for path in target.iterdir() if path.is_dir())
-        return source
-
-
-@dataclass(frozen=True)
 class Checkout:
     """A directory that the environment variable names: for tests that are published nowhere else.
 
@@ -104,16 +87,13 @@ def _fresh(target: Path) -> Iterator[Path]:
         fresh.rename(target)
 
 
-def _call(*command: str, cwd: Path | None = None) -> None:
+def _call(*command: str) -> None:
     environment = {name: os.environ[name] for name in os.environ if name != "PIP_BUILD_CONSTRAINT"}
     # psycopg2 does not even tell its requirements without pg_config.
     environment["PATH"] = os.pathsep.join(
         [environment.get("PATH", os.defpath), str(programs_of_postgres())]
     )
-    try:
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise NotToBeHad(f"there is no {command[0]}") from error
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         raise NotToBeHad(f"{' '.join(command)}: {''.join(last)}")
