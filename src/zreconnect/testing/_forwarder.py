@@ -19,6 +19,7 @@ import errno
 import fcntl
 import json
 import math
+import select
 import selectors
 import socket
 import struct
@@ -107,7 +108,7 @@ class Forwarder:
         """Forward until it is stopped, or the test process is gone."""
         while not self._stopping:
             is_asked = False
-            for key, _events in self._selector.select(self._seconds_to_next_release()):
+            for key in self._ready():
                 if key.fileobj is self._channel:
                     is_asked = True
                 elif key.fileobj is self._listener:
@@ -303,6 +304,15 @@ class Forwarder:
     def _due(self, flow: _Flow) -> float:
         """When what a flow holds may pass."""
         return max(flow.held[0][0] + self._delay, self._free_at[flow.direction])
+
+    def _ready(self) -> list[selectors.SelectorKey]:
+        """Wait until there is something to read or write, or something may be released."""
+        seconds = self._seconds_to_next_release()
+        if seconds is not None:
+            # A selector rounds the seconds up to milliseconds.
+            select.select([self._selector], [], [], seconds)
+            seconds = 0
+        return [key for key, _events in self._selector.select(seconds)]
 
     def _seconds_to_next_release(self) -> float | None:
         times = [
