@@ -1,4 +1,4 @@
-"""The environment that a suite runs in: one of its own, made once."""
+"""The environment that a suite, or the benchmarks, run in: one of its own, made once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from suites.sources import NotToBeHad
@@ -13,6 +14,7 @@ from suites.suite import PYTEST, Suite
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILDOUT = ROOT / "buildout.cfg"
+SETUP = ROOT / "setup.py"
 
 
 def python_for(suite: Suite, directory: Path) -> Path:
@@ -20,10 +22,18 @@ def python_for(suite: Suite, directory: Path) -> Path:
 
     Raises NotToBeHad for what cannot be installed.
     """
-    wanted = sorted({PYTEST, *suite.requirements})
-    itself = f"{ROOT}[{','.join(suite.extras)}]" if suite.extras else str(ROOT)
+    return python_with({PYTEST, *suite.requirements}, suite.extras, directory)
+
+
+def python_with(requirements: Iterable[str], extras: Sequence[str], directory: Path) -> Path:
+    """The Python of an environment with these and zreconnect, in ``directory``, made if need be.
+
+    Raises NotToBeHad for what cannot be installed.
+    """
+    wanted = sorted(requirements)
+    itself = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
     pins = constraints(wanted)
-    content = "\n".join([sys.version, itself, *wanted, *pins])
+    content = "\n".join([sys.version, itself, *wanted, *pins, SETUP.read_text(encoding="utf-8")])
     made_of = directory / "made-of"
     if not made_of.exists() or made_of.read_text() != content:
         shutil.rmtree(directory, ignore_errors=True)
