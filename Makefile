@@ -31,7 +31,7 @@ builds_mysqlclient := pkg-config --exists mysqlclient 2>/dev/null && $(compiles)
 programs := bin/py bin/test bin/zreconnect bin/coverage bin/mypy bin/ruff
 unbuilt := $(filter-out $(wildcard bin/*),$(programs))
 
-.PHONY: help demo test coverage lint services suites clean .FORCE
+.PHONY: help demo test coverage lint services suites bench clean .FORCE
 
 help:
 	@echo 'make demo       import a source tree into a database that is interrupted meanwhile'
@@ -41,6 +41,8 @@ help:
 	@echo 'make services   install what the tests need beyond Python (Debian, as root)'
 	@echo 'make suites     other projects'"'"' test suites, bare and through zreconnect (long; fetches them);'
 	@echo '                SUITES="storm django" chooses'
+	@echo 'make bench      what zreconnect and its peers cost, side by side (15 minutes; installs them);'
+	@echo '                BENCH="transactions reading" chooses'
 	@echo 'make clean      remove everything that make has made'
 	@echo
 	@echo 'Each sets up what it needs first, inside the checkout. It also leaves bin/py (a Python'
@@ -93,10 +95,13 @@ services:
 suites: .venv/built
 	PYTHONPATH=. $(strip bin/py -m suites $(SUITES))
 
+bench: .venv/built
+	PYTHONPATH=. $(strip bin/py -m benchmarks $(BENCH))
+
 clean:
-	rm -rf .suites .venv bin develop-eggs eggs parts .installed.cfg build dist src/*.egg-info
+	rm -rf .benchmarks .suites .venv bin develop-eggs eggs parts .installed.cfg build dist src/*.egg-info
 	rm -rf .mypy_cache .ruff_cache .coverage .coverage.* htmlcov docs/_build
-	find src doctests suites -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find src benchmarks doctests suites -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The virtual environment, with the pinned versions of pip, zc.buildout and what buildout needs.
 # coverage is there for the .pth file that starts it in child processes, ruff for its program.

@@ -22,6 +22,8 @@ SQLALCHEMY = [
 ]
 SQLOBJECT = ["SQLObject >= 3.11"]
 STORM = ["storm >= 1.0"]
+# What `make bench` measures beside zreconnect.
+PEERS = ["oslo.db >= 18.0", "psycopg_pool >= 3.2", *DJANGO, *PSYCOPG, *SQLALCHEMY, *STORM]
 # What zope.publisher, which Zope's integration serves, does not need itself.
 ZOPE = ["zope.component[zcml] >= 5.1", "zope.configuration >= 5.0", "zope.schema >= 7.0"]
 # The servers and middleware of the example applications, which the tests run.
@@ -84,6 +86,7 @@ setup(
         "zope.publisher >= 7.1; python_version >= '3.12'",
     ],
     extras_require={
+        "benchmarks": [*EMBEDDED, *PEERS],
         "cli": CLI,
         "django": DJANGO,
         "docs": ["Sphinx >= 7.0"],

@@ -1,0 +1,64 @@
+"""Measuring in turns, and what is made of it: medians of ratios, with quartiles."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median of ratios, and their quartiles."""
+
+    median: float
+    lower: float
+    upper: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.lower:.2f}-{self.upper:.2f})"
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
+    """Of what was measured in the same rounds."""
+    ratios = [above / below for above, below in zip(numerators, denominators, strict=True)]
+    if len(ratios) == 1:
+        return Ratio(ratios[0], ratios[0], ratios[0])
+    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Ratio(median, lower, upper)
+
+
+def interleaved(
+    rounds: int, names: Iterable[str], measure: Callable[[str], T]
+) -> Mapping[str, list[T]]:
+    """What was measured of each, a value for each round; in every round in another order."""
+    measured: dict[str, list[T]] = {name: [] for name in names}
+    order = list(measured)
+    chance = random.Random(len(order))
+    for _ in range(rounds):
+        chance.shuffle(order)
+        for name in order:
+            measured[name].append(measure(name))
+    return measured
+
+
+@dataclass(frozen=True)
+class Burst:
+    """Seconds that some transactions took, for each: by the clock, and of the process's CPU."""
+
+    wall: float
+    cpu: float
+
+
+def burst(number: int, function: Callable[[], object]) -> Burst:
+    """Call the function so many times."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(number):
+        function()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return Burst(wall / number, cpu / number)
