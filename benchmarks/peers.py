@@ -5,7 +5,8 @@ A peer imports what it needs when it is made, so that a process has no other one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,6 +59,13 @@ class Peer:
         """Begin, execute the statements, fetch their rows, commit. Raises what it raises."""
         raise NotImplementedError
 
+    def reading(self, sql: str, is_named: bool = False) -> AbstractContextManager[Any]:
+        """A cursor that has executed the SQL, in a transaction that ends with the block.
+
+        is_named: whether the server keeps the rows until they are fetched.
+        """
+        raise NotImplementedError
+
     def close(self) -> None:
         raise NotImplementedError
 
@@ -72,7 +80,16 @@ class Dbapi(Peer):
     connection: Any
 
     def cursor(self, *arguments: Any) -> Any:
+        """A cursor, in a transaction; with a name, one that the server keeps the rows for."""
         return self.connection.cursor(*arguments)
+
+    @contextmanager
+    def reading(self, sql: str, is_named: bool = False) -> Iterator[Any]:
+        cursor = self.cursor(*(["reading"] if is_named else []))
+        cursor.execute(sql)
+        yield cursor
+        cursor.close()
+        self.commit()
 
     def transaction(self, statements: Sequence[Any]) -> None:
         cursor = self.connection.cursor()
@@ -194,6 +211,13 @@ class PsycopgPool(Peer):
         with self._pool.connection() as connection, connection.cursor() as cursor:
             _execute(cursor, statements)
 
+    @contextmanager
+    def reading(self, sql: str, is_named: bool = False) -> Iterator[Any]:
+        arguments = ["reading"] if is_named else []
+        with self._pool.connection() as connection, connection.cursor(*arguments) as cursor:
+            cursor.execute(sql)
+            yield cursor
+
     def close(self) -> None:
         self._pool.close()
 
@@ -238,6 +262,14 @@ class Sqlalchemy(_OfSqlalchemy):
     def transaction(self, statements: Sequence[Any]) -> None:
         with self._engine.begin() as connection:
             _execute_with_sqlalchemy(connection, statements)
+
+    @contextmanager
+    def reading(self, sql: str, is_named: bool = False) -> Iterator[Any]:
+        from sqlalchemy import text
+
+        with self._engine.begin() as connection:
+            options = {"stream_results": True} if is_named else {}
+            yield connection.execute(text(sql), execution_options=options)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -338,12 +370,16 @@ class Django(Peer):
 
         self._connection, self._atomic = connection, transaction.atomic
 
-    def cursor(self) -> Any:
-        return self._connection.cursor()
-
     def transaction(self, statements: Sequence[Any]) -> None:
         with self._atomic(), self._connection.cursor() as cursor:
             _execute(cursor, statements)
+
+    @contextmanager
+    def reading(self, sql: str, is_named: bool = False) -> Iterator[Any]:
+        cursors = self._connection.chunked_cursor if is_named else self._connection.cursor
+        with self._atomic(), cursors() as cursor:
+            cursor.execute(sql)
+            yield cursor
 
     def close(self) -> None:
         self._connection.close()

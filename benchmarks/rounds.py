@@ -62,3 +62,17 @@ def burst(number: int, function: Callable[[], object]) -> Burst:
         function()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     return Burst(wall / number, cpu / number)
+
+
+#: The rounds of each peer, by name.
+Measured = Mapping[str, list[Burst]]
+
+
+def speed(measured: Measured, name: str, beside: str) -> Ratio:
+    """How many times as fast it is as another one, by the clock."""
+    return ratio([each.wall for each in measured[beside]], [each.wall for each in measured[name]])
+
+
+def thrift(measured: Measured, name: str, beside: str) -> Ratio:
+    """How many times less CPU time its process takes than another one's."""
+    return ratio([each.cpu for each in measured[beside]], [each.cpu for each in measured[name]])

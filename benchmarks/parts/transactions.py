@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.part import Goal, Options, Outcome, Part, Plot, Table
 from benchmarks.peers import LIMIT, PEERS, Address, Described, Peer, Statement, chosen
-from benchmarks.rounds import Burst, Ratio, burst, interleaved, ratio
+from benchmarks.rounds import Burst, Measured, burst, interleaved, speed, thrift
 from benchmarks.server import Line, postgres, through_socket, through_tcp
 from benchmarks.svg import Bar, bars
 from benchmarks.workers import Worker, workers
@@ -29,8 +29,6 @@ LINES = ("socket", "TCP", *LATENCIES)
 ITEMS = 10_000
 #: So many transactions are made before any is measured: drivers prepare what comes often.
 WARM_UP = 12
-
-Measured = Mapping[str, list[Burst]]
 
 
 def make_tables(server: Any) -> None:
@@ -62,7 +60,7 @@ def line_to(server: Any, line: str) -> Iterator[tuple[Callable[[Described], Addr
 
 def measure_workload(
     running: Mapping[str, Worker], workload: str, options: Options
-) -> Mapping[str, list[Burst]]:
+) -> Measured:
     """The rounds of each peer. All make as many transactions as bare psycopg2 does in its time."""
     for worker in running.values():
         worker.call(transactions, workload, WARM_UP)
@@ -94,16 +92,6 @@ def measure(options: Options) -> Outcome:
         [plot for line in LINES for plot in _plots(line, described, cells)],
         goals(cells, {each.name for each in described}),
     )
-
-
-def speed(measured: Measured, name: str, beside: str) -> Ratio:
-    """How many times as fast it is as another one, by the clock."""
-    return ratio([each.wall for each in measured[beside]], [each.wall for each in measured[name]])
-
-
-def thrift(measured: Measured, name: str, beside: str) -> Ratio:
-    """How many times less CPU time its process takes than another one's."""
-    return ratio([each.cpu for each in measured[beside]], [each.cpu for each in measured[name]])
 
 
 def _data(cells: Mapping[tuple[str, str], Measured], round_trips: Mapping[str, float]) -> Any:
