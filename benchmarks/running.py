@@ -10,15 +10,15 @@ import signal
 import sys
 import time
 
-from benchmarks import parts, report
+from benchmarks import measurements, report
 from benchmarks.part import Options, Part
 
 
 def described() -> list[Part]:
     """All parts, in the order of the tables."""
     modules = [
-        importlib.import_module(f"{parts.__name__}.{info.name}")
-        for info in pkgutil.iter_modules(parts.__path__)
+        importlib.import_module(f"{measurements.__name__}.{info.name}")
+        for info in pkgutil.iter_modules(measurements.__path__)
     ]
     return sorted((module.PART for module in modules), key=lambda part: part.order)
 
@@ -32,7 +32,7 @@ def chosen(names: list[str]) -> list[Part]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=parts.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=measurements.__doc__)
     parser.add_argument("names", nargs="*", metavar="PART", help="all parts, if there is none")
     parser.add_argument("--rounds", type=int, default=Options.rounds, metavar="N")
     parser.add_argument(

@@ -51,11 +51,15 @@ class Line:
     """A line to the server with latency, for as many as want one: each has a forwarder of its own.
 
     What is sent arrives after half of the round trip, whatever else is on its way.
+
+    round_trip: the seconds that it is to take.
     """
 
     def __init__(self, server: EmbeddedPostgres, round_trip: float) -> None:
         self._server = server
         self._stack = ExitStack()
+        #: The forwarders, by name.
+        self.forwards: dict[str, PortForward] = {}
         #: Seconds that each direction is delayed, and that a round trip was measured to take.
         self.delay, self.round_trip = _adjusted(round_trip)
 
@@ -65,9 +69,9 @@ class Line:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def address(self) -> Address:
-        """The address of one more forwarder."""
-        forward = PortForward(self._server.host, self._server.port)
+    def address(self, name: str) -> Address:
+        """The address of one more forwarder, under a new name."""
+        forward = self.forwards[name] = PortForward(self._server.host, self._server.port)
         self._stack.enter_context(forward)
         forward.delay(self.delay)
         return through_tcp(self._server, forward.port)

@@ -97,8 +97,10 @@ def read(peer: Peer, way: str) -> Burst:
 
 def can(name: str, way: str) -> bool:
     """COPY is the drivers'; a pool lends them, and mappers have no way to it of their own."""
-    return way != "COPY" or name.startswith(("psycopg2", "connect", "zopeless", "adapter")) or (
-        name == "psycopg"
+    return (
+        way != "COPY"
+        or name.startswith(("psycopg2", "connect", "zopeless", "adapter"))
+        or (name == "psycopg")
     )
 
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from benchmarks.measurements.transactions import WARM_UP, WORKLOADS, make_tables
 from benchmarks.part import Options, Outcome, Part, Plot, Table
-from benchmarks.parts.transactions import ITEMS, WARM_UP, WORKLOADS, make_tables
 from benchmarks.peers import PEERS, WITNESSES, Peer, chosen
 from benchmarks.rounds import burst, interleaved
 from benchmarks.server import postgres, through_socket
@@ -96,7 +96,9 @@ def measure(options: Options) -> Outcome:
         workload: {name: [asdict(each) for each in costs] for name, costs in found.items()}
         for workload, found in measured.items()
     }
-    return Outcome(data, [_table(found, workload) for workload, found in measured.items()], [*_plots(measured)])
+    return Outcome(
+        data, [_table(found, workload) for workload, found in measured.items()], [*_plots(measured)]
+    )
 
 
 def _table(found: Mapping[str, list[Cost]], workload: str) -> Table:
