@@ -26,7 +26,9 @@ STYLE = """
     .s3 { fill: #68d391; stroke: #68d391; } .s4 { fill: #b794f4; stroke: #b794f4; }
   }
 """
-WIDTH, LABELS, MARGIN, ROW, PLOT_HEIGHT = 760, 250, 20, 20, 300
+WIDTH, MARGIN, ROW, PLOT_HEIGHT = 760, 20, 20, 300
+#: Of a letter, about.
+LETTER = 7.2
 COLOURS = 6
 
 
@@ -43,32 +45,33 @@ class Bar:
 
 def bars(title: str, unit: str, bars: Sequence[Bar], one: float | None = None) -> str:
     """Bars below each other. ``one``: where a line stands, that all are compared with."""
+    left = MARGIN + LETTER * max(len(bar.label) for bar in bars)
     right = WIDTH - MARGIN - 50
     most = max(bar.upper for bar in bars)
     ticks = _ticks(most)
-    scale = (right - LABELS) / max(most, ticks[-1])
+    scale = (right - left) / max(most, ticks[-1])
     top = 50
     bottom = top + ROW * len(bars)
     parts = []
     for tick in ticks:
-        x = LABELS + tick * scale
+        x = left + tick * scale
         parts.append(_line(x, top, x, bottom, "grid"))
         parts.append(_text(x, bottom + 15, f"{tick:g}", "small", "middle"))
     for number, bar in enumerate(bars):
         y = top + ROW * number
         middle = y + ROW / 2
-        parts.append(_text(LABELS - 8, middle + 4, bar.label, "", "end"))
+        parts.append(_text(left - 8, middle + 4, bar.label, "", "end"))
         parts.append(
-            f'<rect class="s{bar.series % COLOURS}" x="{LABELS}" y="{y + 3}"'
+            f'<rect class="s{bar.series % COLOURS}" x="{left:.1f}" y="{y + 3}"'
             f' width="{bar.value * scale:.1f}" height="{ROW - 6}" />'
         )
-        ends = LABELS + bar.lower * scale, LABELS + bar.upper * scale
+        ends = left + bar.lower * scale, left + bar.upper * scale
         parts.append(_line(ends[0], middle, ends[1], middle, "whisker"))
-        parts.append(_text(ends[1] + 5, middle + 4, f"{bar.value:.2f}", "small", "start"))
+        parts.append(_text(ends[1] + 5, middle + 4, f"{bar.value:.3g}", "small", "start"))
     if one is not None:
-        x = LABELS + one * scale
+        x = left + one * scale
         parts.append(_line(x, top - 4, x, bottom, "one"))
-    parts.append(_text(LABELS, bottom + 32, unit, "small", "start"))
+    parts.append(_text(left, bottom + 32, unit, "small", "start"))
     return _document(title, bottom + 42, parts)
 
 
@@ -111,7 +114,9 @@ def lines(title: str, x: Axis, y: Axis, series: Mapping[str, Sequence[tuple[floa
         path = " ".join(f"{across.at(a):.1f},{upwards.at(b):.1f}" for a, b in points)
         parts.append(f'<polyline class="{colour}" points="{path}" />')
         legend = bottom + 54 + ROW * number
-        parts.append(f'<rect class="{colour}" x="{left}" y="{legend - 9}" width="18" height="4" />')
+        parts.append(
+            f'<rect class="{colour}" x="{left:.1f}" y="{legend - 9}" width="18" height="4" />'
+        )
         parts.append(_text(left + 26, legend, name, "", "start"))
     return _document(title, bottom + 54 + ROW * len(shown), parts)
 
