@@ -77,7 +77,6 @@ setup(
         "psycopg2-binary >= 2.9.5; python_version >= '3.11'",
         "psycopg2-binary >= 2.9.9; python_version >= '3.12'",
         "psycopg2-binary >= 2.9.10; python_version >= '3.13'",
-        "tenacity >= 8.2",
         "transaction >= 3.0.1",
         "zope.event >= 4.5",
         "zope.interface >= 6.1",

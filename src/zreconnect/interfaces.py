@@ -49,11 +49,17 @@ class IRetryPolicy(Interface):
     def after(elapsed):
         """The policy for the time that is left when ``elapsed`` seconds of it have passed."""
 
-    def retrying(error_type, before_sleep):
-        """A `tenacity.Retrying` that tries again after errors of ``error_type``.
+    def attempt_limit(elapsed):
+        """The seconds that it is given, which differ from time to time."""
 
-        before_sleep: called with tenacity's state before each pause.
+    def is_over(attempt, elapsed):
+        """Whether no other attempt follows upon the one with that number, from 1, that failed.
+
+        elapsed: seconds since the first one began.
         """
+
+    def pause(attempt, elapsed):
+        """The seconds between that attempt and the next one, drawn at random."""
 
 
 class IDriver(Interface):

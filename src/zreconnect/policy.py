@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import random
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-import tenacity
 
 from zreconnect.documented import implements
 from zreconnect.interfaces import IRetryPolicy
@@ -19,6 +17,10 @@ LONGEST_ATTEMPT = 10.0
 SHORTEST_ATTEMPT = 0.5
 # Time enough to connect for who makes one attempt only.
 SINGLE_ATTEMPT = 2.0
+# Of its upper limit, a pause is at least and at most this part. A fleet's pauses differ enough that
+# it spreads over time, and they are long enough that nobody knocks twice as often as who polls once
+# a second (benchmarks/fleet.py). What is left of the limit is for the attempt itself.
+LEAST_PART, LARGEST_PART = 0.5, 0.9
 
 
 @implements(IRetryPolicy)
@@ -26,9 +28,9 @@ SINGLE_ATTEMPT = 2.0
 class RetryPolicy:
     """How long and how often connecting is tried, and what lies between two attempts.
 
-    The pauses grow exponentially, with full jitter: each is a random part of the next value of
-    ``initial * multiplier ** n``, and that value never exceeds ``maximum``. So a server that is
-    back is noticed within ``maximum`` seconds, however long it was away.
+    The pauses grow exponentially, with jitter: each is a random part, from a half to nine tenths,
+    of the next value of ``initial * multiplier ** n``, and that value never exceeds ``maximum``. So
+    a server that is back is noticed within ``maximum`` seconds, however long it was away.
 
     timeout: seconds until `ReconnectTimeout`; None waits for ever, 0 tries once.
     initial: upper limit of the first pause, in seconds.
@@ -45,9 +47,9 @@ class RetryPolicy:
     """
 
     timeout: float | None = None
-    initial: float = 0.1
-    maximum: float = 0.5
-    multiplier: float = 2.0
+    initial: float = 0.25
+    maximum: float = 1.0
+    multiplier: float = 4.0
     attempts: int | None = None
     since_outage: bool = False
     # Of what is left of a policy: that one's timeout.
@@ -70,6 +72,13 @@ class RetryPolicy:
         if self.timeout is None:
             return LONGEST_ATTEMPT
         return min(LONGEST_ATTEMPT, max(SHORTEST_ATTEMPT, self.timeout - elapsed))
+
+    def attempt_limit(self, elapsed: float) -> float:
+        """As `longest_attempt`, or less, at random: else those whom a silent server keeps waiting
+        would all begin their next attempts at the same time, too, and find it busy or not at all.
+        """
+        limit = LONGEST_ATTEMPT * random.uniform(LEAST_PART, 1.0)
+        return min(limit, self.longest_attempt(elapsed))
 
     def least_attempt(self) -> float:
         """The seconds that a new session may take at least until it can be used."""
@@ -97,33 +106,26 @@ class RetryPolicy:
         whole = self.timeout if self._whole is None else self._whole
         return replace(self, timeout=min(self.timeout, seconds), _whole=whole)
 
-    def retrying(
-        self,
-        error_type: type[BaseException],
-        before_sleep: Callable[[tenacity.RetryCallState], None],
-    ) -> tenacity.Retrying:
-        return tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(error_type),
-            stop=self._stop(),
-            wait=self._wait,
-            before_sleep=before_sleep,
-            reraise=True,
+    def is_over(self, attempt: int, elapsed: float) -> bool:
+        """Whether no attempt follows upon one that has failed. For the arguments see `pause`."""
+        return (self.timeout is not None and elapsed >= self.timeout) or (
+            self.attempts is not None and attempt >= self.attempts
         )
 
-    def _stop(self) -> tenacity.stop.stop_base:
-        limits: list[tenacity.stop.stop_base] = []
-        if self.timeout is not None:
-            limits.append(tenacity.stop_after_delay(self.timeout))
-        if self.attempts is not None:
-            limits.append(tenacity.stop_after_attempt(self.attempts))
-        return tenacity.stop_any(*limits)
+    def pause(self, attempt: int, elapsed: float) -> float:
+        """The seconds from an attempt that has failed until the next one.
 
-    def _wait(self, state: tenacity.RetryCallState) -> float:
-        pause = tenacity.wait_random_exponential(self.initial, self.maximum, self.multiplier)(state)
+        attempt: which one has failed, from 1. elapsed: seconds since the first one began.
+        """
+        try:
+            limit = min(self.maximum, self.initial * self.multiplier ** (attempt - 1))
+        except OverflowError:
+            limit = self.maximum
+        pause = limit * random.uniform(LEAST_PART, LARGEST_PART)
         if self.timeout is None:
             return pause
         # The last attempt is made at the deadline and not somewhere before it.
-        return min(pause, max(0.0, self.timeout - (state.seconds_since_start or 0.0)))
+        return min(pause, max(0.0, self.timeout - elapsed))
 
 
 class Patience:

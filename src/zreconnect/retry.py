@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import random
+import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
-import tenacity
 from zope.interface import alsoProvides
 
 from zreconnect import commits, engines, events
@@ -31,8 +32,8 @@ Result = TypeVar("Result")
 # Whether the code that asks is part of the call of a decorated function.
 _is_called: ContextVar[bool] = ContextVar("zreconnect_is_called", default=False)
 # Two units of work that met in a deadlock would meet again if they did not wait for times of
-# their own. After a disconnect it is begin() that waits.
-PAUSE = tenacity.wait_random_exponential(multiplier=0.02, max=1.0)
+# their own, in seconds. After a disconnect it is begin() that waits.
+FIRST_PAUSE, LONGEST_PAUSE = 0.02, 1.0
 
 
 def run_unit_of_work(
@@ -81,15 +82,17 @@ def run_unit_of_work(
     def may_run_again(error: BaseException) -> bool:
         return not is_final and os.getpid() == process and guard.may_run_again(error)
 
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(may_run_again),
-        stop=tenacity.stop_all(
-            tenacity.stop_after_attempt(attempts), tenacity.stop_after_delay(timeout or 0)
-        ),
-        wait=PAUSE,
-        reraise=True,
-    )
-    return retrying(unit_of_work)
+    started, attempt, limit = time.monotonic(), 0, FIRST_PAUSE
+    while True:
+        attempt += 1
+        try:
+            return unit_of_work()
+        except BaseException as error:
+            is_last = attempt >= attempts and time.monotonic() - started >= (timeout or 0)
+            if is_last or not may_run_again(error):
+                raise
+        time.sleep(random.uniform(0.0, limit))
+        limit = min(2 * limit, LONGEST_PAUSE)
 
 
 def check_patience(attempts: int, timeout: float | None) -> None:
@@ -154,7 +157,9 @@ def retry_on_disconnect(
     check_number("increment", increment, at_least=0)
     if not isinstance(idempotent, bool):
         raise TypeError(f"idempotent must be True or False, not {idempotent!r}")
-    interval = tenacity.wait_incrementing(min_interval, increment, max_interval)
+
+    def interval(runs: int) -> float:
+        return min(min_interval + increment * (runs - 1), max_interval)
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         check_function(function)
@@ -192,15 +197,24 @@ class _Call(Generic[Result]):
         self._commits = commits.Commits()
         self._watches_engines = False
 
-    def run(self, interval: tenacity.wait.wait_base) -> Result:
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_is_lost),
-            stop=lambda state: self._why_not_again(state) is not None,
-            wait=lambda state: self._pause(interval(state), state),
-            before_sleep=self._announce,
-            retry_error_callback=self._give_up,
-        )
-        return retrying(self._run_once)
+    def run(self, interval: Callable[[int], float]) -> Result:
+        """Raises what the last run raised. interval: the seconds after so many runs."""
+        started, runs = time.monotonic(), 0
+        while True:
+            runs += 1
+            try:
+                return self._run_once()
+            except BaseException as error:
+                if not _is_lost(error):
+                    raise
+                seconds = time.monotonic() - started
+                reason = self._why_not_again(error, seconds)
+                if reason is not None:
+                    self._give_up(runs, seconds, error, reason)
+                    raise
+                pause = self._pause(interval(runs), seconds)
+                events.announce(events.RunAgain(self._name, runs, seconds, pause, error))
+            time.sleep(pause)
 
     def _run_once(self) -> Result:
         self._watches_engines = engines.watch_commits()
@@ -211,8 +225,7 @@ class _Call(Generic[Result]):
         finally:
             _is_called.reset(token)
 
-    def _why_not_again(self, state: tenacity.RetryCallState) -> str | None:
-        _, seconds, error = _so_far(state)
+    def _why_not_again(self, error: BaseException, seconds: float) -> str | None:
         if not self._idempotent and self._may_have_committed(error):
             return "it may have committed something, and is not idempotent"
         if self._timeout is not None and seconds >= self._timeout:
@@ -225,26 +238,18 @@ class _Call(Generic[Result]):
         # SQLAlchemy was imported in this very run.
         return not self._watches_engines and engines.is_lost(error)
 
-    def _pause(self, interval: float, state: tenacity.RetryCallState) -> float:
+    def _pause(self, interval: float, seconds: float) -> float:
         if self._timeout is None:
             return interval
         # The last run begins when the time is up and not somewhere before it.
-        return min(interval, max(0.0, self._timeout - (state.seconds_since_start or 0.0)))
+        return min(interval, max(0.0, self._timeout - seconds))
 
-    def _announce(self, state: tenacity.RetryCallState) -> None:
-        runs, seconds, error = _so_far(state)
-        pause = state.next_action.sleep if state.next_action is not None else 0.0
-        events.announce(events.RunAgain(self._name, runs, seconds, pause, error))
-
-    def _give_up(self, state: tenacity.RetryCallState) -> NoReturn:
-        runs, seconds, error = _so_far(state)
-        reason = self._why_not_again(state) or ""
+    def _give_up(self, runs: int, seconds: float, error: BaseException, reason: str) -> None:
         gave_up = events.GaveUpRunning(self._name, runs, seconds, error, reason)
         events.announce(gave_up)
         # Python 3.10 has no notes, but the log tells it too.
         if hasattr(error, "add_note"):  # pragma: no branch
             error.add_note(str(gave_up))
-        raise error
 
 
 def _is_lost(error: BaseException) -> bool:
@@ -255,10 +260,3 @@ def _is_lost(error: BaseException) -> bool:
         original = error.getOriginalException()
         return original is None or original[0] is not DisconnectedConnectionError
     return isinstance(error, (CommitOutcomeUnknown, ReconnectTimeout)) or engines.is_lost(error)
-
-
-def _so_far(state: tenacity.RetryCallState) -> tuple[int, float, BaseException]:
-    """How often the function was run, for how many seconds, and what it raised at last."""
-    error = state.outcome.exception() if state.outcome is not None else None
-    assert error is not None
-    return state.attempt_number, state.seconds_since_start or 0.0, error

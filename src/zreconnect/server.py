@@ -4,7 +4,8 @@ As long as the server is not known to be up, the threads share one connection at
 whoever comes while an attempt is under way waits for its outcome. A failure is everybody's; after
 a success each connects for itself. An attempt without an outcome ends at its deadline for all of
 them, and then one of them makes the next one. It may last longer than the one who makes it waits,
-so that a server that takes its time to let somebody in is found.
+so that a server that takes its time to let somebody in is found. A failure is also that of the
+threads that pause at the time: so all of them together knock no more often than one would.
 
 The door has no lock, which an interrupt could leave locked. Each step that has to be whole is one
 call of a built-in method: neither another thread nor the handler of a signal comes in between.
@@ -130,6 +131,8 @@ class Server:
         self._parameters = parameters
         # When it was first, and when last, met away.
         self._outage: tuple[float, float] | None = None
+        # When the latest attempt has failed, and how; None if it has not.
+        self._failure: tuple[float, BaseException] | None = None
         self.reopen_door()
 
     @property
@@ -139,14 +142,19 @@ class Server:
         address: str = self.driver.address(self._parameters)
         return address
 
-    def connect(self, timeout: float, lasting: float = 0.0) -> Any:
+    def connect(self, timeout: float, lasting: float = 0.0, paused_since: float = math.inf) -> Any:
         """A new raw connection, within ``timeout`` seconds. One that comes later is closed.
 
         lasting: how many seconds an attempt may take at least, for others and for what is known.
+        paused_since: the time.monotonic() at which the caller's last attempt had failed. If another
+        thread's attempt has failed since, there is no new one.
 
         Raises `AttemptFailed` if there is none and a later attempt may succeed; what the attempt
         raised if it is refused for good.
         """
+        failure = self._failure
+        if failure is not None and failure[0] >= paused_since:
+            self._fail(failure[1])
         now = time.monotonic()
         deadline = now + timeout
         mine = _Attempt(max(deadline, now + lasting))
@@ -266,21 +274,22 @@ class Server:
             self.driver.prepare(raw)
             self._parameters = self._parameters or self.driver.parameters(raw)
         except BaseException as error:
-            self._note(attempt, is_up=False)
+            self._note(attempt, error)
             attempt.end((None, error))
             attempt.is_taken()
         else:
-            self._note(attempt, is_up=True)
+            self._note(attempt, None)
             attempt.end((raw, None))
             if not attempt.is_taken():
                 self.driver.close(raw)
                 self.reached()
 
-    def _note(self, attempt: _Attempt, is_up: bool) -> None:
+    def _note(self, attempt: _Attempt, error: BaseException | None) -> None:
         # What an attempt that was given up has met is old news.
         if attempt.is_over():
             return
-        self._is_up = is_up
+        self._failure = None if error is None else (time.monotonic(), error)
+        self._is_up = error is None
 
     def _fail(self, error: BaseException) -> NoReturn:
         if self.passes(error):

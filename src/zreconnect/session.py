@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
-
-import tenacity
 
 from zreconnect import events
 from zreconnect.exceptions import ReconnectTimeout, one_line
@@ -77,29 +76,25 @@ def open_session(
     """
     started = time.monotonic()
     attempts = 0
-
-    def announce_failure(state: tenacity.RetryCallState) -> None:
-        assert state.outcome is not None and state.next_action is not None
-        failure = state.outcome.exception()
-        assert isinstance(failure, AttemptFailed)
+    elapsed, paused_since = 0.0, math.inf
+    while True:
+        check()
+        attempts += 1
+        try:
+            session = _attempt(server, policy, elapsed, paused_since, prepare)
+            break
+        except AttemptFailed as failure:
+            error = failure.error
+        paused_since = time.monotonic()
+        elapsed = paused_since - started
+        if policy.is_over(attempts, elapsed):
+            _give_up(server, policy, attempts, elapsed, error)
+        pause = policy.pause(attempts, elapsed)
         events.announce(
-            events.ConnectionAttemptFailed(
-                server.address,
-                state.attempt_number,
-                time.monotonic() - started,
-                state.next_action.sleep,
-                failure.error,
-            )
+            events.ConnectionAttemptFailed(server.address, attempts, elapsed, pause, error)
         )
-
-    try:
-        for attempt in policy.retrying(AttemptFailed, announce_failure):
-            with attempt:
-                check()
-                attempts = attempt.retry_state.attempt_number
-                session = _attempt(server, policy, time.monotonic() - started, prepare)
-    except AttemptFailed as failure:
-        _give_up(server, policy, attempts, time.monotonic() - started, failure.error)
+        time.sleep(pause)
+        elapsed = time.monotonic() - started
     # In this order: a subscriber may use the connection.
     if adopt(session) or attempts > 1:
         seconds = time.monotonic() - started
@@ -107,12 +102,16 @@ def open_session(
 
 
 def _attempt(
-    server: Server, policy: RetryPolicy, elapsed: float, prepare: Callable[[Session], None]
+    server: Server,
+    policy: RetryPolicy,
+    elapsed: float,
+    paused_since: float,
+    prepare: Callable[[Session], None],
 ) -> Session:
     """A session that is prepared, and the server knows what came of it."""
-    began, timeout = time.monotonic(), policy.longest_attempt(elapsed)
+    began, timeout = time.monotonic(), policy.attempt_limit(elapsed)
     try:
-        raw = server.connect(timeout, policy.lasting_attempt())
+        raw = server.connect(timeout, policy.lasting_attempt(), paused_since)
         session = _prepared(server, raw, max(timeout, policy.least_attempt()), prepare)
     except AttemptFailed:
         server.missed(began)

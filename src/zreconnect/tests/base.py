@@ -10,12 +10,11 @@ from contextlib import closing, contextmanager
 from unittest import mock
 
 import psycopg2
-import tenacity
 import transaction
 import zope.event
 
 import zreconnect
-from zreconnect import RetryPolicy, session
+from zreconnect import RetryPolicy, retry, session
 from zreconnect.policy import LONGEST_ATTEMPT
 from zreconnect.testing import EmbeddedMariaDB, EmbeddedPgBouncer
 from zreconnect.testing.layers import MARIADB_PORT_FORWARD_LAYER, PORT_FORWARD_LAYER
@@ -95,8 +94,7 @@ def without_sleep():
     """Pauses between attempts take no time in the block, however long a policy makes them."""
     sleepless = _SleeplessTime()
     with (
-        mock.patch.object(tenacity, "time", sleepless),
-        mock.patch.object(tenacity.nap, "time", sleepless),
+        mock.patch.object(retry, "time", sleepless),
         mock.patch.object(session, "time", sleepless),
     ):
         yield

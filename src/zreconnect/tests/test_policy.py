@@ -4,7 +4,6 @@ import unittest
 from dataclasses import replace
 from unittest import mock
 
-import tenacity
 from zope.interface.verify import verifyObject
 
 from zreconnect import FAIL_FAST, PERSIST, RetryPolicy
@@ -51,48 +50,43 @@ class RetryPolicyTests(unittest.TestCase):
     def test_the_attempt_at_the_deadline_can_succeed(self):
         self.assertEqual(RetryPolicy(timeout=5).longest_attempt(5), 0.5)
 
-    def pauses(self, policy, count):
-        """The pauses after the first ``count`` attempts of one series."""
-        pauses = []
-
-        def attempt():
-            raise LookupError
-
-        retrying = policy.retrying(LookupError, lambda state: None).copy(
-            sleep=pauses.append,
-            stop=tenacity.stop_any(policy._stop(), tenacity.stop_after_attempt(count + 1)),
-        )
-        self.assertRaises(LookupError, retrying, attempt)
-        return pauses
+    def test_attempts_that_began_together_end_apart(self):
+        limits = [PERSIST.attempt_limit(1000) for _ in range(200)]
+        self.assertLessEqual(max(limits), LONGEST_ATTEMPT)
+        self.assertGreater(max(limits), LONGEST_ATTEMPT * 0.9)
+        self.assertGreaterEqual(min(limits), LONGEST_ATTEMPT / 2)
+        self.assertLess(min(limits), LONGEST_ATTEMPT * 0.6)
+        self.assertEqual(RetryPolicy(timeout=3).attempt_limit(1), 2)
 
     def test_pauses_grow_at_random_up_to_the_maximum(self):
         policy = RetryPolicy(initial=1, multiplier=2, maximum=5)
-        series = [self.pauses(policy, 6) for _ in range(200)]
-        for number, limit in enumerate([1, 2, 4, 5, 5, 5]):
-            pauses = [pauses[number] for pauses in series]
-            self.assertLessEqual(max(pauses), limit)
+        for attempt, limit in enumerate([1, 2, 4, 5, 5, 5], 1):
+            pauses = [policy.pause(attempt, 0) for _ in range(200)]
+            self.assertLessEqual(max(pauses), limit * 0.9)
             self.assertGreater(max(pauses), limit * 0.8)
-            self.assertLess(min(pauses), limit * 0.2)
+            self.assertGreaterEqual(min(pauses), limit * 0.5)
+            self.assertLess(min(pauses), limit * 0.6)
 
-    def test_the_last_pause_ends_at_the_deadline(self):
-        pauses = self.pauses(RetryPolicy(timeout=0.01, initial=1000, maximum=1000), 3)
-        self.assertTrue(pauses)
-        self.assertLessEqual(max(pauses), 0.01)
+    def test_pauses_do_not_grow_beyond_what_a_number_holds(self):
+        self.assertLessEqual(RetryPolicy(maximum=5).pause(10**6, 10**6), 5)
+
+    def test_a_pause_ends_at_the_deadline(self):
+        policy = RetryPolicy(timeout=60, initial=1000, maximum=1000)
+        self.assertEqual(policy.pause(1, 20), 40)
+        self.assertEqual(policy.pause(1, 70), 0)
 
     def test_attempts_are_counted(self):
-        self.assertEqual(len(self.pauses(RetryPolicy(attempts=4), 100)), 3)
-        self.assertEqual(self.pauses(FAIL_FAST, 100), [])
-        self.assertEqual(self.pauses(RetryPolicy(timeout=0), 100), [])
+        policy = RetryPolicy(attempts=4)
+        self.assertFalse(policy.is_over(3, 1000))
+        self.assertTrue(policy.is_over(4, 0))
+        self.assertTrue(FAIL_FAST.is_over(1, 0))
 
-    def test_other_errors_are_not_tried_again(self):
-        calls = []
-
-        def attempt():
-            calls.append(1)
-            raise KeyError
-
-        self.assertRaises(KeyError, PERSIST.retrying(ValueError, lambda state: None), attempt)
-        self.assertEqual(len(calls), 1)
+    def test_time_ends(self):
+        policy = RetryPolicy(timeout=5)
+        self.assertFalse(policy.is_over(1000, 4.9))
+        self.assertTrue(policy.is_over(1, 5))
+        self.assertTrue(RetryPolicy(timeout=0).is_over(1, 0))
+        self.assertFalse(PERSIST.is_over(10**6, 10**6))
 
 
 class PatienceTests(unittest.TestCase):

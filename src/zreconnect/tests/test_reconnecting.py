@@ -300,6 +300,24 @@ class DoorTests(DatabaseTestCase):
         for connection in connections:
             connection.close()
 
+    def test_a_failure_is_that_of_the_threads_that_pause(self):
+        policy = RetryPolicy(initial=0.4, maximum=0.4)
+        factory = self.connection_factory
+        connections = [ReconnectingConnection(factory, policy=policy) for _ in range(16)]
+        threads = [threading.Thread(target=connection.begin) for connection in connections]
+        with self.events() as seen:
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: len(seen) > 6 * 16)
+        # Each thread has failed as often as if it were alone, and together they have tried little
+        # more often than one.
+        self.assertLess(self.calls, len(seen) / 4)
+        self.is_down.clear()
+        for thread in threads:
+            thread.join()
+        for connection in connections:
+            connection.close()
+
     def test_a_lost_session_makes_them_share_again(self):
         self.is_down.clear()
         factory = self.connection_factory

@@ -194,6 +194,23 @@ class SharingTests(DoorTestCase):
         self.assertEqual([call.end().raised.error for call in calls], [error] * 3)
         self.assertEqual(self.attempts.begun, 1)
 
+    def test_a_failure_is_that_of_those_who_pause(self):
+        error = sqlite3.OperationalError("database is locked")
+        self.make(mock.Mock(side_effect=error))
+        paused_since = time.monotonic()
+        self.fails(PATIENCE)
+        for _ in range(3):
+            with self.assertRaises(AttemptFailed) as failed:
+                self.server.connect(PATIENCE, paused_since=paused_since)
+            self.assertIs(failed.exception.error, error)
+        self.assertEqual(self.attempts.begun, 1)
+        # Who has paused since then makes an attempt.
+        self.server.connect(PATIENCE, paused_since=time.monotonic())
+        self.assertEqual(self.attempts.begun, 2)
+        # And after a success everybody does.
+        self.server.connect(PATIENCE, paused_since=paused_since)
+        self.assertEqual(self.attempts.begun, 3)
+
     def test_after_a_success_each_connects_for_itself(self):
         hanging = self.hanging()
         self.make(hanging)
