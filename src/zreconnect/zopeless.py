@@ -7,7 +7,6 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 import transaction
@@ -178,6 +177,8 @@ class ZopelessTransactionManager:
         self._begin_implicitly()
 
     def _class_connection(self, sql_class: type) -> Any:
+        from importlib.metadata import entry_points
+
         bases = {f"{base.__module__}.{base.__qualname__}" for base in sql_class.__mro__}
         for entry_point in entry_points(group=CLASS_CONNECTIONS):
             if entry_point.name in bases:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
 from zreconnect.documented import documented_by
@@ -270,7 +269,7 @@ def load_driver(name: str) -> Any:
     if name in DRIVERS:
         return _import_driver(name)
     try:
-        entry_point = entry_points(group=ENTRY_POINTS)[name]
+        entry_point = _entry_points()[name]
     except KeyError:
         known = ", ".join(sorted({*DRIVERS, *registered_names()}))
         raise ValueError(f"driver {name!r} is unknown; known are {known}") from None
@@ -284,7 +283,14 @@ def load_driver(name: str) -> Any:
 
 def registered_names() -> set[str]:
     """The names of the drivers that other distributions have registered."""
-    return set(entry_points(group=ENTRY_POINTS).names)
+    return set(_entry_points().names)
+
+
+def _entry_points() -> Any:
+    # It imports more than all that most programs need.
+    from importlib.metadata import entry_points
+
+    return entry_points(group=ENTRY_POINTS)
 
 
 def _import_driver(name: str) -> Any:
