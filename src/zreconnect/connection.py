@@ -148,13 +148,18 @@ class ReconnectingConnection(DriverCalls):
 
     def _commit(self) -> None:
         """Commit; that the program is told is to follow, when nothing else has to be done."""
-        if not self.work.turn.is_mine():
-            if self.work.turn.is_anothers():
-                raise self.work.link.driver.module.ProgrammingError(
-                    "commit() of another thread's transaction: it belongs to that thread"
-                )
-            self.guard.take_turn()
         try:
+            if not self.work.turn.is_mine():
+                is_refused, was_idle = self.work.turn.is_anothers(), self.work.state is State.IDLE
+                if not is_refused:
+                    self.guard.take_turn()
+                    # A thread had it that has ended.
+                    is_refused = not was_idle and self.work.state is State.IDLE
+                if is_refused:
+                    raise self.work.link.driver.module.ProgrammingError(
+                        "commit() of another thread's transaction: it belongs to that thread, and "
+                        "is rolled back when that has ended"
+                    )
             if self.work.member is not None:
                 self.guard.end_forgotten()
             if self.work.member is not None:

@@ -523,9 +523,10 @@ class IReconnectingConnection(Interface):
     Threads can share it: a transaction belongs to the thread that began it, and statements of other
     threads wait until it has ended. After the seconds of the policy's timeout, or 60 if it has
     none, they raise the driver's OperationalError. What they have waited is a part of the timeout.
-    The transaction of a thread that has ended is rolled back when the next one has its turn. A
-    connection that is one thread's for good, as those of a `IConnectionDescriptor` are, raises the
-    driver's ProgrammingError in other threads.
+    The transaction of a thread that has ended is rolled back when the next one has its turn; if
+    that calls ``commit()``, the driver's ProgrammingError tells. A connection that is one thread's
+    for good, as those of a `IConnectionDescriptor` are, raises the driver's ProgrammingError in
+    other threads.
 
     Whatever talks to the server can raise `DisconnectionError`: when the session is lost inside a
     transaction, and when a policy that fails fast gets no connection. Whatever begins a

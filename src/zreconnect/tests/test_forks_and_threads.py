@@ -231,6 +231,18 @@ class SharedTests:
                 self.commit()
                 self.assertEqual(self.rows(), ["main"])
 
+    def test_what_a_dead_thread_has_left_is_not_committed_without_a_word(self):
+        for name in ("active", "in a block"):
+            with self.case(state=name):
+                self.in_thread((SITUATIONS | BLOCKS)[name].enter, self)
+                with self.assertRaisesRegex(self.connection.ProgrammingError, "another thread's"):
+                    self.connection.commit()
+                self.assertEqual(self.rows(), [])
+                self.connection.commit()
+                self.insert("main")
+                self.connection.commit()
+                self.assertEqual(self.rows(), ["main"])
+
     def test_a_thread_that_ends_while_others_wait(self):
         for name in ("begun", "active", "doomed", "in an empty block", "in a block"):
             with self.case(state=name), self.assertLogs("zreconnect", "DEBUG") as logs:
