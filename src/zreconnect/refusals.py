@@ -19,8 +19,8 @@ _DRIVERS = {
     ),
     Answer.OVER: (
         "InternalError",
-        "The transaction ended on {server} with the error before, and what follows would not be a "
-        "part of it. Roll back (or abort) before the connection is used again.",
+        "The transaction ended on {server} with an error or a statement before, and what follows "
+        "would not be a part of it. Roll back (or abort) before the connection is used again.",
     ),
     Answer.CONFLICT: (
         "InternalError",

@@ -96,6 +96,10 @@ class TwoPhaseDataManager(ConnectionDataManager):
             return
         if self._driver.in_failed_transaction(session.raw):
             self.guard.commit()  # Raises, and says why.
+        if not session.in_transaction():
+            # By a statement. The server takes PREPARE TRANSACTION all the same, with a warning.
+            work.note(Event.ENDED)
+            work.ask(Request.COMMIT)
         with self.guard.asking():
             self.decision = self._join_decision(transaction)
         self.branch = branch = self.decision.next_branch()

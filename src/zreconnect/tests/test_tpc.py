@@ -207,6 +207,21 @@ class TwoPhaseCallsTests:
             self.connection.tpc_prepare()
         self.check_idle(0)
 
+    def test_after_a_statement_that_has_ended_it(self):
+        for statement, rows in (("ROLLBACK", 0), ("COMMIT", 1)):
+            with self.subTest(statement):
+                self.begin()
+                self.connection.cursor().execute(statement)
+                with self.assertRaisesRegex(self.module.InternalError, "or a statement before"):
+                    self.connection.tpc_prepare()
+                self.connection.tpc_rollback()
+                self.check(rows)
+        self.begin("two")
+        self.connection.cursor().execute("ROLLBACK AND CHAIN")
+        self.connection.tpc_prepare()
+        self.connection.tpc_commit()
+        self.check(1)
+
     def test_a_block_that_fails_rolls_back(self):
         with self.assertRaises(ZeroDivisionError), self.connection:
             self.begin()

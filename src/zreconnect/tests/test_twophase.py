@@ -413,6 +413,15 @@ class RefusedTests(TwoPhaseTestCase):
             transaction.abort()
             self.check(rows=0)
 
+    def test_after_a_statement_that_has_rolled_one_branch_back(self):
+        self.connect()
+        self.insert()
+        self.other.connection.cursor().execute("ROLLBACK")
+        with self.assertRaises(psycopg2.InternalError):
+            transaction.commit()
+        transaction.abort()
+        self.check(rows=0)
+
     def test_a_disconnect_before_the_vote(self):
         self.connect()
         self.insert()
