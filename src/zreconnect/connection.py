@@ -21,7 +21,7 @@ from zreconnect.documented import implements
 from zreconnect.drivercalls import DriverCalls
 from zreconnect.exceptions import DBAPI_EXCEPTIONS
 from zreconnect.guard import Guard
-from zreconnect.interfaces import IReconnectingConnection
+from zreconnect.interfaces import DOOMED, IReconnectingConnection
 from zreconnect.link import Link
 from zreconnect.options import Options, Witness
 from zreconnect.policy import PERSIST, Patience, RetryPolicy
@@ -106,12 +106,13 @@ class ReconnectingConnection(DriverCalls):
 
     @property
     def closed(self) -> int:
-        return int(self.work.state is State.CLOSED)
+        return 2 if self.broken else int(self.work.state is State.CLOSED)
 
     @property
     def broken(self) -> bool:
-        """As in psycopg 3; but the next session takes the place of a lost one."""
-        return False
+        """As in psycopg 3; but ``rollback()`` ends it, and the next session takes the place of the
+        one that was lost."""
+        return self.work.state.shown == DOOMED and self.work.state is not State.TORN
 
     @property
     def server(self) -> str:
@@ -119,6 +120,8 @@ class ReconnectingConnection(DriverCalls):
 
     @property
     def driver_connection(self) -> Any:
+        if self.work.state is State.PREPARED:
+            self.work.ask(Request.LOOK)
         self._need_session()
         return self.work.link.session.raw
 
@@ -398,7 +401,7 @@ class ReconnectingConnection(DriverCalls):
         return guarded_attribute(self.guard, self.work.link.session.raw, name, self)
 
     def _need_session(self) -> None:
-        if self.work.state is State.CLOSED or self.work.state is State.PREPARED:
+        if self.work.state is State.CLOSED:
             self.work.ask(Request.LOOK)
         if self.work.link.session is NO_SESSION:
             with self.guard.in_turn():

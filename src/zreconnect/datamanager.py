@@ -12,6 +12,7 @@ from zreconnect.documented import implements
 from zreconnect.exceptions import CommitOutcomeUnknown
 from zreconnect.interfaces import ITransactionDataManager
 from zreconnect.siblings import siblings_of
+from zreconnect.states import State
 
 if TYPE_CHECKING:
     from zreconnect.connection import ReconnectingConnection
@@ -74,7 +75,7 @@ class ConnectionDataManager:
     def _roll_back(self) -> None:
         unknown: CommitOutcomeUnknown | None = None
         try:
-            if not self._connection.closed:
+            if self.work.state is not State.CLOSED:
                 self.guard.try_turn()
                 self.guard.roll_back()
         except CommitOutcomeUnknown as error:

@@ -544,7 +544,10 @@ class IReconnectingConnection(Interface):
     """
 
     state = Attribute("``idle``, ``active``, ``prepared``, ``doomed`` or ``closed``.")
-    closed = Attribute("0 while the connection can be used, 1 after ``close()``.")
+    closed = Attribute(
+        "0 while the connection can be used, 1 after ``close()``, and 2 from the loss of a "
+        "transaction's session until ``rollback()``."
+    )
     server = Attribute("The server's address, without password.")
     driver_connection = Attribute("The driver's own connection; connects if there is none.")
     autocommit = Attribute(

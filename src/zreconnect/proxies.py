@@ -136,7 +136,8 @@ def guarded_attribute(
                 f"{name}() of a connection works around its transaction, and is refused: execute "
                 "statements with a cursor; a session that is lost is replaced by itself"
             )
-        if guard.work.state.shown == DOOMED:
+        state = guard.work.state
+        if state.shown == DOOMED or (is_connection and state is State.PREPARED):
             guard.work.ask(Request.LOOK)
         if is_connection and guard.work.turn.is_anothers():
             # What it raises says nothing about the transaction of the other thread.

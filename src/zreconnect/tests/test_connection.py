@@ -295,15 +295,24 @@ class DoomedTests(DatabaseTestCase):
             self.assertIn(part, str(self.error))
         self.assertNotIn(self.server.password, str(self.error))
 
-    def test_it_breaks_nothing(self):
-        connection = self.connect()
-        cursor = connection.cursor()
-        cursor.execute("SELECT 1")
-        self.forward.drop()
-        with self.assertRaises(DisconnectionError):
-            cursor.execute("SELECT 1")
-        self.assertIs(connection.broken, False)
-        self.assertEqual(connection.closed, 0)
+    def test_it_is_broken_until_rollback(self):
+        connection = self.connection
+        self.assertEqual((connection.closed, connection.broken), (2, True))
+        connection.rollback()
+        self.assertEqual((connection.closed, connection.broken), (0, False))
+
+    def test_closing_it(self):
+        self.connection.close()
+        self.assertEqual((self.connection.closed, self.connection.broken), (1, False))
+
+    def test_what_could_not_begin_is_not_broken(self):
+        def refuse(raw):
+            raise self.module.ProgrammingError("refused")
+
+        connection = self.connect(on_connect=refuse)
+        with self.assertRaises(self.module.ProgrammingError):
+            connection.cursor().execute("SELECT 1")
+        self.assertEqual((connection.state, connection.closed), ("doomed", 0))
 
     def test_everything_raises_until_rollback(self):
         connection, cursor = self.connection, self.cursor

@@ -169,9 +169,13 @@ class TwoPhaseCallsTests:
             lambda: self.connection.tpc_commit("other"),
             self.connection.tpc_recover,
             lambda: self.connection.cursor().execute("SELECT 1"),
+            lambda: self.connection.driver_connection,
+            # That it has one can be seen, as all its attributes can.
+            self.connection.cancel,
         ):
             with self.assertRaisesRegex(self.module.ProgrammingError, "prepared"):
                 end()
+        self.assertEqual(self.connection.info.dbname, DATABASES[0])
         self.check(0, prepared=1, state="prepared")
 
     def test_outside(self):
