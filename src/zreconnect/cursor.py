@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from zreconnect import commits
+from zreconnect.cursorsettings import SettingsOfCursor
 from zreconnect.documented import implements
 from zreconnect.interfaces import IPipeliningDriver, IReconnectingCursor
 from zreconnect.kept import FEW_ROWS, KEPT, KeptRows
@@ -26,37 +27,8 @@ if TYPE_CHECKING:
 SENT = ("_executed", "_query")
 
 
-class _Setting:
-    """An attribute of the raw cursor that the next raw cursor gets again.
-
-    default: its value before there is a raw cursor; without one, reading it makes a raw cursor.
-    """
-
-    def __init__(self, default: Any = None, doc: str | None = None) -> None:
-        self._default = default
-        if doc is not None:
-            self.__doc__ = doc
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, cursor: ReconnectingCursor | None, owner: type | None = None) -> Any:
-        if cursor is None:
-            return self
-        if self._name in cursor._settings:
-            return cursor._settings[self._name]
-        if self._default is None:
-            return getattr(cursor._raw_cursor(), self._name)
-        return getattr(cursor._raw, self._name, self._default)
-
-    def __set__(self, cursor: ReconnectingCursor, value: Any) -> None:
-        if cursor._raw is not None:
-            setattr(cursor._raw, self._name, value)
-        cursor._settings[self._name] = value
-
-
 @implements(IReconnectingCursor)
-class ReconnectingCursor(Transfers):
+class ReconnectingCursor(SettingsOfCursor, Transfers):
     """See `IReconnectingCursor`; made by `ReconnectingConnection.cursor`."""
 
     # With slots, setting an attribute that is not kept here is an error and not ignored.
@@ -74,18 +46,6 @@ class ReconnectingCursor(Transfers):
         "connection",
         "name",
     )
-
-    arraysize = _Setting(1)
-    itersize = _Setting(2000)
-    binary_types = _Setting(doc="As in psycopg2.")
-    format = _Setting(doc="As in psycopg 3.")
-    executemany_fallback = _Setting(doc="As in mysqlclient.")
-    max_stmt_length = _Setting(doc="As in PyMySQL and mysqlclient.")
-    row_factory = _Setting(doc="As in psycopg 3 and sqlite3.")
-    scrollable = _Setting(doc="As in psycopg2 and psycopg 3.")
-    string_types = _Setting(doc="As in psycopg2.")
-    tzinfo_factory = _Setting(doc="As in psycopg2.")
-    withhold = _Setting(doc="As in psycopg2 and psycopg 3.")
 
     def __init__(
         self,
@@ -119,7 +79,11 @@ class ReconnectingCursor(Transfers):
     def __class__(self) -> Any:
         # So that a program finds the class that it has asked for, whose methods are here, too.
         factory = self._options.get("cursor_factory") or self._work.link.settings.cursor_factory
-        return factory if isinstance(factory, type) else type(self)
+        if isinstance(factory, type):
+            return factory
+        # A connection's class may choose that of its cursors.
+        raw = self._raw_if_free()
+        return type(self) if raw is None else type(raw.raw if self._session is KEPT else raw)
 
     # Statements
 
@@ -374,6 +338,9 @@ class ReconnectingCursor(Transfers):
     def close(self) -> None:
         """Close the cursor, also after a disconnect. Raises `DisconnectionError` if a server-side
         cursor meets one here."""
+        if self._raw is None and (self.name is None or self._work.state is State.ACTIVE):
+            # Its class may do more than that. And a statement may have declared a server-side one.
+            self._raw_if_free()
         self._closed = True
         # It is not let go: what can be asked of a closed cursor is the driver's affair.
         raw = self._raw
@@ -424,6 +391,21 @@ class ReconnectingCursor(Transfers):
             self._open()
             if self._closed:
                 _close_lost(self._raw, self._error)
+        return self._raw
+
+    def _raw_if_free(self) -> Any:
+        """The raw cursor; None if there is none yet, and one cannot be had without asking the
+        server, or another thread, for something. Raises nothing but interrupts."""
+        work = self._work
+        if (
+            self._raw is None
+            and work.link.session is not NO_SESSION
+            and (work.state is State.ACTIVE or work.state is State.IDLE)
+            and not work.turn.is_anothers()
+        ):
+            # What refuses one, or finds the session lost, is told when it is used.
+            with suppress(Exception):
+                self._open()
         return self._raw
 
     def _open(self) -> None:

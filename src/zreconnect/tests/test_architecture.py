@@ -25,7 +25,7 @@ work lent kept
 finding
 guard
 siblings
-proxies settings datamanager
+proxies settings cursorsettings datamanager
 transfers twophase
 cursor
 blocks tpc

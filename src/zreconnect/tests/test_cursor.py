@@ -3,6 +3,7 @@
 import io
 import logging
 import tempfile
+import threading
 
 import psycopg2
 import psycopg2.extensions
@@ -150,11 +151,35 @@ class CursorTests(DatabaseTestCase):
         cursor = self.connection.cursor(cursor_factory=psycopg2.extras.DictCursor)
         self.assertIsInstance(cursor, psycopg2.extras.DictCursor)
         self.assertIsInstance(cursor, ReconnectingCursor)
-        self.assertNotIsInstance(self.cursor, psycopg2.extensions.cursor)
+        self.assertIs(self.cursor.__class__, ReconnectingCursor)
         self.connection.cursor_factory = psycopg2.extras.DictCursor
         self.assertIsInstance(self.connection.cursor(), psycopg2.extras.DictCursor)
         function = self.connection.cursor(cursor_factory=lambda *args: None)
         self.assertIs(function.__class__, ReconnectingCursor)
+
+    def test_a_cursor_is_of_the_class_that_the_connection_chooses(self):
+        factory = psycopg2.extras.DictConnection
+        connection = zreconnect.ReconnectingConnection(
+            lambda: psycopg2.connect(self.dsn, connection_factory=factory)
+        )
+        self.addCleanup(connection.close)
+        cursor = connection.cursor()
+        self.assertIs(cursor.__class__, ReconnectingCursor)
+        connection.ping()
+        self.assertIs(cursor.__class__, psycopg2.extras.DictCursor)
+        cursor.execute("SELECT 1 AS a")
+        connection.commit()
+        self.forward.drop()
+        connection.cursor().execute("SELECT 1")
+        self.assertIs(cursor.__class__, psycopg2.extras.DictCursor)
+        self.assertEqual(cursor.fetchone()["a"], 1)
+        connection.rollback()
+        with connection.cursor() as cursor:
+            connection.driver_connection.close()
+            self.assertIs(cursor.__class__, ReconnectingCursor)
+        cursor = connection.cursor()
+        connection.close()
+        self.assertIs(cursor.__class__, ReconnectingCursor)
 
     def test_what_is_refused_is_refused_at_once(self):
         for option in ({"scrollable": True}, {"scrollable": False}, {"withhold": True}):
@@ -227,6 +252,42 @@ class CursorTests(DatabaseTestCase):
         for use in (lambda: self.cursor.execute("SELECT 1"), self.cursor.fetchone):
             with self.assertRaisesRegex(psycopg2.InterfaceError, "The cursor is closed"):
                 use()
+
+    def test_close_of_a_class_that_was_never_used(self):
+        closed = []
+
+        class Cursor(psycopg2.extensions.cursor):
+            def close(self):
+                closed.append(self.name)
+                super().close()
+
+        def close(name=None):
+            with self.connection.cursor(name, cursor_factory=Cursor):
+                pass
+
+        def in_thread():
+            thread = threading.Thread(target=close)
+            thread.start()
+            thread.join()
+
+        close()
+        self.assertEqual((self.sessions(), closed), ([], []))
+        self.connection.ping()
+        close()
+        self.assertEqual(self.round_trips(lambda: close("idle")), 0)
+        self.connection.begin()
+        close("active")
+        # Which would have to wait for this one's transaction.
+        in_thread()
+        self.assertEqual(closed, [None, "active"])
+
+    def test_close_of_a_server_side_cursor_that_a_statement_has_declared(self):
+        for _ in range(2):
+            self.cursor.execute("DECLARE numbers CURSOR FOR SELECT generate_series(1, 7)")
+            self.connection.cursor("numbers").close()
+        self.forward.drop()
+        with self.assertRaises(DisconnectionError):
+            self.connection.cursor("numbers").close()
 
     def test_errors_of_the_user_pass_unchanged(self):
         with self.assertRaises(psycopg2.errors.SyntaxError) as wrong:
