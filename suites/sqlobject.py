@@ -1,4 +1,4 @@
-"""SQLObject's suite, on the connection that `initZopeless` gives a class."""
+"""SQLObject's suite, with its own transactions and its autocommit."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from suites.suite import Servers, Suite
 VERSION = "3.14.0"
 
 
-def arguments(servers: Servers) -> list[str]:
-    url = servers.postgres.fresh_database().replace("postgresql:", "postgres:", 1)
-    return ["-D", f"{url}?driver=psycopg2"]
+def suite(driver: str) -> Suite:
+    def arguments(servers: Servers) -> list[str]:
+        url = servers.postgres.fresh_database().replace("postgresql:", "postgres:", 1)
+        return ["-D", f"{url}?driver={driver}"]
 
-
-SUITES = (
-    Suite(
-        name="sqlobject",
-        title=f"SQLObject {VERSION}",
+    return Suite(
+        name=f"sqlobject-{driver}",
+        title=f"SQLObject {VERSION}, {driver}",
         source=Sdist("SQLObject", VERSION),
         requirements=(f"SQLObject=={VERSION}",),
-        extras=("sqlobject",),
+        extras=("sqlobject", "psycopg"),
         postgres={},
         tests=("sqlobject/tests",),
         arguments=arguments,
         through="sqlobject",
-    ),
-)
+    )
+
+
+SUITES = (suite("psycopg2"), suite("psycopg"))

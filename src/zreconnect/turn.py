@@ -146,3 +146,19 @@ class Turn:
                     waiting.ring()
                     return
         self._slot.pop(_HOLDER, None)
+
+
+class AnyThreadsTurn(Turn):
+    """Of a connection that a pool gives to one user at a time, who may hand it to other threads.
+
+    The garbage collector, too, returns one that nobody closed in any thread.
+    """
+
+    def is_mine(self) -> bool:
+        return True
+
+    def end(self) -> None:
+        """It goes on."""
+
+    def in_child(self) -> Turn:
+        return self

@@ -35,7 +35,7 @@ from zreconnect.ledger import Ledger
 from zreconnect.options import Witness
 from zreconnect.policy import PERSIST, RetryPolicy
 from zreconnect.server import Server
-from zreconnect.turn import Turn
+from zreconnect.turn import AnyThreadsTurn
 
 with needs(__name__, "zreconnect[sqlalchemy]"):
     from sqlalchemy import event
@@ -142,22 +142,6 @@ def _listen_first(engine: Engine, name: str, listener: Any) -> None:
         event.remove(engine, name, other)
     for each in (listener, *others):
         event.listen(engine, name, each)
-
-
-class AnyThreadsTurn(Turn):
-    """Of a connection that the pool gives to one user at a time, who may hand it to other threads.
-
-    The garbage collector, too, returns one that nobody closed in any thread.
-    """
-
-    def is_mine(self) -> bool:
-        return True
-
-    def end(self) -> None:
-        """It goes on."""
-
-    def in_child(self) -> Turn:
-        return self
 
 
 class PooledConnection(ReconnectingConnection):

@@ -1,32 +1,43 @@
-"""SQLObject in a batch job: the ``_connection`` of a class of SQLObject's under `initZopeless`.
+"""SQLObject: URIs whose connections reconnect, and the connection of a class under `initZopeless`.
 
-``initZopeless(dsn, sqlClass=SQLBase)`` finds it by an entry point if ``SQLBase`` is such a class.
+`register` is for programs that use SQLObject's own transactions, or none. In a batch job
+``initZopeless(dsn, sqlClass=SQLBase)`` finds `ZopelessConnection` by an entry point if ``SQLBase``
+is a class of SQLObject's.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import quote, urlencode
 
 from transaction.interfaces import ISynchronizer, TransientError
 
+from zreconnect.connection import ReconnectingConnection
 from zreconnect.documented import implements
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.integrations import needs
+from zreconnect.options import Options, Witness
+from zreconnect.policy import PERSIST, RetryPolicy
+from zreconnect.server import server_from_dsn
+from zreconnect.turn import AnyThreadsTurn
 
 with needs(__name__, "zreconnect[sqlobject]"):
     from pydispatch import dispatcher
     from sqlobject import dberrors
     from sqlobject.cache import CacheSet
+    from sqlobject.dbconnection import TheURIOpener
     from sqlobject.events import RowDestroySignal, RowUpdateSignal
     from sqlobject.main import instanceName
     from sqlobject.postgres.pgconnection import PostgresConnection
 
 if TYPE_CHECKING:
-    from zreconnect.connection import ReconnectingConnection
     from zreconnect.zopeless import ZopelessTransactionManager
 
 DRIVERS = ("psycopg2", "psycopg")
+SCHEME = "reconnecting-postgres"
+OTHER_BACKENDS = ["firebird", "interbase", "maxdb", "mssql", "mysql", "sapdb", "sqlite", "sybase"]
 # What `transaction` sets; it exports no name for it.
 COMMITTED = "Committed"
 
@@ -35,7 +46,120 @@ class TransientOperationalError(dberrors.OperationalError, TransientError):
     """A deadlock or a serialization failure: the unit of work may run again."""
 
 
-class ZopelessConnection(PostgresConnection):
+class ErrorsThatTell(PostgresConnection):
+    """What SQLObject makes of the errors of statements, but for those that say what to do."""
+
+    # The place where each of SQLObject's backends has its driver's errors turned into SQLObject's;
+    # there is none without an underscore.
+    def _executeRetry(self, conn: ReconnectingConnection, cursor: Any, query: str) -> Any:
+        try:
+            # A transaction of SQLObject's calls this with itself in the connection's place.
+            return PostgresConnection._executeRetry(self, conn, cursor, query)
+        except dberrors.OperationalError as error:
+            original = error.__context__
+            assert original is not None
+            if isinstance(original, DisconnectionError):
+                raise original from original.__cause__
+            if conn.guard.may_run_again(original):
+                raise TransientOperationalError(*error.args) from original
+            raise
+
+
+class PooledConnection(ReconnectingConnection):
+    """What SQLObject's pool keeps."""
+
+    __slots__ = ()
+
+    turn_class = AnyThreadsTurn
+
+
+class ReconnectingPostgres(ErrorsThatTell):
+    """SQLObject's connection, whose pool has connections that reconnect; see `register`.
+
+    options: those of its connections.
+
+    Raises ValueError if the URI's driver is another one than psycopg2 and psycopg.
+    """
+
+    options: Options
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        if self.driver not in DRIVERS:
+            raise ValueError(
+                f"driver must be one of {', '.join(DRIVERS)} in a URI of SQLObject's, not "
+                f"{self.driver}"
+            )
+        parameters = dict(self.dsn_dict)
+        if "database" in parameters:
+            parameters["dbname"] = parameters.pop("database")
+        dsn = "postgresql://?" + urlencode(parameters, quote_via=quote)
+        self._server = server_from_dsn(dsn, self.driver)
+
+    def makeConnection(self) -> ReconnectingConnection:
+        options = self.options
+        connection = PooledConnection(
+            self._server,
+            policy=options.policy,
+            witness=options.witness,
+            on_connect=self._set_up,
+            response_timeout=options.response_timeout,
+        )
+        connection.autocommit = bool(self.autoCommit)
+        return connection
+
+    def _set_up(self, raw: Any) -> None:
+        """Set what the URI says of sessions, for one of them."""
+        if self.schema:
+            self._server.driver.query(raw, f"SET search_path TO {self.schema}")
+        if self.dbEncoding:
+            self._server.driver.set_client_encoding(raw, self.dbEncoding)
+        if self.options.on_connect is not None:
+            self.options.on_connect(raw)
+
+
+def register(
+    scheme: str = SCHEME,
+    policy: RetryPolicy = PERSIST,
+    witness: Witness | str | None = "xid",
+    on_connect: Callable[[Any], object] | None = None,
+    response_timeout: float | None = None,
+) -> None:
+    """Have SQLObject make reconnecting connections for URIs with this scheme.
+
+    Call it before the first such URI is used. PostgreSQL is the only database that is supported.
+
+    scheme: what stands before the colon of a URI. ``postgres`` replaces SQLObject's own backend, so
+    that the URIs that a program has stay as they are.
+    policy: how long connecting is tried when a transaction begins.
+    witness: how the outcome of a lost COMMIT is looked up: "xid", a `Ledger`, or None for not.
+    on_connect: called with each new raw connection, outside a transaction, to set up the session.
+    response_timeout: seconds of silence after which a request counts as a disconnect; None
+    waits for ever, except for beginning and rolling back.
+
+    What uses such a connection raises `DisconnectionError`, `ReconnectTimeout` and
+    `CommitOutcomeUnknown` as they are, and all other errors of statements as SQLObject does.
+
+    Raises TypeError or ValueError, naming the argument, for one that makes no sense.
+    """
+    if not isinstance(scheme, str):
+        raise TypeError(f"scheme must be a string, not {scheme!r}")
+    if not scheme or ":" in scheme:
+        raise ValueError(f"scheme must be what stands before the colon of a URI, not {scheme!r}")
+    if scheme in OTHER_BACKENDS:
+        raise ValueError(
+            f"scheme must not be {scheme!r}, which is another database of SQLObject's: only "
+            "PostgreSQL is supported"
+        )
+
+    class Registered(ReconnectingPostgres):
+        options = Options(policy, witness, on_connect, response_timeout)
+
+    # Its registerConnection() does not replace what is there.
+    TheURIOpener.schemeBuilders[scheme] = lambda: Registered
+
+
+class ZopelessConnection(ErrorsThatTell):
     """SQLObject's connection of a class: every thread works on its own of the manager's.
 
     It neither connects nor pools nor commits. The transaction is the manager's, and so are its
@@ -93,7 +217,8 @@ class ZopelessConnection(PostgresConnection):
     def transaction(self) -> NoReturn:
         raise dberrors.NotSupportedError(
             "SQLObject's own transactions are switched off under initZopeless(): use begin(), "
-            "commit() and abort() of the manager that it returned, or its run()"
+            "commit() and abort() of the manager that it returned, or its run(); or, without "
+            "initZopeless(), a URI of zreconnect.integrations.sqlobject.register()"
         )
 
     def createEmptyDatabase(self) -> NoReturn:
@@ -101,20 +226,6 @@ class ZopelessConnection(PostgresConnection):
 
     def dropDatabase(self) -> NoReturn:
         raise dberrors.NotSupportedError("Databases cannot be dropped under initZopeless()")
-
-    # The place where each of SQLObject's backends has its driver's errors turned into SQLObject's;
-    # there is none without an underscore.
-    def _executeRetry(self, conn: ReconnectingConnection, cursor: Any, query: str) -> Any:
-        try:
-            return super()._executeRetry(conn, cursor, query)
-        except dberrors.OperationalError as error:
-            original = error.__context__
-            assert original is not None
-            if isinstance(original, DisconnectionError):
-                raise original from original.__cause__
-            if conn.guard.may_run_again(original):
-                raise TransientOperationalError(*error.args) from original
-            raise
 
 
 @implements(ISynchronizer)
