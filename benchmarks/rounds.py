@@ -49,7 +49,11 @@ def interleaved(
 
 @dataclass(frozen=True)
 class Burst:
-    """Seconds that some transactions took, for each: by the clock, and of the process's CPU."""
+    """Seconds that a transaction took, of some that were made one after the other.
+
+    wall: of the median one, by the clock: where the machine did something else meanwhile, that is
+    left out. cpu: of the process's CPU, for each; with what it does now and then.
+    """
 
     wall: float
     cpu: float
@@ -57,11 +61,14 @@ class Burst:
 
 def burst(number: int, function: Callable[[], object]) -> Burst:
     """Call the function so many times."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    clock = time.perf_counter
+    times = []
+    cpu = time.process_time()
     for _ in range(number):
+        started = clock()
         function()
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    return Burst(wall / number, cpu / number)
+        times.append(clock() - started)
+    return Burst(statistics.median(times), (time.process_time() - cpu) / number)
 
 
 #: The rounds of each peer, by name.

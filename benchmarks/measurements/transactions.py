@@ -256,13 +256,17 @@ def _everywhere(
     text = f"{PEERS[name].title}, {what}, in all rows at least {least:g} of {besides}"
     if not {name, *others} <= names:
         return Goal(text, "", None)
-    missed = [
-        f"{workload} on {kind} {reached} of {PEERS[other].title}"
+    reached = [
+        (how(measured, name, other), f"{workload} on {kind} beside {PEERS[other].title}")
         for (kind, workload), measured in cells.items()
         for other in others
-        if (reached := how(measured, name, other)).median < least
     ]
-    return Goal(text, "; ".join(missed) or "in all rows", not missed)
+    worst, where = min(reached, key=lambda row: row[0].median)
+    missed = sum(ratio.median < least for ratio, _ in reached)
+    found = f"{worst}: {where}"
+    if missed:
+        found = f"missed in {missed} of {len(reached)}; {found}"
+    return Goal(text, found, not missed)
 
 
 PART = Part(
