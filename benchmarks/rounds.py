@@ -51,8 +51,9 @@ def interleaved(
 class Burst:
     """Seconds that a transaction took, of some that were made one after the other.
 
-    wall: of the median one, by the clock: where the machine did something else meanwhile, that is
-    left out. cpu: of the process's CPU, for each; with what it does now and then.
+    wall: of the quickest one, by the clock, since a machine that does something else meanwhile
+    delays the others. cpu: of the process's CPU, for each of them, so with what is done now and
+    then.
     """
 
     wall: float
@@ -68,7 +69,7 @@ def burst(number: int, function: Callable[[], object]) -> Burst:
         started = clock()
         function()
         times.append(clock() - started)
-    return Burst(statistics.median(times), (time.process_time() - cpu) / number)
+    return Burst(min(times), (time.process_time() - cpu) / number)
 
 
 #: The rounds of each peer, by name.
