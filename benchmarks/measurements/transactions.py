@@ -29,6 +29,8 @@ LINES = ("socket", "TCP", *LATENCIES)
 ITEMS = 10_000
 #: In so many transactions the round trips are counted.
 COUNTED = 10
+#: A turn has at least so many transactions, however long they take.
+FEWEST = 6
 #: So many transactions are made before any is measured: drivers prepare what comes often.
 WARM_UP = 12
 
@@ -73,7 +75,7 @@ def measure_workload(running: Mapping[str, Worker], workload: str, options: Opti
     for worker in running.values():
         worker.call(transactions, workload, WARM_UP)
     seconds = min(running[LIMIT].call(transactions, workload, WARM_UP).wall for _ in range(3))
-    number = max(3, round(options.seconds / seconds))
+    number = max(FEWEST, round(options.seconds / seconds))
     return interleaved(
         options.rounds, running, lambda name: running[name].call(transactions, workload, number)
     )
