@@ -139,12 +139,16 @@ class Link:
                 # Last: what an interrupt has left out is kept by the next who tries.
                 self.readers.discard(reader)
 
-    def end(self) -> None:
-        """End the present session, if there is one."""
+    def _keep(self) -> None:
+        """Keep what would be lost with the present session, if there is one."""
         self.keep_rows()
         session = self.session
         if session is not NO_SESSION:
             self._kept = self.driver.keep(session.raw)
+
+    def end(self) -> None:
+        """End the present session, if there is one."""
+        self._keep()
         if self._opened is not NO_SESSION:
             self._opened.end()
             # Last: what an interrupt keeps from being ended is ended by the next who tries.
@@ -180,7 +184,8 @@ class Link:
 
     def renew_observer(self) -> None:
         """End the present session; what is known of it and its transactions is for others."""
-        try:
-            self.end()
-        finally:
-            self.observer = self.options.observer(self.driver)
+        observer = self.options.observer(self.driver)
+        self._keep()
+        # In one step: no session is there without who knows it, nor this one with who knows it not.
+        self.session, self.observer = NO_SESSION, observer
+        self.end()
