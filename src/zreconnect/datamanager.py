@@ -108,7 +108,7 @@ class ConnectionDataManager:
 
     def tpc_finish(self, transaction: ITransaction) -> None:
         self.work.leave(self)
-        if self.work.told_by_run != self.work.number:
+        if self.work.told_by_call != self.work.number:
             self.work.own.told(None)
 
     def tpc_abort(self, transaction: ITransaction) -> None:

@@ -637,8 +637,8 @@ class IReconnectingConnection(Interface):
         has rolled it back.
 
         xid: that of a transaction which anybody has prepared, to be ended from outside of any
-        transaction. If the session is lost meanwhile: `DisconnectionError` if it is still prepared,
-        otherwise `CommitOutcomeUnknown`. Raises the driver's ProgrammingError if there is none.
+        transaction. If the session is lost meanwhile: `CommitOutcomeUnknown`, which says whether it
+        is still prepared. Raises the driver's ProgrammingError if there is none.
         """
 
     def tpc_rollback(xid=None):
@@ -646,7 +646,8 @@ class IReconnectingConnection(Interface):
 
         Raises the driver's OperationalError, and is idle all the same, if what may be prepared
         could not be ended in the policy's time; `CommitOutcomeUnknown` if ``tpc_commit()`` was
-        interrupted and it is committed, or may be. xid: as for ``tpc_commit()``.
+        interrupted and it is committed, or may be. xid: as for ``tpc_commit()``, but
+        `DisconnectionError` if it is still prepared after a loss.
         """
 
     def tpc_recover():

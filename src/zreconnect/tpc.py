@@ -21,6 +21,13 @@ from zreconnect.twophase import Decision, TwoPhaseDataManager
 from zreconnect.witness import Outcome
 
 PREPARE, COMMIT = "PREPARE TRANSACTION", "COMMIT PREPARED"
+# By whether what was to be committed under a name is still prepared. That it is proves nothing: a
+# COMMIT PREPARED that waits for a standby shows as that, and one may be on its way.
+_EVIDENCE = {
+    True: "It was still prepared afterwards: tpc_commit() with its name can be called again.",
+    False: "Nothing is prepared under its name any more.",
+    None: "tpc_commit() with its name can be called again, and finds what is still prepared.",
+}
 
 
 @dataclass(frozen=True)
@@ -129,17 +136,21 @@ class TwoPhaseCalls(SettingsOfSessions):
                 self._leave_ended(branch)
 
     def tpc_commit(self, xid: Any = None) -> None:
+        work = self.work
         with self.guard.in_turn():
             if xid is not None:
                 self._end_by_name("tpc_commit()", str(xid), Outcome.COMMITTED)
-                return
-            branch = self._own_branch("tpc_commit()")
-            try:
-                if not branch.is_prepared():
-                    self.guard.commit()
-                branch.tpc_finish(None)
-            finally:
-                self._leave_ended(branch)
+            else:
+                branch = self._own_branch("tpc_commit()")
+                try:
+                    if not branch.is_prepared():
+                        self.guard.commit()
+                    # It is told here, at the end.
+                    work.told_by_call = work.number
+                    branch.tpc_finish(None)
+                finally:
+                    self._leave_ended(branch)
+        work.own.told(None)
 
     def tpc_rollback(self, xid: Any = None) -> None:
         with self.guard.in_turn():
@@ -201,6 +212,9 @@ class TwoPhaseCalls(SettingsOfSessions):
         if self.work.state is State.CLOSED:
             self.work.ask(Request.LOOK)
         if not isinstance(member, OwnBranch):
+            # An interrupt can have kept the thread from giving it.
+            self.work.give_turn()
+            self.guard.tell()
             raise self.work.link.driver.module.ProgrammingError(
                 f"{what} outside a two-phase transaction: call tpc_begin() first"
             )
@@ -217,27 +231,24 @@ class TwoPhaseCalls(SettingsOfSessions):
         self.guard.need_live_session(asks=True)
         if wanted is Outcome.COMMITTED:
             work.own.sending()
+            work.own.leave_untold(Outcome.UNKNOWN)
         try:
             with self.guard.asking(Moment.AUTOCOMMIT):
                 end_branch(work.link.driver, work.link.session.raw, gid, wanted)
         except CommitOutcomeUnknown as unknown:
             is_there, problem = self._is_still_prepared(gid)
-            if is_there:
-                if wanted is Outcome.COMMITTED:
-                    work.own.withdraw()
-                self.guard.raise_lost(unknown.__cause__ or unknown, inside=True)
             if wanted is Outcome.COMMITTED:
-                evidence = f"Nothing is prepared as {gid}."
-                if is_there is None:
-                    evidence = f"What is still prepared as {gid} is not committed."
-                raise CommitOutcomeUnknown(work.link.server.address, COMMIT, evidence) from (
-                    problem or unknown
-                )
+                raise work.own.told(
+                    CommitOutcomeUnknown(work.link.server.address, COMMIT, _EVIDENCE[is_there])
+                ) from (problem or unknown)
+            if is_there:
+                self.guard.raise_lost(unknown.__cause__ or unknown, inside=True)
             if problem is not None:
                 raise problem from unknown
         except work.link.driver.module.Error:
             if wanted is Outcome.COMMITTED:
                 work.own.withdraw()
+                work.own.forget()
             raise
 
     def _is_still_prepared(self, gid: str) -> tuple[bool | None, BaseException | None]:

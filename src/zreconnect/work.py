@@ -74,9 +74,9 @@ class Work:
     statement. block: has an entry while the connection is in a ``with`` block. committing: the raw
     connection on which COMMIT was sent last. waited: the seconds that the thread has waited for its
     turn. number: that of the present transaction, or of the last. block_began_after: that of the
-    last one before the ``with`` block. told_by_run: the one of whose commit ``run`` tells the
-    program, when it returns. own: what each thread knows of its own COMMITs here. savepoints: of
-    open blocks, see `zreconnect.blocks`.
+    last one before the ``with`` block. told_by_call: the one of whose commit the program learns
+    when the call returns that commits. own: what each thread knows of its own COMMITs here.
+    savepoints: of open blocks, see `zreconnect.blocks`.
     """
 
     __slots__ = (
@@ -96,7 +96,7 @@ class Work:
         "patience",
         "savepoints",
         "state",
-        "told_by_run",
+        "told_by_call",
         "turn",
         "waited",
     )
@@ -113,7 +113,7 @@ class Work:
         self.join: Callable[[], None] | None = None
         self.implicit_begin = True
         self.is_explicit = False
-        self.told_by_run = 0
+        self.told_by_call = 0
         self.block: dict[str, Any] = {}
         self.block_began_after = 0
         self.savepoints: list[Any] = []

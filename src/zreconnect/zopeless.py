@@ -111,7 +111,7 @@ class ZopelessTransactionManager:
 
         def begin() -> None:
             self.begin()
-            work.told_by_run = work.number
+            work.told_by_call = work.number
 
         result = run_unit_of_work(
             functools.partial(function, *args, **keywords),

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sqlite3
 import unittest
+import warnings
 from unittest import mock
 
 import psycopg
@@ -20,11 +21,13 @@ from zreconnect import (
     Ledger,
     twophase,
 )
+from zreconnect.tests.interrupts import Alarm, AtLines
 from zreconnect.tests.test_twophase import (
     DATABASES,
     IMPATIENT,
     LAYER,
     PREPARED,
+    STRIDE,
     Database,
     make_databases,
 )
@@ -336,6 +339,59 @@ class TwoPhaseCallsTests:
         self.connection.rollback()
         self.check_idle(1)
 
+    def test_an_interrupt_at_lines_of_every_call(self):
+        """What has been committed is told, by tpc_rollback() or else by rollback()."""
+        ignored = warnings.catch_warnings()
+        ignored.__enter__()
+        self.addCleanup(ignored.__exit__, None, None, None)
+        # Of what is left to the garbage collector after an interrupt.
+        warnings.simplefilter("ignore", ResourceWarning)
+        for name, before, call in (
+            ("in two phases", self.prepare, lambda: self.connection.tpc_commit()),
+            ("in one phase", self.begin, lambda: self.connection.tpc_commit()),
+            ("by name", self.leave, lambda: self.connection.tpc_commit(self.gid)),
+            ("left", self.prepare, lambda: self.connection.reset()),
+        ):
+            before()
+            with (counting := AtLines())():
+                call()
+            self.tidy_up()
+            last = counting.lines
+            for number in sorted({*range(1, last, 2 * STRIDE), *range(last - 10, last + 1)}):
+                with self.subTest(name, number=number):
+                    before()
+                    interrupt = AtLines([number], [Alarm()])
+                    has_returned = False
+                    with contextlib.suppress(Alarm), interrupt():
+                        call()
+                        has_returned = True
+                    interrupt.forget()
+                    is_told = has_returned or self.is_told()
+                    self.assertLessEqual(len(self.database.query("SELECT FROM item")), is_told)
+                    self.assertEqual(self.connection.state, "idle")
+                    self.assertFalse(self.connection.work.turn.is_mine())
+                    self.tidy_up()
+
+    def leave(self):
+        self.prepare()
+        self.connection.reset()
+
+    def is_told(self):
+        try:
+            try:
+                self.connection.tpc_rollback()
+            except self.module.ProgrammingError:
+                self.connection.rollback()
+        except CommitOutcomeUnknown:
+            return True
+        return False
+
+    def tidy_up(self):
+        for (gid,) in self.database.query(PREPARED):
+            self.connection.tpc_rollback(gid)
+        with self.connection.transaction() as cursor:
+            cursor.execute("DELETE FROM item")
+
     def test_an_interrupt_at_prepare(self):
         self.begin()
         driver = self.connection.work.link.driver
@@ -377,7 +433,7 @@ class TwoPhaseCallsTests:
     def test_a_loss_with_a_name_that_anybody_has_prepared(self):
         for end, lose, error, rows in (
             ("tpc_commit", self.database.lose_answer, CommitOutcomeUnknown, 1),
-            ("tpc_commit", self.database.lose_request, DisconnectionError, 1),
+            ("tpc_commit", self.database.lose_request, CommitOutcomeUnknown, 1),
             ("tpc_rollback", self.database.lose_request, DisconnectionError, 1),
             ("tpc_rollback", self.database.lose_answer, None, 1),
         ):
@@ -390,7 +446,7 @@ class TwoPhaseCallsTests:
                     expected = self.assertRaises(error) if error else contextlib.nullcontext()
                     with expected:
                         getattr(self.connection, end)(self.gid)
-                self.check(rows, prepared=int(error is DisconnectionError))
+                self.check(rows, prepared=int(lose == self.database.lose_request))
 
     def test_a_loss_with_such_a_name_when_the_server_stays_away(self):
         vanish = self.database.vanish
@@ -421,24 +477,24 @@ class TwoPhaseCallsTests:
         nothing = contextlib.nullcontext()
         for lose, gid, runs in (
             (nothing, self.gid, 1),
-            (self.at_end(self.database.lose_request, "zreconnect.tpc"), self.gid, 2),
-            (nothing, "another", 2),
+            (self.at_end(self.database.lose_request, "zreconnect.tpc"), self.gid, 1),
+            (nothing, "another", 3),
         ):
             calls = []
 
             def work(lose=lose, gid=gid, calls=calls):
                 calls.append(gid)
-                with lose if len(calls) == 1 else nothing, contextlib.suppress(self.module.Error):
+                with lose, contextlib.suppress(self.module.Error, CommitOutcomeUnknown):
                     other.tpc_commit(gid)
                 raise DisconnectionError(gid)
 
-            with self.subTest(gid=gid, runs=runs):
-                self.prepare(str(runs) + gid)
+            with self.subTest(gid=gid, lose=lose):
+                self.prepare(f"{gid} {lose is nothing}")
                 self.connection.close()
                 self.connection = self.connect()
                 with self.assertRaises(DisconnectionError):
                     self.connection.run(work, attempts=3)
-                self.assertEqual(len(calls), runs if gid == self.gid else 3)
+                self.assertEqual(len(calls), runs)
                 other.reset()
                 for name in self.database.query("SELECT gid FROM pg_prepared_xacts"):
                     other.tpc_rollback(*name)
