@@ -209,6 +209,10 @@ class IDriver(Interface):
     def set_client_encoding(raw, encoding):
         """Set the encoding of the session. Raises the module's error for an unknown one."""
 
+    def has_client_encoding(raw, encoding):
+        """Whether that is the encoding of the session already, as far as its name tells. No round
+        trip. Raises nothing."""
+
     def set_cursor_factory(raw, factory):
         """Set the class of cursors for which none is given; None for the usual one. No round
         trip."""

@@ -199,16 +199,20 @@ class SettingsOfSessions:
     def set_client_encoding(self, encoding: str) -> None:
         """Set the encoding of this session and of later ones.
 
-        Raises the driver's ProgrammingError inside a transaction, since a rollback would undo it.
+        Raises the driver's ProgrammingError inside a transaction, since a rollback would undo it,
+        unless that is the session's encoding already, which a driver for PostgreSQL knows.
         """
-        work = self.work
+        work, link = self.work, self.work.link
         with self.guard.in_turn():
-            work.ask(Request.SETTINGS, "set_client_encoding()")
-            work.need_session()
-            work.link.keep_rows()
-            with self.guard.asking():
-                work.link.driver.set_client_encoding(work.link.session.raw, encoding)
-            work.link.settings.client_encoding = encoding
+            if work.state is not State.ACTIVE or not link.driver.has_client_encoding(
+                link.session.raw, encoding
+            ):
+                work.ask(Request.SETTINGS, "set_client_encoding()")
+                work.need_session()
+                link.keep_rows()
+                with self.guard.asking():
+                    link.driver.set_client_encoding(link.session.raw, encoding)
+            link.settings.client_encoding = encoding
 
     def is_begun_by_statement(self) -> bool:
         """Whether a transaction is under way that a statement has begun in autocommit mode, and of

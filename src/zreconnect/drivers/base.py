@@ -189,6 +189,9 @@ class BaseDriver:
     def autocommit_mode(self, query: Any) -> bool | None:
         return None
 
+    def has_client_encoding(self, raw: Any, encoding: str) -> bool:
+        return False
+
     def check_cursor(self, name: str | None, options: Mapping[str, Any]) -> None:
         """The module says what it refuses when it makes the cursor."""
 

@@ -322,6 +322,10 @@ class PostgresqlDriver:
     def autocommit_mode(self, query: Any) -> bool | None:
         return None
 
+    def has_client_encoding(self, raw: Any, encoding: str) -> bool:
+        present = self.parameter_status(raw, "client_encoding") or ""
+        return plain_encoding(present) == plain_encoding(encoding)
+
     def check_cursor(self, name: str | None, options: Mapping[str, Any]) -> None:
         """The module says what it refuses when it makes the cursor."""
 
@@ -505,6 +509,12 @@ def looks_like_reading(tag: str | None, text: bytes | None) -> bool:
         return False
     text = text.lower()
     return WRITING.search(text) is None and HARMLESS.issuperset(CALLED.findall(text))
+
+
+def plain_encoding(name: str) -> str:
+    """The name of an encoding as the server compares it; UTF-8 has two."""
+    plain = "".join(filter(str.isalnum, name)).upper()
+    return "UTF8" if plain == "UNICODE" else plain
 
 
 def begin_statement(level: str | None, readonly: bool | None, deferrable: bool | None) -> str:

@@ -23,6 +23,7 @@ from zreconnect.drivers.postgresql import (
     PostgresqlDriver,
     begin_statement,
     looks_like_reading,
+    plain_encoding,
 )
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.interfaces import IDriver
@@ -224,6 +225,11 @@ class Psycopg2Driver(PostgresqlDriver):
 
     def set_client_encoding(self, raw: Any, encoding: str) -> None:
         raw.set_client_encoding(encoding)
+
+    def has_client_encoding(self, raw: Any, encoding: str) -> bool:
+        # It does not notice that a statement has set another one.
+        is_its_own = plain_encoding(raw.encoding) == plain_encoding(encoding)
+        return is_its_own and super().has_client_encoding(raw, encoding)
 
     def set_cursor_factory(self, raw: Any, factory: Any) -> None:
         raw.cursor_factory = factory

@@ -1215,6 +1215,14 @@ class DriverAttributeTests(DatabaseTestCase):
         identifier = sql.Identifier('a"b')
         self.assertEqual(identifier.as_string(connection.driver_connection), '"a""b"')
 
+    def test_an_encoding_that_a_statement_has_set(self):
+        connection = self.connect()
+        connection.cursor().execute("SET client_encoding TO LATIN1")
+        # psycopg2 goes on with what it was told last.
+        for name in ("LATIN1", "UTF8"):
+            with self.assertRaisesRegex(psycopg2.ProgrammingError, "inside a transaction"):
+                connection.set_client_encoding(name)
+
     def test_reset(self):
         connection = self.connect()
         connection.autocommit = True

@@ -1043,6 +1043,10 @@ class Tests(MysqlTestCase):
         connection.select_db("customer")
         connection.set_character_set("latin2")
         connection.set_client_encoding("latin1")
+        connection.begin()
+        with self.assertRaisesRegex(self.module.ProgrammingError, "inside a transaction"):
+            connection.set_client_encoding("latin1")
+        connection.rollback()
         self.assert_chosen_again(connection, "customer", LATIN1)
         connection.readonly = True
         self.assert_chosen_again(connection, "customer", LATIN1)

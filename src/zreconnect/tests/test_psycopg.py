@@ -319,6 +319,9 @@ class SettingsTests(Psycopg, test_session.SettingsTests):
         self.forward.drop()
         cursor = self.connection.execute("SHOW client_encoding")
         self.assertEqual(cursor.fetchone(), ("LATIN1",))
+        self.connection.set_client_encoding("latin-1")
+        with self.assertRaises(psycopg.ProgrammingError):
+            self.connection.set_client_encoding("UTF8")
         self.connection.rollback()
         with self.assertRaises(psycopg.DataError):
             self.connection.set_client_encoding("KLINGON")

@@ -110,6 +110,16 @@ class SettingsTests(DatabaseTestCase):
             self.assertEqual(cursor.fetchone(), ("LATIN1",))
         self.assertEqual(self.connection.encoding, "LATIN1")
 
+    def test_the_same_client_encoding_inside_a_transaction(self):
+        cursor = self.connection.cursor()
+        cursor.execute("CREATE TEMPORARY TABLE kept ()")
+        for name in ("utf-8", "UNICODE", "UTF8"):
+            self.assertEqual(
+                self.round_trips(lambda name=name: self.connection.set_client_encoding(name)), 0
+            )
+        cursor.execute("SELECT FROM kept")
+        self.assertEqual(self.connection.work.link.settings.client_encoding, "UTF8")
+
     def test_an_unknown_client_encoding_is_not_kept(self):
         with self.assertRaises(self.module.Error):
             self.connection.set_client_encoding("KLINGON")
