@@ -37,6 +37,7 @@ C_TYPES = {
     "fast_executemany.TestExecuteValues.test_composed": COMPOSED,
     "ipaddress.NetworkingTestCase.*": REGISTER,
     "quote.QuotingTestCase.test_bytes": REGISTER,
+    "quote.QuotingTestCase.test_unicode": REGISTER,
     "quote.TestQuotedIdentifier.test_identifier": QUOTE,
     "quote.TestQuotedIdentifier.test_unicode_ident": QUOTE,
     "quote.TestQuotedString.test_encoding_from_conn": ADAPT,

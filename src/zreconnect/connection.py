@@ -24,6 +24,7 @@ from zreconnect.guard import Guard
 from zreconnect.interfaces import DOOMED, IReconnectingConnection
 from zreconnect.link import Link
 from zreconnect.options import Options, Witness
+from zreconnect.overrides import end_by_class
 from zreconnect.policy import PERSIST, Patience, RetryPolicy
 from zreconnect.proxies import Guarded, LargeObject, guarded_attribute, guarded_block, no_attribute
 from zreconnect.retry import check_function, check_patience, run_unit_of_work
@@ -170,7 +171,10 @@ class ReconnectingConnection(DriverCalls):
                 raise self.work.link.driver.module.ProgrammingError(self.work.member.commit_refused)
             if self.work.state is State.IDLE:
                 self.refuse_commit_of_statement()
-            self.guard.commit()
+            if hasattr(self.work.link.session.raw, "zreconnect_overridden"):
+                end_by_class(self.guard, "commit", self.guard.commit)
+            else:
+                self.guard.commit()
         finally:
             self.work.give_turn()
 

@@ -15,6 +15,7 @@ from zreconnect.documented import documented_by
 from zreconnect.exceptions import CommitOutcomeUnknown, one_line
 from zreconnect.finding import lookup_errors
 from zreconnect.interfaces import ACTIVE, IReconnectingConnection
+from zreconnect.overrides import end_by_class
 from zreconnect.settings import SettingsOfSessions
 from zreconnect.states import Moment, Request, State
 from zreconnect.twophase import Decision, TwoPhaseDataManager
@@ -198,7 +199,7 @@ class TwoPhaseCalls(SettingsOfSessions):
         if isinstance(member, OwnBranch) and not member.is_prepared():
             member.abort(None)
         else:
-            self.guard.roll_back()
+            end_by_class(self.guard, "rollback", self.guard.roll_back)
 
     def refuse_rollback(self) -> None:
         """Raise the driver's ProgrammingError if ``rollback()`` does not end the transaction."""

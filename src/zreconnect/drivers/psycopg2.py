@@ -89,6 +89,7 @@ class Psycopg2Driver(PostgresqlDriver):
                 "connection_factory made a connection that is in a transaction: have it commit"
             )
         raw.autocommit = True
+        _tell_overridden(raw)
 
     def restore(self, raw: Any, settings: SessionSettings, replaced: dict[str, str]) -> None:
         raw.autocommit = True  # Again, because on_connect may have changed it.
@@ -236,6 +237,29 @@ class Psycopg2Driver(PostgresqlDriver):
 
     def looks_like_reading(self, raw_cursor: Any) -> bool:
         return looks_like_reading(raw_cursor.statusmessage, raw_cursor.query)
+
+
+class _Overridden(extensions.connection):
+    """What ``super()`` leads to in a class of the program's that overrides these methods."""
+
+    __slots__ = ()
+    zreconnect_overridden: dict[str, Callable[[], None]]
+
+    def commit(self) -> None:
+        self.zreconnect_overridden.get("commit", super().commit)()
+
+    def rollback(self) -> None:
+        self.zreconnect_overridden.get("rollback", super().rollback)()
+
+
+def _tell_overridden(raw: Any) -> None:
+    """See `zreconnect.overrides`. In autocommit mode psycopg2's own methods do nothing."""
+    own, base = type(raw), extensions.connection
+    if hasattr(raw, "__dict__") and (own.commit, own.rollback) != (base.commit, base.rollback):
+        raw.zreconnect_overridden = {}
+        names = {"__slots__": (), "__module__": own.__module__, "__qualname__": own.__qualname__}
+        metaclass: Any = type(own)
+        raw.__class__ = metaclass(own.__name__, (own, _Overridden), names)
 
 
 def _begin(raw: Any, settings: SessionSettings) -> str:

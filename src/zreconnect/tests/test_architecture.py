@@ -25,7 +25,7 @@ work lent kept
 finding
 guard
 siblings
-proxies settings cursorsettings datamanager
+proxies settings cursorsettings overrides datamanager
 transfers twophase
 cursor
 blocks tpc
