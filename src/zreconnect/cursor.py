@@ -6,7 +6,6 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from zreconnect import commits
@@ -136,10 +135,9 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
                 self._open()
             if not work.link.driver.may_begin_with(self._raw, *arguments):
                 return False
-            execute = partial(self._raw.execute, *arguments, **options)
             executed = None
             try:
-                if not guard.begin_with_statement(self._raw, execute):
+                if not guard.begin_with_statement(self._raw, arguments, options):
                     return False
                 executed = self._raw
                 return True

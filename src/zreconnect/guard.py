@@ -223,19 +223,22 @@ class Guard:
             and not session.raw.closed
             # The answer to BEGIN tells whether a standby still is one.
             and not (self._link.is_on_standby and self._link.needs_writes())
+            and (self._driver.gives_rows or not self._link.observer.needs_row)
         )
 
-    def begin_with_statement(self, raw_cursor: Any, execute: Callable[[], object]) -> bool:
+    def begin_with_statement(
+        self, raw_cursor: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> bool:
         """Begin a transaction along with its first statement, in one round trip.
 
-        execute: sends the statement. Whether that was done; else the statement has not been
-        executed, and there is no transaction.
+        arguments, options: those of the cursor's ``execute()``. Whether that was done; else the
+        statement has not been executed, and there is no transaction.
         """
         work = self.work
         if work.join is not None:
             work.join()
         try:
-            has_begun, error = work.begin_with(execute)
+            has_begun, error = work.begin_with(raw_cursor, arguments, options)
         except BaseException as problem:
             self.meet(problem, Moment.BEGIN_WITH)
             raise

@@ -255,7 +255,8 @@ class IDriver(Interface):
     def commit(raw, rider=""):
         """Commit, in one round trip.
 
-        rider: a statement that is sent along before COMMIT, which is not executed if it fails.
+        rider: a statement that is sent along before COMMIT, which is not executed if it fails; not
+        sent in a transaction that has failed.
         Raises the module's errors; its InternalError also if the server rolled back because a
         statement had failed. If the transaction goes on after an error, `in_transaction` says so,
         and `commit` can be called again.
@@ -328,8 +329,9 @@ class IDriver(Interface):
         call: it is false if the server has said that there is no transaction."""
 
     def attribute(raw, name):
-        """An attribute of the raw connection, as a program is to see it that has begun its
-        transaction here and not there. Raises AttributeError. No round trip."""
+        """An attribute of the raw connection, or of a raw cursor or another object of the module,
+        as a program is to see it that has begun its transaction here and not there. Raises
+        AttributeError. No round trip."""
 
     def check_cursor(name, options):
         """Raise what the module raises for such a cursor at once; there may be no session yet."""
@@ -428,17 +430,19 @@ class IDriver(Interface):
 class IPipeliningDriver(IDriver):
     """A driver that can begin a transaction along with its first statement."""
 
+    gives_rows = Attribute("Whether `begin_with` tells what the rider has returned.")
+
     def may_begin_with(raw_cursor, query, parameters=None):
         """Whether a statement means the same when it travels along with BEGIN.
 
         Needs no round trip. Raises what the module raises for a query that it cannot read.
         """
 
-    def begin_with(raw, settings, rider, execute, answered):
+    def begin_with(raw_cursor, settings, rider, arguments, options, answered):
         """Begin a transaction and execute its first statement, in one round trip.
 
         rider: as in `begin`; if it fails, the statement must not be executed.
-        execute: called without arguments, sends the statement; once.
+        arguments, options: those of the raw cursor's ``execute()``.
         answered: to be called when the server begins to answer; until then it may be silent.
 
         Returns a `Begun`; None if BEGIN or its rider has failed, so that the server has not
@@ -473,8 +477,13 @@ class IObserver(Interface):
     def record_session(raw, settings):
         """Record the session. Raises the driver's errors."""
 
-    def rider(raw, settings):
-        """The statement that goes along with BEGIN, or an empty string."""
+    needs_row = Attribute("Whether `began` has to be told what the rider has returned.")
+
+    def rider(raw, settings, gives_row=True):
+        """The statement that goes along with BEGIN, or an empty string.
+
+        gives_row: whether what it returns can be had.
+        """
 
     def began(row):
         """The transaction has begun. row: what the rider returned, or None."""

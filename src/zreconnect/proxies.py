@@ -124,7 +124,7 @@ def guarded_attribute(
     """
     is_connection = wrapped is guard.work.link.session.raw
     driver = guard.work.link.driver
-    value = driver.attribute(wrapped, name) if is_connection else getattr(wrapped, name)
+    value = driver.attribute(wrapped, name)
     if not callable(value):
         return value
     # cancel() is called while another thread's turn lasts.

@@ -101,7 +101,7 @@ class XidWitness:
         return hash(self.at_commit)
 
     def observer(self, driver: Any) -> XidObserver:
-        return XidAtCommitObserver(driver) if self.at_commit else XidObserver(driver)
+        return XidObserver(driver, self.at_commit)
 
 
 @implements(IObserver)
@@ -110,6 +110,7 @@ class NoObserver:
 
     watches_statements = False
     waits = False
+    needs_row = False
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver
@@ -119,7 +120,7 @@ class NoObserver:
     def record_session(self, raw: Any, settings: SessionSettings) -> None:
         """Nothing is recorded."""
 
-    def rider(self, raw: Any, settings: SessionSettings) -> str:
+    def rider(self, raw: Any, settings: SessionSettings, gives_row: bool = True) -> str:
         return ""
 
     def began(self, row: Any) -> None:
@@ -157,6 +158,7 @@ class SessionObserver(NoObserver):
 
     # In which what is written is not the program's.
     _own_table: str | None = None
+    # Whether the present transaction's id is asked for just before COMMIT.
     _asks_at_commit = False
 
     def __init__(self, driver: Any) -> None:
@@ -250,10 +252,16 @@ class SessionObserver(NoObserver):
 
 @implements(IObserver)
 class XidObserver(SessionObserver):
-    """Knows the id of a connection's last transaction, and the history that the id belongs to."""
+    """Knows the id of a connection's last transaction, and the history that the id belongs to.
 
-    def __init__(self, driver: Any) -> None:
+    at_commit: whether it always asks for the id just before COMMIT, and only a transaction that has
+    written, or may have. Else it does so where BEGIN cannot tell.
+    """
+
+    def __init__(self, driver: Any, at_commit: bool = False) -> None:
         super().__init__(driver)
+        self._at_commit = at_commit
+        self._reads_write = False
         self._xid: int | None = None
         # Those of the transaction, and of those in which it was looked up in vain.
         self._marks: tuple[Mark, ...] = ()
@@ -261,15 +269,20 @@ class XidObserver(SessionObserver):
 
     def record_session(self, raw: Any, settings: SessionSettings) -> None:
         session = self._identify(raw)
+        # Behind a pooler only the transaction itself knows which process it is in.
+        self.needs_row = session.is_pooled and self._knows_ids
         self._history = None
         if self._knows_ids and not session.is_standby:
             self._history = self._present_history(raw)
 
-    def rider(self, raw: Any, settings: SessionSettings) -> str:
+    def rider(self, raw: Any, settings: SessionSettings, gives_row: bool = True) -> str:
+        self._asks_at_commit = self._at_commit or self.waits or not gives_row
         self._note_begin(raw, settings)
         self._xid, self._marks = None, ()
+        if self._asks_at_commit:
+            return ASSIGNED_ID if self.needs_row and not self.waits else ""
         # An id is given to every transaction that asks, and there are but 2**31 before a vacuum.
-        return ID if self.may_have_written and self._knows_ids and not self.waits else ""
+        return ID if self.may_have_written and self._knows_ids else ""
 
     def began(self, row: Any) -> None:
         self._began = time.monotonic()
@@ -284,11 +297,31 @@ class XidObserver(SessionObserver):
         return Evidence(began, self._marks)
 
     def commit(self, raw: Any) -> None:
-        was_not_asked = self.waits and self.may_have_written and self._knows_ids
-        if (self._has_written or was_not_asked) and not self._driver.in_failed_transaction(raw):
-            self._ask_id(raw, ID)
-        self._driver.commit(raw)
+        if self._has_written:
+            self._commit_with_id(raw, ID)
+        elif not (self._asks_at_commit and self.may_have_written and self._knows_ids):
+            self._driver.commit(raw)
+        elif self._reads_write:
+            self._commit_with_id(raw, ASSIGNED_ID)
+        else:
+            self._commit_unless_written(raw)
         self._is_under_way = False
+
+    def _commit_with_id(self, raw: Any, question: str) -> None:
+        if not self._driver.in_failed_transaction(raw):
+            self._ask_id(raw, question)
+        self._driver.commit(raw)
+
+    def _commit_unless_written(self, raw: Any) -> None:
+        self.may_have_written = False
+        try:
+            self._driver.commit(raw, NOTHING_WRITTEN)
+        except self._driver.module.DataError:
+            # A SELECT that locks rows, or reads from a view that writes. The server logs the error,
+            # so that this connection does not try again.
+            self._reads_write = True
+            self._ask_id(raw, GO_ON + ASSIGNED_ID)
+            self._driver.commit(raw)
 
     def _ask_id(self, raw: Any, question: str) -> None:
         # As long as no COMMIT is sent that has something to commit, losing the session rolls back.
@@ -344,52 +377,6 @@ class XidObserver(SessionObserver):
             # Somebody took the right to ask away.
             return None
         return History(system_identifier, timeline, stats_reset)
-
-
-@implements(IObserver)
-class XidAtCommitObserver(XidObserver):
-    """Asks for the id just before COMMIT, and only a transaction that has written, or may have."""
-
-    _asks_at_commit = True
-
-    def __init__(self, driver: Any) -> None:
-        super().__init__(driver)
-        self._reads_write = False
-
-    def rider(self, raw: Any, settings: SessionSettings) -> str:
-        self._note_begin(raw, settings)
-        self._xid, self._marks = None, ()
-        assert self._session is not None
-        # Behind a pooler only the transaction itself knows which process it is in.
-        rides = self._session.is_pooled and self._knows_ids and not self.waits
-        return ASSIGNED_ID if rides else ""
-
-    def commit(self, raw: Any) -> None:
-        if (
-            self._has_written
-            or not self.may_have_written
-            or not self._knows_ids
-            or self._driver.in_failed_transaction(raw)
-        ):
-            super().commit(raw)
-            return
-        self.may_have_written = False
-        if self._reads_write:
-            self._ask_id(raw, ASSIGNED_ID)
-            self._driver.commit(raw)
-        else:
-            self._commit_unless_written(raw)
-        self._is_under_way = False
-
-    def _commit_unless_written(self, raw: Any) -> None:
-        try:
-            self._driver.commit(raw, NOTHING_WRITTEN)
-        except self._driver.module.DataError:
-            # A SELECT that locks rows, or reads from a view that writes. The server logs the error,
-            # so that this connection does not try again.
-            self._reads_write = True
-            self._ask_id(raw, GO_ON + ASSIGNED_ID)
-            self._driver.commit(raw)
 
 
 def outcome_by_id(driver: Any, raw: Any, xid: int, believe: bool) -> Outcome:

@@ -253,11 +253,14 @@ class Work:
         if self.patience.is_shared:
             self.patience.has_begun()
 
-    def begin_with(self, execute: Callable[[], object]) -> tuple[bool, BaseException | None]:
+    def begin_with(
+        self, raw_cursor: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[bool, BaseException | None]:
         """Begin a transaction along with its first statement, in one round trip.
 
-        execute: sends the statement. Returns whether there is a transaction now, if not, the
-        statement has not been executed; and what the statement has raised.
+        arguments, options: those of the cursor's ``execute()``. Returns whether there is a
+        transaction now, if not, the statement has not been executed; and what the statement has
+        raised.
         """
         self._begin_another(explicit=False)
         link, session = self.link, self.link.session
@@ -265,10 +268,11 @@ class Work:
         wait = session.watch.awaiting(self.limit_of_begin(self.patience.begins(self.waited)))
         with wait:
             begun = link.driver.begin_with(
-                session.raw,
+                raw_cursor,
                 link.settings,
-                link.observer.rider(session.raw, link.settings),
-                execute,
+                link.observer.rider(session.raw, link.settings, link.driver.gives_rows),
+                arguments,
+                options,
                 lambda: wait.renew(link.options.response_timeout),
             )
         if begun is None:

@@ -85,6 +85,11 @@ QUOTED_OR_COMMENT = re.compile(
     r"|--[^\n]*|/\*(?:[^*]|\*(?!/))*\*/",
     re.IGNORECASE | re.DOTALL,
 )
+# Statements that mean the same if they travel along with BEGIN; those that end a transaction do
+# not, nor does COPY in a pipeline.
+MAY_FOLLOW_BEGIN = re.compile(
+    r"\s*(?:SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|VALUES|TABLE)\b", re.IGNORECASE
+)
 # Tags of what the server executed.
 READING_TAGS = re.compile(r"(SELECT|FETCH|MOVE|SHOW|SET|DECLARE|CLOSE|SAVEPOINT|RELEASE)\b")
 # A SELECT can write all the same: in a WITH, as a prepared statement, by a function that it calls,
@@ -515,6 +520,11 @@ def plain_encoding(name: str) -> str:
     """The name of an encoding as the server compares it; UTF-8 has two."""
     plain = "".join(filter(str.isalnum, name)).upper()
     return "UTF8" if plain == "UNICODE" else plain
+
+
+def may_follow_begin(query: str) -> bool:
+    """Whether ``query`` is one statement that means the same if it travels along with BEGIN."""
+    return MAY_FOLLOW_BEGIN.match(query) is not None and ";" not in query.rstrip().rstrip(";")
 
 
 def begin_statement(level: str | None, readonly: bool | None, deferrable: bool | None) -> str:

@@ -35,6 +35,7 @@ from zreconnect.drivers.postgresql import (
     PostgresqlDriver,
     begin_statement,
     looks_like_reading,
+    may_follow_begin,
 )
 from zreconnect.exceptions import DisconnectionError, ExceptionInfo
 from zreconnect.interfaces import IPipeliningDriver, Meaning
@@ -42,10 +43,6 @@ from zreconnect.interfaces import IPipeliningDriver, Meaning
 ISOLATION_LEVELS: dict[int, str] = {level: level.name.replace("_", " ") for level in IsolationLevel}
 #: What can be set on a connection, besides what `SessionSettings` has.
 ATTRIBUTES = ("row_factory", "server_cursor_factory", "prepare_threshold", "prepared_max")
-# Statements that mean the same in a pipeline; COPY and those that end a transaction do not.
-MAY_FOLLOW_BEGIN = re.compile(
-    r"\s*(?:SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|VALUES|TABLE)\b", re.IGNORECASE
-)
 # `_SharedTrip` builds on what psycopg does not document: with another version, BEGIN goes first.
 KNOWS_PIPELINE = psycopg.__version__.startswith(("3.2.", "3.3."))
 # psycopg's own words, before libpq's: one line for each address that it has tried.
@@ -68,6 +65,7 @@ class PsycopgDriver(PostgresqlDriver):
     name = "psycopg"
     module = psycopg
     sql = sql
+    gives_rows = True
     disconnection_error = PsycopgDisconnectionError
     rollback_request = psycopg.Rollback
     # psycopg's own words (waiting.py): the socket has hung up, and libpq does not know it yet.
@@ -146,7 +144,8 @@ class PsycopgDriver(PostgresqlDriver):
         return bool(raw.read_only if settings.readonly is None else settings.readonly)
 
     def commit(self, raw: Any, rider: str = "") -> None:
-        answer = self._execute(raw, *([rider] if rider else []), "COMMIT")
+        goes_along = rider and not self.in_failed_transaction(raw)
+        answer = self._execute(raw, *([rider] if goes_along else []), "COMMIT")
         if answer.command_status == b"ROLLBACK":
             raise psycopg.errors.InFailedSqlTransaction(
                 "Nothing was committed: a statement of the transaction had failed, so the server "
@@ -206,22 +205,19 @@ class PsycopgDriver(PostgresqlDriver):
             query = query.decode("ascii", "replace")
         elif not isinstance(query, str):
             return False
-        return (
-            MAY_FOLLOW_BEGIN.match(query) is not None
-            # A pipeline takes one statement at a time, and a parameter that is not there is an
-            # error of the protocol.
-            and ";" not in query.rstrip().rstrip(";")
-            and (parameters is not None or "$" not in query)
-        )
+        # A parameter that is not there is an error of a pipeline's protocol.
+        return may_follow_begin(query) and (parameters is not None or "$" not in query)
 
     def begin_with(
         self,
-        raw: Any,
+        raw_cursor: Any,
         settings: SessionSettings,
         rider: str,
-        execute: Callable[[], object],
+        arguments: tuple[Any, ...],
+        options: Mapping[str, Any],
         answered: Callable[[], object],
     ) -> Begun | None:
+        raw = raw_cursor.connection
         trip = _SharedTrip(raw)
         companion = trip.add(_begin(raw, settings), answered)
         if rider:
@@ -230,7 +226,7 @@ class PsycopgDriver(PostgresqlDriver):
         error: BaseException | None = None
         try:
             with trip:
-                execute()
+                raw_cursor.execute(*arguments, **options)
         except BaseException as problem:
             error = problem
         try:

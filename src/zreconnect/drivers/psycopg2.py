@@ -4,10 +4,15 @@ The raw connection is kept in psycopg2's autocommit mode, in which psycopg2 send
 own, and BEGIN, COMMIT and ROLLBACK are statements of this driver. So BEGIN can be sent, and fail,
 before the user's first statement. psycopg2's own BEGIN is sent from inside that statement, where
 a failure leaves it open which of the two the server has seen.
+
+A transaction can begin along with its first statement, in one string. The server reads all of it
+before it executes any of it, so that after a syntax error there is no transaction. The results of
+all statements but the last are lost.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,17 +21,18 @@ import psycopg2.errors
 from psycopg2 import extensions, sql
 
 from zreconnect.documented import implements
-from zreconnect.drivers.base import SessionSettings
+from zreconnect.drivers.base import Begun, SessionSettings
 from zreconnect.drivers.conninfo import connect_keywords
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
     PostgresqlDriver,
     begin_statement,
     looks_like_reading,
+    may_follow_begin,
     plain_encoding,
 )
 from zreconnect.exceptions import DisconnectionError
-from zreconnect.interfaces import IDriver
+from zreconnect.interfaces import IPipeliningDriver, Meaning
 
 ISOLATION_LEVELS = {
     extensions.ISOLATION_LEVEL_READ_UNCOMMITTED: "READ UNCOMMITTED",
@@ -44,19 +50,26 @@ IN_TRANSACTION = (
     extensions.TRANSACTION_STATUS_INTRANS,
     extensions.TRANSACTION_STATUS_INERROR,
 )
+# What goes before the first statement, in a line of its own.
+FIRST_LINE = re.compile(rb"\ABEGIN[^\n]*; -- zreconnect\n")
+# The number of a line, in the server's message of an error.
+LINE = re.compile(r"^LINE (\d+):", re.MULTILINE)
+# Cursor classes of psycopg2's own, in psycopg2.extras, that do nothing but execute the statement.
+PLAIN_CURSORS = ("DictCursor", "NamedTupleCursor", "RealDictCursor")
 
 
 class Psycopg2DisconnectionError(DisconnectionError, psycopg2.OperationalError):
     """A `DisconnectionError` for code that was written against psycopg2."""
 
 
-@implements(IDriver)
+@implements(IPipeliningDriver)
 class Psycopg2Driver(PostgresqlDriver):
-    """The `IDriver` for psycopg2."""
+    """The `IPipeliningDriver` for psycopg2."""
 
     name = "psycopg2"
     module = psycopg2
     sql = sql
+    gives_rows = False
     disconnection_error = Psycopg2DisconnectionError
     loses_rows = True
     isolation_levels = ISOLATION_LEVELS
@@ -106,6 +119,8 @@ class Psycopg2Driver(PostgresqlDriver):
 
     def commit(self, raw: Any, rider: str = "") -> None:
         failed = self.in_failed_transaction(raw)
+        if failed:
+            rider = ""
         if raw.autocommit:
             self.query(raw, f"{rider};COMMIT" if rider else "COMMIT")
         else:
@@ -142,6 +157,50 @@ class Psycopg2Driver(PostgresqlDriver):
             raw.tpc_rollback()
             raw.autocommit = True
 
+    # Beginning along with a statement
+
+    def may_begin_with(self, raw_cursor: Any, query: Any, parameters: Any = None) -> bool:
+        kind = type(raw_cursor)
+        return (
+            isinstance(query, str)
+            and may_follow_begin(query)
+            # A class of the user's may do more than to execute one statement.
+            and (
+                kind is extensions.cursor
+                or (kind.__module__ == "psycopg2.extras" and kind.__name__ in PLAIN_CURSORS)
+            )
+            and raw_cursor.connection.autocommit
+        )
+
+    def begin_with(
+        self,
+        raw_cursor: Any,
+        settings: SessionSettings,
+        rider: str,
+        arguments: tuple[Any, ...],
+        options: Mapping[str, Any],
+        answered: Callable[[], object],
+    ) -> Begun | None:
+        raw = raw_cursor.connection
+        query, *parameters = arguments
+        first_line = f"{_begin(raw, settings)};{rider}; -- zreconnect\n"
+        if parameters:
+            first_line = first_line.replace("%", "%%")
+        try:
+            raw_cursor.execute(first_line + query, *parameters, **options)
+        except BaseException as error:
+            if not self.is_at_rest(raw) or self.meaning(error, raw) is Meaning.DISCONNECT:
+                raise
+            if self.in_transaction(raw):
+                _leave_out_first_line(error)
+                return Begun(None, error)
+            if isinstance(error, psycopg2.Error):
+                return None
+            raise
+        return Begun(None, None)
+
+    # Statements
+
     def query(self, raw: Any, statement: str, parameters: Any = None) -> list[Any]:
         # Not raw.cursor(): a cursor class of the user's may log or change what it executes.
         cursor = extensions.cursor(raw)
@@ -171,7 +230,7 @@ class Psycopg2Driver(PostgresqlDriver):
         return bool(raw.get_transaction_status() == extensions.TRANSACTION_STATUS_INERROR)
 
     def is_commit(self, raw_cursor: Any) -> bool:
-        return COMMIT_STATEMENT.search(raw_cursor.query or b"") is not None
+        return COMMIT_STATEMENT.search(_text(raw_cursor)) is not None
 
     def sqlstate(self, error: BaseException) -> str | None:
         return getattr(error, "pgcode", None)
@@ -194,10 +253,13 @@ class Psycopg2Driver(PostgresqlDriver):
         return flag
 
     def attribute(self, raw: Any, name: str) -> Any:
+        value = getattr(raw, name)
         # Helpers such as register_hstore() roll back if there is no transaction as they began.
         if name == "status" and self.in_transaction(raw):
             return extensions.STATUS_IN_TRANSACTION
-        return getattr(raw, name)
+        if name == "query" and value is not None:
+            return FIRST_LINE.sub(b"", value, count=1)
+        return value
 
     def check_cursor(self, name: str | None, options: Mapping[str, Any]) -> None:
         if name is None and (options.get("scrollable") is not None or options.get("withhold")):
@@ -236,7 +298,7 @@ class Psycopg2Driver(PostgresqlDriver):
         raw.cursor_factory = factory
 
     def looks_like_reading(self, raw_cursor: Any) -> bool:
-        return looks_like_reading(raw_cursor.statusmessage, raw_cursor.query)
+        return looks_like_reading(raw_cursor.statusmessage, _text(raw_cursor))
 
 
 class _Overridden(extensions.connection):
@@ -270,6 +332,18 @@ def _begin(raw: Any, settings: SessionSettings) -> str:
         raw.readonly if settings.readonly is None else settings.readonly,
         raw.deferrable if settings.deferrable is None else settings.deferrable,
     )
+
+
+def _text(raw_cursor: Any) -> bytes:
+    """The last statement, as the program has it."""
+    return FIRST_LINE.sub(b"", raw_cursor.query or b"", count=1)
+
+
+def _leave_out_first_line(error: BaseException) -> None:
+    """Have an error's message count the lines as the program has them."""
+    if isinstance(error, psycopg2.Error) and error.args:
+        message, *others = error.args
+        error.args = (LINE.sub(lambda found: f"LINE {int(found[1]) - 1}:", message), *others)
 
 
 driver = Psycopg2Driver()
