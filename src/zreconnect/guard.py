@@ -42,6 +42,9 @@ from zreconnect.states import (
 from zreconnect.witness import Outcome
 from zreconnect.work import PATIENCE_OF_ROLLBACK, Work
 
+# For so many seconds after an answer the end of a session is taken to show on its socket. That of
+# one which has been idle for longer may have been silent; BEGIN by itself finds that out.
+SURE_OF_SESSION = 5.0
 # For a thread that has the connection already.
 _MINE = contextlib.nullcontext()
 
@@ -219,11 +222,12 @@ class Guard:
             and work.implicit_begin
             and (work.block or not self._link.settings.autocommit)
             # Else BEGIN by itself finds out whether the session has ended, or was closed by hand.
+            and time.monotonic() - self._link.heard < SURE_OF_SESSION
             and session.watch.is_quiet()
             and not session.raw.closed
             # The answer to BEGIN tells whether a standby still is one.
             and not (self._link.is_on_standby and self._link.needs_writes())
-            and (self._driver.gives_rows or not self._link.observer.needs_row)
+            and (self._driver.answers_begin or not self._link.observer.needs_row)
         )
 
     def begin_with_statement(

@@ -430,7 +430,9 @@ class IDriver(Interface):
 class IPipeliningDriver(IDriver):
     """A driver that can begin a transaction along with its first statement."""
 
-    gives_rows = Attribute("Whether `begin_with` tells what the rider has returned.")
+    answers_begin = Attribute(
+        "Whether `begin_with` gives the answers to BEGIN and its rider, and when they come."
+    )
 
     def may_begin_with(raw_cursor, query, parameters=None):
         """Whether a statement means the same when it travels along with BEGIN.
@@ -443,9 +445,11 @@ class IPipeliningDriver(IDriver):
 
         rider: as in `begin`; if it fails, the statement must not be executed.
         arguments, options: those of the raw cursor's ``execute()``.
-        answered: to be called when the server begins to answer; until then it may be silent.
+        answered: to be called when the server begins to answer, if that can be seen; until then it
+        may be silent.
 
-        Returns a `Begun`; None if BEGIN or its rider has failed, so that the server has not
+        Returns what the rider has returned, or None, and what the statement has raised, or None;
+        None instead of both if BEGIN or its rider has failed, so that the server has not
         executed the statement, and the session is in no transaction. Raises the module's errors of
         a lost session, which may have executed the statement.
         """

@@ -31,6 +31,7 @@ class Link:
     has replaced for that in the present session.
     is_on_standby: whether the server was a standby when the observer recorded the session.
     was_ended: whether a statement of the program's has ended the transaction, as COMMIT does.
+    heard: the monotonic time at which the server has last said that a transaction has ended.
     observer: the `IObserver` of the present session and, if that is lost, of its last transaction;
     another one in another process.
     readers: refer to the cursors that have rows which would be lost with the session.
@@ -52,6 +53,7 @@ class Link:
         self.is_on_standby = False
         self.was_ended = False
         self.readers: set[weakref.ref[Any]] = set()
+        self.heard = -math.inf
         # Whether a server has refused a write since.
         self._was_refused = False
 

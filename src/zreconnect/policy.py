@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from dataclasses import dataclass, field, replace
@@ -79,6 +80,12 @@ class RetryPolicy:
         """
         limit = LONGEST_ATTEMPT * random.uniform(LEAST_PART, 1.0)
         return min(limit, self.longest_attempt(elapsed))
+
+    @functools.cached_property
+    def longest_begin(self) -> float:
+        """The seconds that the answer to BEGIN may take in a session that there is."""
+        # Half of the time is left for connecting again.
+        return self.longest_attempt((self.timeout or 0) / 2)
 
     def least_attempt(self) -> float:
         """The seconds that a new session may take at least until it can be used."""

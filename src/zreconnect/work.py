@@ -31,6 +31,7 @@ transaction. Who gets the turn of a thread that has ended inside one finds it he
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 import weakref
@@ -238,10 +239,7 @@ class Work:
         session.watch.reset()
         with session.watch.awaiting(self.limit_of_begin(policy)):
             self._send_begin(session.raw)
-        self.link.server.check(session.raw)
-        self.note(Event.BEGUN)
-        if self.patience.is_shared:
-            self.patience.has_begun()
+        self._has_begun(session.raw)
         return True
 
     def begin_in_new_session(self, policy: RetryPolicy) -> None:
@@ -265,12 +263,15 @@ class Work:
         self._begin_another(explicit=False)
         link, session = self.link, self.link.session
         session.watch.reset()
-        wait = session.watch.awaiting(self.limit_of_begin(self.patience.begins(self.waited)))
+        limit = link.options.response_timeout
+        if link.driver.answers_begin:
+            limit = self.limit_of_begin(self.patience.begins(self.waited))
+        wait = session.watch.awaiting(limit)
         with wait:
             begun = link.driver.begin_with(
                 raw_cursor,
                 link.settings,
-                link.observer.rider(session.raw, link.settings, link.driver.gives_rows),
+                link.observer.rider(session.raw, link.settings, link.driver.answers_begin),
                 arguments,
                 options,
                 lambda: wait.renew(link.options.response_timeout),
@@ -279,15 +280,18 @@ class Work:
             self.note(Event.NOT_BEGUN)
             return False, None
         try:
-            link.observer.began(begun.row)
-            link.server.check(session.raw)
-            self.note(Event.BEGUN)
-            if self.patience.is_shared:
-                self.patience.has_begun()
-            return True, begun.error
+            link.observer.began(begun[0])
+            self._has_begun(session.raw)
+            return True, begun[1]
         finally:
             # The traceback of its error refers to this frame.
             del begun
+
+    def _has_begun(self, raw: Any) -> None:
+        self.link.server.check(raw)
+        self.note(Event.BEGUN)
+        if self.patience.is_shared:
+            self.patience.has_begun()
 
     def _begin_another(self, explicit: bool, statement: Any = None) -> None:
         self.is_explicit = explicit
@@ -299,9 +303,8 @@ class Work:
         self.note(Event.BEGIN_LEAVES)
 
     def limit_of_begin(self, policy: RetryPolicy) -> float:
-        """The seconds that the answer to BEGIN may take, so that half is left for connecting."""
-        limit = policy.longest_attempt((policy.timeout or 0) / 2)
-        return min(limit, self.link.options.response_timeout or limit)
+        """The seconds that the answer to BEGIN may take in a session that there is."""
+        return min(policy.longest_begin, self.link.options.response_timeout or math.inf)
 
     def _begin_first(self, raw: Any) -> None:
         self.link.record_session(raw)
@@ -329,6 +332,7 @@ class Work:
         self.note(Event.COMMIT_LEAVES)
         with session.watch.awaiting(self.link.options.response_timeout):
             self.link.observer.commit(session.raw)
+        self.link.heard = time.monotonic()
         self.committed()
 
     def prepare(self, gid: str) -> None:
@@ -349,6 +353,7 @@ class Work:
         # A session that does not answer is given up, which rolls back as well.
         with session.watch.awaiting(self.link.answer_limit()):
             self.link.observer.rollback(session.raw)
+        self.link.heard = time.monotonic()
 
     def rolled_back(self) -> None:
         """It is rolled back: the server has said so, or its session has ended."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeAlias
 
 from zreconnect.documented import documented_by
 from zreconnect.interfaces import IDriver, Meaning
@@ -87,16 +87,9 @@ class Evidence:
     xid: str | None = None
 
 
-@dataclass(frozen=True)
-class Begun:
-    """A transaction that has begun along with its first statement.
-
-    row: what the rider has returned.
-    error: what the statement has raised, or None.
-    """
-
-    row: Any
-    error: BaseException | None
+# A transaction that has begun along with its first statement: what the rider has returned, and what
+# the statement has raised, or None.
+Begun: TypeAlias = tuple[Any, BaseException | None]
 
 
 @dataclass

@@ -65,7 +65,7 @@ class PsycopgDriver(PostgresqlDriver):
     name = "psycopg"
     module = psycopg
     sql = sql
-    gives_rows = True
+    answers_begin = True
     disconnection_error = PsycopgDisconnectionError
     rollback_request = psycopg.Rollback
     # psycopg's own words (waiting.py): the socket has hung up, and libpq does not know it yet.
@@ -235,7 +235,7 @@ class PsycopgDriver(PostgresqlDriver):
             ):
                 raise error
             if companion.answer is not None:
-                return Begun(_first_row(companion.answer), error)
+                return _first_row(companion.answer), error
             if self.in_transaction(raw):
                 self.rollback(raw)
             return None

@@ -69,7 +69,7 @@ class Psycopg2Driver(PostgresqlDriver):
     name = "psycopg2"
     module = psycopg2
     sql = sql
-    gives_rows = False
+    answers_begin = False
     disconnection_error = Psycopg2DisconnectionError
     loses_rows = True
     isolation_levels = ISOLATION_LEVELS
@@ -193,11 +193,11 @@ class Psycopg2Driver(PostgresqlDriver):
                 raise
             if self.in_transaction(raw):
                 _leave_out_first_line(error)
-                return Begun(None, error)
+                return None, error
             if isinstance(error, psycopg2.Error):
                 return None
             raise
-        return Begun(None, None)
+        return None, None
 
     # Statements
 
