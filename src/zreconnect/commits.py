@@ -65,7 +65,9 @@ class OwnCommits:
 
     def sending(self) -> None:
         """A COMMIT is about to be sent."""
-        self._sent = note()
+        self._sent = _watched.get()
+        for commits in self._sent:
+            commits.sent += 1
 
     def withdraw(self) -> None:
         """The COMMIT that was sent last has committed nothing, whoever has sent it, and when."""

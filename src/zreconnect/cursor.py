@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from zreconnect import commits
@@ -21,6 +22,7 @@ from zreconnect.transfers import IfThere, Transfers
 
 if TYPE_CHECKING:
     from zreconnect.connection import ReconnectingConnection
+    from zreconnect.link import Link
 
 # Where the modules for MySQL, and psycopg 3, have what was sent: its manual tells of it.
 SENT = ("_executed", "_query")
@@ -149,7 +151,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
             if work.state is not State.ACTIVE:
                 work.give_turn()
 
-    # These do what Guard.in_turn() and Guard.asking() do, without their Python calls.
+    # These do what Guard.in_turn() and Guard.asking() do, with fewer Python calls.
 
     def _statement(self, method: str, *args: Any, **keywords: Any) -> Any:
         work, guard, link = self._work, self._guard, self._work.link
@@ -175,10 +177,12 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
                 self._open()
             raw = self._raw
             try:
-                with session.watch.awaiting(link.options.response_timeout):
-                    if self.name is not None and work.state is State.ACTIVE:
-                        link.driver.own_transaction(session.raw)
-                    result = getattr(raw, method)(*args, **keywords)
+                call = getattr(raw, method)
+                if self.name is not None and work.state is State.ACTIVE:
+                    call = partial(_call_in_own_transaction, link, call)
+                if link.options.response_timeout is not None:
+                    call = partial(session.watch.call, link.options.response_timeout, call)
+                result = call(*args, **keywords)
             except BaseException as error:
                 guard.meet(error, Moment.STATEMENT, raw)
                 # It may have been executed all the same.
@@ -207,8 +211,10 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
                 self._refuse_closed()
             raw = self._raw_cursor() if self._raw is None else self._raw
             try:
-                with link.session.watch.awaiting(link.options.response_timeout):
-                    return getattr(raw, method)(*args)
+                call = getattr(raw, method)
+                if link.options.response_timeout is not None:
+                    call = partial(link.session.watch.call, link.options.response_timeout, call)
+                return call(*args)
             except StopIteration:
                 raise
             except BaseException as error:
@@ -428,3 +434,9 @@ def _close_lost(raw: Any, error: type[Exception]) -> None:
     """Close a raw cursor of a session that has ended; psycopg complains if nobody does."""
     with suppress(error):
         raw.close()
+
+
+def _call_in_own_transaction(link: Link, call: Any, *args: Any, **keywords: Any) -> Any:
+    """What a server-side cursor returns, for which the module has to know of the transaction."""
+    link.driver.own_transaction(link.session.raw)
+    return call(*args, **keywords)

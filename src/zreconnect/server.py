@@ -129,6 +129,8 @@ class Server:
         self.driver = driver
         self._open_session = open_session
         self._parameters = parameters
+        #: Whether not every server of that address will do.
+        self.has_target = "target_session_attrs" in parameters
         # When it was first, and when last, met away.
         self._outage: tuple[float, float] | None = None
         # When the latest attempt has failed, and how; None if it has not.

@@ -89,8 +89,9 @@ class Turn:
 
     def give(self) -> None:
         """Let the next one have it, if the calling thread does."""
-        if self.is_mine():
-            self._give_from(self._slot.get(_HOLDER))
+        claim = self._slot.get(_HOLDER)
+        if claim is not None and claim() is _present.thread:
+            self._give_from(claim)
 
     def end(self) -> None:
         """Let the next one have it, whichever thread has it now."""

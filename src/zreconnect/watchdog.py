@@ -27,6 +27,8 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 # An answer may be overdue by that many seconds before it is noticed.
 INTERVAL = 0.25
@@ -145,6 +147,11 @@ class Watch:
         wait.limit = limit
         wait.since = None
         return wait
+
+    def call(self, limit: float, function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        """What ``function`` returns, with `awaiting` around it."""
+        with self.awaiting(limit):
+            return function(*args, **keywords)
 
     def within(self, limit: float) -> Wait:
         """As `awaiting`, for what may take ``limit`` seconds whatever comes meanwhile."""

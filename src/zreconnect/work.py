@@ -288,7 +288,8 @@ class Work:
             del begun
 
     def _has_begun(self, raw: Any) -> None:
-        self.link.server.check(raw)
+        if self.link.server.has_target:
+            self.link.server.check(raw)
         self.note(Event.BEGUN)
         if self.patience.is_shared:
             self.patience.has_begun()
@@ -330,8 +331,11 @@ class Work:
         self.committing = session.raw
         self.own.sending()
         self.note(Event.COMMIT_LEAVES)
-        with session.watch.awaiting(self.link.options.response_timeout):
-            self.link.observer.commit(session.raw)
+        commit, limit = self.link.observer.commit, self.link.options.response_timeout
+        if limit is None:
+            commit(session.raw)
+        else:
+            session.watch.call(limit, commit, session.raw)
         self.link.heard = time.monotonic()
         self.committed()
 

@@ -6,6 +6,7 @@ import contextlib
 import re
 import time
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from zreconnect import dsn as dsn_module
@@ -527,6 +528,7 @@ def may_follow_begin(query: str) -> bool:
     return MAY_FOLLOW_BEGIN.match(query) is not None and ";" not in query.rstrip().rstrip(";")
 
 
+@cache
 def begin_statement(level: str | None, readonly: bool | None, deferrable: bool | None) -> str:
     """BEGIN with the transaction modes that are not None."""
     statement = "BEGIN"

@@ -118,11 +118,11 @@ class Psycopg2Driver(PostgresqlDriver):
         return cursor.fetchone() if cursor.description else None
 
     def commit(self, raw: Any, rider: str = "") -> None:
-        failed = self.in_failed_transaction(raw)
+        failed = raw.get_transaction_status() == extensions.TRANSACTION_STATUS_INERROR
         if failed:
             rider = ""
         if raw.autocommit:
-            self.query(raw, f"{rider};COMMIT" if rider else "COMMIT")
+            extensions.cursor(raw).execute(f"{rider};COMMIT" if rider else "COMMIT")
         else:
             self._commit_own(raw, rider)
         if failed:
