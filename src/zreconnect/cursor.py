@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from zreconnect import commits
@@ -35,11 +37,13 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
     # With slots, setting an attribute that is not kept here is an error and not ignored.
     __slots__ = (
         "__weakref__",
+        "_ahead",
         "_closed",
         "_error",
         "_guard",
         "_options",
         "_raw",
+        "_run",
         "_session",
         "_settings",
         "_weak",
@@ -69,6 +73,9 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
         if options:
             connection.work.link.driver.check_cursor(name, options)
         self._settings: dict[str, Any] = {}
+        # The rows that an iteration has fetched last, and those of them that it has not given yet.
+        self._run: list[Any] = []
+        self._ahead: Iterator[Any] | None = None
         self._weak = weakref.ref(self, connection.work.link.readers.discard)
         hash(self._weak)  # Which cannot be found out any more when it is discarded.
         self._closed = False
@@ -125,28 +132,34 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
 
     def _begins_along(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
         """Have BEGIN travel along with the statement, if that can be; whether it was executed."""
-        work, guard = self._work, self._guard
+        work, guard, link = self._work, self._guard, self._work.link
         try:
             if not work.turn.is_mine():
                 guard.take_turn()
             if self._closed:
                 self._refuse_closed()
+            if link.reader is not None:
+                self._keep_rows_of_others()
             if not guard.may_begin_with_statement():
                 return False
-            if self._session is not work.link.session:
+            if self._session is not link.session:
                 self._open()
-            if not work.link.driver.may_begin_with(self._raw, *arguments):
+            if not link.driver.may_begin_with(self._raw, *arguments):
                 return False
+            if self._ahead is not None:
+                self._forget_rows_ahead()
             executed = None
             try:
                 if not guard.begin_with_statement(self._raw, arguments, options):
                     return False
                 executed = self._raw
+                if link.driver.loses_rows and executed.description is not None:
+                    link.reader = self._weak
                 return True
             finally:
                 # It may have been executed, too, if something else was raised.
-                if work.link.observer.watches_statements:
-                    work.link.observer.executed(executed)
+                if link.observer.watches_statements:
+                    link.observer.executed(executed)
         finally:
             if work.state is not State.ACTIVE:
                 work.give_turn()
@@ -175,6 +188,8 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
             session = link.session
             if self._session is not session:
                 self._open()
+            if self._ahead is not None:
+                self._forget_rows_ahead()
             raw = self._raw
             try:
                 call = getattr(raw, method)
@@ -200,7 +215,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
             if work.state is not State.ACTIVE:
                 work.give_turn()
 
-    def _answer(self, method: str, *args: Any) -> Any:
+    def _answer(self, method: str, *args: Any, of: Any = None) -> Any:
         work, guard, link = self._work, self._guard, self._work.link
         try:
             if not work.turn.is_mine():
@@ -211,7 +226,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
                 self._refuse_closed()
             raw = self._raw_cursor() if self._raw is None else self._raw
             try:
-                call = getattr(raw, method)
+                call = getattr(raw if of is None else of, method)
                 if link.options.response_timeout is not None:
                     call = partial(link.session.watch.call, link.options.response_timeout, call)
                 return call(*args)
@@ -263,50 +278,76 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
         return True
 
     def fetchone(self) -> Any:
+        if self._ahead is not None and (rows := self._take_ahead(1)):
+            return rows[0]
         return self._answer("fetchone")
 
     def fetchmany(self, size: int | None = None) -> Any:
-        return self._answer("fetchmany", self.arraysize if size is None else size)
+        size = self.arraysize if size is None else size
+        if self._ahead is None:
+            return self._answer("fetchmany", size)
+        rows = self._take_ahead(size)
+        return rows if len(rows) == size else [*rows, *self._answer("fetchmany", size - len(rows))]
 
     def fetchall(self) -> Any:
-        return self._answer("fetchall")
+        if self._ahead is None:
+            return self._answer("fetchall")
+        return [*self._take_ahead(None), *self._answer("fetchall")]
 
     @IfThere
     def scroll(self, value: int, mode: str = "relative") -> Any:
         """As in psycopg2, psycopg 3 and MySQL's modules; sqlite3 has none."""
-        return self._answer("scroll", value, mode)
+        ahead = operator.length_hint(self._ahead or ())
+        result = self._answer("scroll", value - ahead if mode == "relative" else value, mode)
+        self._forget_rows_ahead()
+        return result
 
     def __iter__(self) -> Iterator[Any]:
-        work, guard, link = self._work, self._guard, self._work.link
-        with guard.in_turn():
-            work.ask(Request.LOOK)
-            raw, rows = self._raw_cursor(), None
-        while True:
-            try:
-                if not work.turn.is_mine():
-                    guard.take_turn()
-                if work.state is not State.ACTIVE:
-                    work.ask(Request.LOOK)
-                if self._closed:
-                    self._refuse_closed()
-                if self._raw is not raw:
-                    raw, rows = self._raw_cursor(), None
-                try:
-                    rows = iter(raw) if rows is None else rows
-                    with link.session.watch.awaiting(link.options.response_timeout):
-                        row = next(rows)
-                except StopIteration:
-                    return
-                except BaseException as error:
-                    self._meet(error)
-                    raise
-            finally:
-                if work.state is not State.ACTIVE:
-                    work.give_turn()
-            yield row
+        # Most rows cost no Python frame.
+        return chain.from_iterable(self._runs())
 
     def __next__(self) -> Any:
+        if self._ahead is not None and (rows := self._take_ahead(1)):
+            return rows[0]
         return self._answer("__next__")
+
+    def _runs(self) -> Iterator[Iterator[Any]]:
+        """The rows that were not fetched, as many at a time as are at hand."""
+        raw = rows = None
+        while True:
+            if raw is None or self._raw is not raw:
+                rows = self._answer("__iter__")
+                raw = self._raw
+            size = self._work.link.driver.rows_at_hand(raw)
+            try:
+                run = self._take_ahead(None) or (
+                    list(self._answer("fetchmany", size))
+                    if size > 1
+                    else [self._answer("__next__", of=rows)]
+                )
+            except StopIteration:
+                return
+            if not run:
+                return
+            # One iterator for both: the loop does not give rows that are fetched inside it.
+            self._run, self._ahead = run, iter(run)
+            yield self._ahead
+
+    def _take_ahead(self, size: int | None) -> list[Any]:
+        """So many of the rows that an iteration has fetched and not given yet."""
+        if self._ahead is None:
+            return []
+        with self._guard.in_turn():
+            self._work.ask(Request.LOOK)
+        rows = list(islice(self._ahead, size))
+        if size is None or len(rows) < size:
+            self._ahead = None
+        return rows
+
+    def _forget_rows_ahead(self) -> None:
+        # A loop that goes on has the next result.
+        self._run.clear()
+        self._ahead = None
 
     # Attributes
 
@@ -325,6 +366,12 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
         """How many rows the last statement has returned or changed, as in PEP 249; -1 if there was
         none, or the driver does not know."""
         return -1 if self._raw is None else self._raw.rowcount
+
+    @property
+    def rownumber(self) -> Any:
+        """The index of the row that is fetched next, as in PEP 249; None if it is not known."""
+        number = self._raw_cursor().rownumber
+        return None if number is None else number - operator.length_hint(self._ahead or ())
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") and name not in SENT:
@@ -346,6 +393,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
             # Its class may do more than that. And a statement may have declared a server-side one.
             self._raw_if_free()
         self._closed = True
+        self._forget_rows_ahead()
         # It is not let go: what can be asked of a closed cursor is the driver's affair.
         raw = self._raw
         if raw is None:

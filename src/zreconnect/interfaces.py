@@ -361,6 +361,11 @@ class IDriver(Interface):
         one: COMMIT AND CHAIN, or a string in which something follows COMMIT. No round trip; False
         if ``has_committed()`` tells of it."""
 
+    def rows_at_hand(raw_cursor):
+        """How many rows an iteration may fetch at a time: those that a round trip brings, or some
+        of those that have arrived; 1 if each may have to be waited for, or if the class of the
+        cursor has an iteration of its own."""
+
     def looks_like_reading(raw_cursor):
         """Whether the statement that ``raw_cursor`` executed last is of a kind that writes nothing,
         most often; False where that is not known. No round trip."""

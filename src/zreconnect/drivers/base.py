@@ -87,6 +87,10 @@ class Evidence:
     xid: str | None = None
 
 
+#: How many rows that have arrived an iteration fetches at a time. More gain nothing.
+AT_HAND = 100
+
+
 # A transaction that has begun along with its first statement: what the rider has returned, and what
 # the statement has raised, or None.
 Begun: TypeAlias = tuple[Any, BaseException | None]
@@ -209,6 +213,9 @@ class BaseDriver:
 
     def misses_target(self, raw: Any, parameters: Mapping[str, str]) -> bool:
         return False
+
+    def rows_at_hand(self, raw_cursor: Any) -> int:
+        return 1
 
     def sets_modes(self, statement: Any) -> bool:
         return False

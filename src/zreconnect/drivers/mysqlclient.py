@@ -9,7 +9,7 @@ import MySQLdb
 from MySQLdb import connections, cursors
 
 from zreconnect.documented import implements
-from zreconnect.drivers.base import addresses
+from zreconnect.drivers.base import AT_HAND, addresses
 from zreconnect.drivers.mysql import CR_SSL_CONNECTION_ERROR, MysqlDisconnectionError, MysqlDriver
 from zreconnect.interfaces import IDriver
 
@@ -38,6 +38,10 @@ class MysqlclientDriver(MysqlDriver):
             *("change_user", "set_server_option"),
         }
     )
+
+    def rows_at_hand(self, raw_cursor: Any) -> int:
+        is_stored = type(raw_cursor).__iter__ is cursors.CursorStoreResultMixIn.__iter__
+        return AT_HAND if is_stored else 1
 
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
         # The library gives each address of a name the whole time. "localhost" is no name for it.

@@ -27,7 +27,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import tuple_row
 
 from zreconnect.documented import implements
-from zreconnect.drivers.base import Begun, SessionSettings
+from zreconnect.drivers.base import AT_HAND, Begun, SessionSettings
 from zreconnect.drivers.conninfo import connect_keywords
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
@@ -269,6 +269,11 @@ class PsycopgDriver(PostgresqlDriver):
         return any(
             COMMIT_STATEMENT.search(text) for text, _ in (*prepared._counts, *prepared._names)
         )
+
+    def rows_at_hand(self, raw_cursor: Any) -> int:
+        if type(raw_cursor).__iter__ is psycopg.ServerCursor.__iter__:
+            return int(raw_cursor.itersize)
+        return AT_HAND if type(raw_cursor).__iter__ is psycopg.Cursor.__iter__ else 1
 
     def looks_like_reading(self, raw_cursor: Any) -> bool:
         query = raw_cursor._last_query

@@ -21,7 +21,7 @@ import psycopg2.errors
 from psycopg2 import extensions, sql
 
 from zreconnect.documented import implements
-from zreconnect.drivers.base import Begun, SessionSettings
+from zreconnect.drivers.base import AT_HAND, Begun, SessionSettings
 from zreconnect.drivers.conninfo import connect_keywords
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
@@ -296,6 +296,11 @@ class Psycopg2Driver(PostgresqlDriver):
 
     def set_cursor_factory(self, raw: Any, factory: Any) -> None:
         raw.cursor_factory = factory
+
+    def rows_at_hand(self, raw_cursor: Any) -> int:
+        if type(raw_cursor).__iter__ is not extensions.cursor.__iter__:
+            return 1
+        return AT_HAND if raw_cursor.name is None else int(raw_cursor.itersize)
 
     def looks_like_reading(self, raw_cursor: Any) -> bool:
         return looks_like_reading(raw_cursor.statusmessage, _text(raw_cursor))

@@ -14,7 +14,7 @@ from pymysql import cursors
 from pymysql.charset import charset_by_name
 
 from zreconnect.documented import implements
-from zreconnect.drivers.base import addresses
+from zreconnect.drivers.base import AT_HAND, addresses
 from zreconnect.drivers.mysql import CHARSET, MysqlDisconnectionError, MysqlDriver
 from zreconnect.interfaces import IDriver
 
@@ -56,6 +56,9 @@ class PymysqlDriver(MysqlDriver):
     def places(self, parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         found = [] if "unix_socket" in parameters else addresses(parameters)
         return found if len(found) > 1 else [parameters]
+
+    def rows_at_hand(self, raw_cursor: Any) -> int:
+        return AT_HAND if type(raw_cursor).__iter__ is cursors.Cursor.__iter__ else 1
 
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
         # Its connect_timeout does not hold for a server that accepts and says nothing.
