@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
-from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from zreconnect import commits
 from zreconnect.cursorsettings import SettingsOfCursor
 from zreconnect.documented import implements
 from zreconnect.interfaces import IPipeliningDriver, IReconnectingCursor
-from zreconnect.kept import FEW_ROWS, KEPT, KeptRows
+from zreconnect.kept import KEPT
 from zreconnect.lent import lend_items
-from zreconnect.proxies import guarded_attribute, no_attribute
+from zreconnect.proxies import IfThere, guarded_attribute, no_attribute
+from zreconnect.results import Results
 from zreconnect.session import NO_SESSION, Session
-from zreconnect.states import Moment, Request, State
-from zreconnect.transfers import IfThere, Transfers
+from zreconnect.states import Moment, State
+from zreconnect.transfers import Transfers
 
 if TYPE_CHECKING:
     from zreconnect.connection import ReconnectingConnection
@@ -31,20 +29,16 @@ SENT = ("_executed", "_query")
 
 
 @implements(IReconnectingCursor)
-class ReconnectingCursor(SettingsOfCursor, Transfers):
+class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
     """See `IReconnectingCursor`; made by `ReconnectingConnection.cursor`."""
 
     # With slots, setting an attribute that is not kept here is an error and not ignored.
     __slots__ = (
         "__weakref__",
-        "_ahead",
         "_closed",
         "_error",
         "_guard",
         "_options",
-        "_raw",
-        "_run",
-        "_session",
         "_settings",
         "_weak",
         "_work",
@@ -73,7 +67,6 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
         if options:
             connection.work.link.driver.check_cursor(name, options)
         self._settings: dict[str, Any] = {}
-        # The rows that an iteration has fetched last, and those of them that it has not given yet.
         self._run: list[Any] = []
         self._ahead: Iterator[Any] | None = None
         self._weak = weakref.ref(self, connection.work.link.readers.discard)
@@ -138,7 +131,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
                 guard.take_turn()
             if self._closed:
                 self._refuse_closed()
-            if link.reader is not None:
+            if link.readers:
                 self._keep_rows_of_others()
             if not guard.may_begin_with_statement():
                 return False
@@ -154,7 +147,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
                     return False
                 executed = self._raw
                 if link.driver.loses_rows and executed.description is not None:
-                    link.reader = self._weak
+                    link.readers.add(self._weak)
                 return True
             finally:
                 # It may have been executed, too, if something else was raised.
@@ -164,7 +157,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
             if work.state is not State.ACTIVE:
                 work.give_turn()
 
-    # These do what Guard.in_turn() and Guard.asking() do, with fewer Python calls.
+    # This does what Guard.in_turn() and Guard.asking() do, with fewer Python calls.
 
     def _statement(self, method: str, *args: Any, **keywords: Any) -> Any:
         work, guard, link = self._work, self._guard, self._work.link
@@ -215,163 +208,12 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
             if work.state is not State.ACTIVE:
                 work.give_turn()
 
-    def _answer(self, method: str, *args: Any, of: Any = None) -> Any:
-        work, guard, link = self._work, self._guard, self._work.link
-        try:
-            if not work.turn.is_mine():
-                guard.take_turn()
-            if work.state is not State.ACTIVE:
-                work.ask(Request.LOOK)
-            if self._closed:
-                self._refuse_closed()
-            raw = self._raw_cursor() if self._raw is None else self._raw
-            try:
-                call = getattr(raw if of is None else of, method)
-                if link.options.response_timeout is not None:
-                    call = partial(link.session.watch.call, link.options.response_timeout, call)
-                return call(*args)
-            except StopIteration:
-                raise
-            except BaseException as error:
-                self._meet(error)
-                raise
-        finally:
-            if work.state is not State.ACTIVE:
-                work.give_turn()
-
-    def _meet(self, error: BaseException) -> None:
-        """What an error of reading rows leads to."""
-        link, module = self._work.link, self._work.link.driver.module
-        if self._session is link.session:
-            self._guard.meet(error, Moment.STATEMENT)
-        elif isinstance(error, (module.InterfaceError, module.OperationalError)):
-            # Of an older session, it says nothing about the present one.
-            raise module.InterfaceError(
-                "The rows of this cursor that were not fetched are gone with the session in which "
-                "its statement was executed, which has ended: execute it again"
-            ) from error
-
-    # Results
-
-    def _keep_rows_of_others(self) -> None:
-        """Before a statement that may find the session lost; its own rows are not read any more."""
-        link = self._work.link
-        link.readers.discard(self._weak)
-        are_few = self._work.state is State.ACTIVE and link.session.watch.is_quiet()
-        # If they are many, what has arrived on the line has to tell of a loss of both.
-        link.keep_rows(FEW_ROWS if are_few else math.inf)
-
-    def keep_rows(self, at_most: float) -> bool:
-        """Keep the rows that are in the client and were not fetched, for after the session's end.
-
-        Whether nothing is left to be kept; there may be more than ``at_most``. Raises nothing but
-        interrupts.
-        """
-        raw = self._raw
-        if raw is None or raw.closed or raw.rownumber >= raw.rowcount:
-            return True
-        if raw.rowcount > at_most:
-            return False
-        kept = KeptRows.of(raw, self._session)
-        if kept is not None:
-            self._raw, self._session = kept, KEPT
-        return True
-
-    def fetchone(self) -> Any:
-        if self._ahead is not None and (rows := self._take_ahead(1)):
-            return rows[0]
-        return self._answer("fetchone")
-
-    def fetchmany(self, size: int | None = None) -> Any:
-        size = self.arraysize if size is None else size
-        if self._ahead is None:
-            return self._answer("fetchmany", size)
-        rows = self._take_ahead(size)
-        return rows if len(rows) == size else [*rows, *self._answer("fetchmany", size - len(rows))]
-
-    def fetchall(self) -> Any:
-        if self._ahead is None:
-            return self._answer("fetchall")
-        return [*self._take_ahead(None), *self._answer("fetchall")]
-
-    @IfThere
-    def scroll(self, value: int, mode: str = "relative") -> Any:
-        """As in psycopg2, psycopg 3 and MySQL's modules; sqlite3 has none."""
-        ahead = operator.length_hint(self._ahead or ())
-        result = self._answer("scroll", value - ahead if mode == "relative" else value, mode)
-        self._forget_rows_ahead()
-        return result
-
-    def __iter__(self) -> Iterator[Any]:
-        # Most rows cost no Python frame.
-        return chain.from_iterable(self._runs())
-
-    def __next__(self) -> Any:
-        if self._ahead is not None and (rows := self._take_ahead(1)):
-            return rows[0]
-        return self._answer("__next__")
-
-    def _runs(self) -> Iterator[Iterator[Any]]:
-        """The rows that were not fetched, as many at a time as are at hand."""
-        raw = rows = None
-        while True:
-            if raw is None or self._raw is not raw:
-                rows = self._answer("__iter__")
-                raw = self._raw
-            size = self._work.link.driver.rows_at_hand(raw)
-            try:
-                run = self._take_ahead(None) or (
-                    list(self._answer("fetchmany", size))
-                    if size > 1
-                    else [self._answer("__next__", of=rows)]
-                )
-            except StopIteration:
-                return
-            if not run:
-                return
-            # One iterator for both: the loop does not give rows that are fetched inside it.
-            self._run, self._ahead = run, iter(run)
-            yield self._ahead
-
-    def _take_ahead(self, size: int | None) -> list[Any]:
-        """So many of the rows that an iteration has fetched and not given yet."""
-        if self._ahead is None:
-            return []
-        with self._guard.in_turn():
-            self._work.ask(Request.LOOK)
-        rows = list(islice(self._ahead, size))
-        if size is None or len(rows) < size:
-            self._ahead = None
-        return rows
-
-    def _forget_rows_ahead(self) -> None:
-        # A loop that goes on has the next result.
-        self._run.clear()
-        self._ahead = None
-
     # Attributes
 
     @property
     def closed(self) -> bool:
         """Whether the cursor was closed, or its connection."""
         return self._closed or self._work.state is State.CLOSED
-
-    @property
-    def description(self) -> Any:
-        """The columns of the last result, as in PEP 249; None if there was none."""
-        return None if self._raw is None else self._raw.description
-
-    @property
-    def rowcount(self) -> int:
-        """How many rows the last statement has returned or changed, as in PEP 249; -1 if there was
-        none, or the driver does not know."""
-        return -1 if self._raw is None else self._raw.rowcount
-
-    @property
-    def rownumber(self) -> Any:
-        """The index of the row that is fetched next, as in PEP 249; None if it is not known."""
-        number = self._raw_cursor().rownumber
-        return None if number is None else number - operator.length_hint(self._ahead or ())
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") and name not in SENT:

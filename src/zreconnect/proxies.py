@@ -100,6 +100,20 @@ class LargeObject(Guarded):
                 getattr(raw.lobject(self._wrapped.oid, "n"), method)(*args)
 
 
+class IfThere:
+    """A method that only some of the drivers' cursors have."""
+
+    def __init__(self, method: Any) -> None:
+        self._method = method
+        self.__doc__ = method.__doc__
+
+    def __get__(self, cursor: Any, owner: type | None = None) -> Any:
+        if cursor is not None:
+            # Its AttributeError.
+            getattr(cursor._raw_cursor(), self._method.__name__)
+        return self._method.__get__(cursor, owner)
+
+
 def no_attribute(owner: Any, name: str) -> AttributeError:
     """The error for a private name, for which what is made for the driver's own object looks."""
     return AttributeError(

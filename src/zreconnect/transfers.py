@@ -8,22 +8,8 @@ from typing import Any
 
 from zreconnect.guard import Guard
 from zreconnect.lent import Lent
-from zreconnect.proxies import Guarded, guarded_block, guarded_rows
+from zreconnect.proxies import Guarded, IfThere, guarded_block, guarded_rows
 from zreconnect.work import Work
-
-
-class IfThere:
-    """A method that only some of the drivers' cursors have."""
-
-    def __init__(self, method: Any) -> None:
-        self._method = method
-        self.__doc__ = method.__doc__
-
-    def __get__(self, cursor: Transfers | None, owner: type | None = None) -> Any:
-        if cursor is not None:
-            # Its AttributeError.
-            getattr(cursor._raw_cursor(), self._method.__name__)
-        return self._method.__get__(cursor, owner)
 
 
 class Transfers:

@@ -26,7 +26,7 @@ finding
 guard
 siblings
 proxies settings cursorsettings overrides datamanager
-transfers twophase
+transfers results twophase
 cursor
 blocks tpc
 drivercalls
