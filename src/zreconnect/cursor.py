@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from zreconnect import commits
+from zreconnect.beginning import may_begin_along
 from zreconnect.cursorsettings import SettingsOfCursor
 from zreconnect.documented import implements
 from zreconnect.interfaces import IPipeliningDriver, IReconnectingCursor
@@ -69,6 +70,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
         self._settings: dict[str, Any] = {}
         self._run: list[Any] = []
         self._ahead: Iterator[Any] | None = None
+        self._has_last_run = False
         self._weak = weakref.ref(self, connection.work.link.readers.discard)
         hash(self._weak)  # Which cannot be found out any more when it is discarded.
         self._closed = False
@@ -133,7 +135,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
                 self._refuse_closed()
             if link.readers:
                 self._keep_rows_of_others()
-            if not guard.may_begin_with_statement():
+            if not may_begin_along(work):
                 return False
             if self._session is not link.session:
                 self._open()
@@ -143,7 +145,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
                 self._forget_rows_ahead()
             executed = None
             try:
-                if not guard.begin_with_statement(self._raw, arguments, options):
+                if not guard.begin_along(self._raw, arguments, options):
                     return False
                 executed = self._raw
                 if link.driver.loses_rows and executed.description is not None:

@@ -10,14 +10,13 @@ The other methods are a connection's requests, each with its moment.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from transaction.interfaces import TransientError
 
-from zreconnect import commits, events
+from zreconnect import beginning, commits, events
 from zreconnect.exceptions import (
     CommitOutcomeUnknown,
     DisconnectionError,
@@ -42,9 +41,6 @@ from zreconnect.states import (
 from zreconnect.witness import Outcome
 from zreconnect.work import PATIENCE_OF_ROLLBACK, Work
 
-# For so many seconds after an answer the end of a session is taken to show on its socket. That of
-# one which has been idle for longer may have been silent; BEGIN by itself finds that out.
-SURE_OF_SESSION = 5.0
 # For a thread that has the connection already.
 _MINE = contextlib.nullcontext()
 
@@ -202,35 +198,19 @@ class Guard:
             work.join()
         policy = work.patience.begins(work.waited)
         try:
-            if work.begin(explicit, policy, statement):
+            if beginning.begin(work, explicit, policy, statement):
                 return
         except BaseException as error:
             if not self.meet(error, Moment.BEGIN):
                 raise
         try:
-            work.begin_in_new_session(work.patience.left(time.monotonic() - started, policy))
+            left = work.patience.left(time.monotonic() - started, policy)
+            beginning.begin_in_new_session(work, left)
         except BaseException as error:
             self.meet(error, Moment.CONNECT)
             raise
 
-    def may_begin_with_statement(self) -> bool:
-        """Whether a statement begins a transaction, and BEGIN may travel along with it."""
-        work, session = self.work, self._link.session
-        return (
-            work.state is State.IDLE
-            and session.process == os.getpid()
-            and work.implicit_begin
-            and (work.block or not self._link.settings.autocommit)
-            # Else BEGIN by itself finds out whether the session has ended, or was closed by hand.
-            and time.monotonic() - self._link.heard < SURE_OF_SESSION
-            and session.watch.is_quiet()
-            and not session.raw.closed
-            # The answer to BEGIN tells whether a standby still is one.
-            and not (self._link.is_on_standby and self._link.needs_writes())
-            and (self._driver.answers_begin or not self._link.observer.needs_row)
-        )
-
-    def begin_with_statement(
+    def begin_along(
         self, raw_cursor: Any, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> bool:
         """Begin a transaction along with its first statement, in one round trip.
@@ -242,7 +222,7 @@ class Guard:
         if work.join is not None:
             work.join()
         try:
-            has_begun, error = work.begin_with(raw_cursor, arguments, options)
+            has_begun, error = beginning.begin_along(work, raw_cursor, arguments, options)
         except BaseException as problem:
             self.meet(problem, Moment.BEGIN_WITH)
             raise
@@ -266,9 +246,9 @@ class Guard:
         is_there = session is not NO_SESSION and self._driver.has_sessions
         if is_there and (asks or not session.watch.is_quiet()):
             is_inside = self._driver.in_transaction(session.raw)
-            limit = self.work.limit_of_begin(self.work.patience.begins(self.work.waited))
+            policy = self.work.patience.begins(self.work.waited)
             try:
-                with session.watch.awaiting(limit):
+                with session.watch.awaiting(beginning.limit_of_begin(self.work, policy)):
                     self._driver.query(session.raw, "SELECT 1")
             except BaseException as error:
                 # Statements of the program's may have begun a transaction.

@@ -25,7 +25,7 @@ class Results:
     ahead of what the program has; everything else that reads the result takes them first.
     """
 
-    __slots__ = ("_ahead", "_raw", "_run", "_session")
+    __slots__ = ("_ahead", "_has_last_run", "_raw", "_run", "_session")
 
     arraysize: Any
     _work: Work
@@ -37,6 +37,8 @@ class Results:
     # The rows that an iteration has fetched last, and those of them that it has not given yet.
     _run: list[Any]
     _ahead: Iterator[Any] | None
+    # Whether there are no more than those.
+    _has_last_run: bool
 
     def _raw_cursor(self) -> Any:
         raise NotImplementedError
@@ -54,12 +56,15 @@ class Results:
         if self._ahead is None:
             return self._answer("fetchmany", size)
         rows = self._take_ahead(size)
-        return rows if len(rows) == size else [*rows, *self._answer("fetchmany", size - len(rows))]
+        if len(rows) == size or self._has_last_run:
+            return rows
+        return [*rows, *self._answer("fetchmany", size - len(rows))]
 
     def fetchall(self) -> Any:
         if self._ahead is None:
             return self._answer("fetchall")
-        return [*self._take_ahead(None), *self._answer("fetchall")]
+        rows = self._take_ahead(None)
+        return rows if self._has_last_run else [*rows, *self._answer("fetchall")]
 
     @IfThere
     def scroll(self, value: int, mode: str = "relative") -> Any:
@@ -138,24 +143,27 @@ class Results:
     def _runs(self) -> Iterator[Iterator[Any]]:
         """The rows that were not fetched, as many at a time as are at hand."""
         raw = rows = None
-        while True:
+        while not (raw is not None and self._has_last_run):
             if raw is None or self._raw is not raw:
                 rows = self._answer("__iter__")
                 raw = self._raw
-            size = self._work.link.driver.rows_at_hand(raw)
-            try:
-                run = self._take_ahead(None) or (
-                    list(self._answer("fetchmany", size))
-                    if size > 1
-                    else [self._answer("__next__", of=rows)]
-                )
-            except StopIteration:
-                return
+            run = self._take_ahead(None) or self._next_run(raw, rows)
             if not run:
                 return
             # One iterator for both: the loop does not give rows that are fetched inside it.
             self._run, self._ahead = run, iter(run)
             yield self._ahead
+
+    def _next_run(self, raw: Any, rows: Any) -> list[Any]:
+        size = self._work.link.driver.rows_at_hand(raw)
+        if size > 1:
+            run = list(self._answer("fetchmany", size))
+            self._has_last_run = len(run) < size
+            return run
+        try:
+            return [self._answer("__next__", of=rows)]
+        except StopIteration:
+            return []
 
     def _take_ahead(self, size: int | None) -> list[Any]:
         """So many of the rows that an iteration has fetched and not given yet."""
@@ -171,7 +179,7 @@ class Results:
     def _forget_rows_ahead(self) -> None:
         # A loop that goes on has the next result.
         self._run.clear()
-        self._ahead = None
+        self._ahead, self._has_last_run = None, False
 
     # Rows that the module would lose with the session
 

@@ -31,7 +31,6 @@ transaction. Who gets the turn of a thread that has ended inside one finds it he
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 import weakref
@@ -210,7 +209,7 @@ class Work:
         """
         if self.link.session is NO_SESSION:
             self.ask(Request.LOOK)
-            self.open(self.link.record_session, self.patience.left(), self._check_open)
+            self.open(self.link.record_session, self.patience.left(), self.check_open)
 
     def open(self, first_use: Use, policy: RetryPolicy, check: Check = lambda: None) -> None:
         """Open the next session, unless the connection is closed meanwhile.
@@ -221,105 +220,10 @@ class Work:
         if self.state is State.CLOSED:
             self.link.end()
 
-    # Beginning
-
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise the driver's InterfaceError on a closed connection."""
         if self.state is State.CLOSED:
             self.ask(Request.LOOK)
-
-    def begin(self, explicit: bool, policy: RetryPolicy, statement: Any = None) -> bool:
-        """Begin a transaction in the present session. Whether there was one.
-
-        explicit: whether ``begin()`` was called, and not a statement. statement: the latter.
-        """
-        self._begin_another(explicit, statement)
-        session = self.link.session
-        if session is NO_SESSION:
-            return False
-        session.watch.reset()
-        with session.watch.awaiting(self.limit_of_begin(policy)):
-            self._send_begin(session.raw)
-        self._has_begun(session.raw)
-        return True
-
-    def begin_in_new_session(self, policy: RetryPolicy) -> None:
-        """Begin it in the next session."""
-        self.open(self._begin_first, policy, self._check_open)
-        self.note(Event.BEGUN)
-        if self.state is State.CLOSED:
-            self.ask(Request.BEGIN)
-        if self.patience.is_shared:
-            self.patience.has_begun()
-
-    def begin_with(
-        self, raw_cursor: Any, arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> tuple[bool, BaseException | None]:
-        """Begin a transaction along with its first statement, in one round trip.
-
-        arguments, options: those of the cursor's ``execute()``. Returns whether there is a
-        transaction now, if not, the statement has not been executed; and what the statement has
-        raised.
-        """
-        self._begin_another(explicit=False)
-        link, session = self.link, self.link.session
-        session.watch.reset()
-        limit = link.options.response_timeout
-        if link.driver.answers_begin:
-            limit = self.limit_of_begin(self.patience.begins(self.waited))
-        wait = session.watch.awaiting(limit)
-        with wait:
-            begun = link.driver.begin_with(
-                raw_cursor,
-                link.settings,
-                link.observer.rider(session.raw, link.settings, link.driver.answers_begin),
-                arguments,
-                options,
-                lambda: wait.renew(link.options.response_timeout),
-            )
-        if begun is None:
-            self.note(Event.NOT_BEGUN)
-            return False, None
-        try:
-            link.observer.began(begun[0])
-            self._has_begun(session.raw)
-            return True, begun[1]
-        finally:
-            # The traceback of its error refers to this frame.
-            del begun
-
-    def _has_begun(self, raw: Any) -> None:
-        if self.link.server.has_target:
-            self.link.server.check(raw)
-        self.note(Event.BEGUN)
-        if self.patience.is_shared:
-            self.patience.has_begun()
-
-    def _begin_another(self, explicit: bool, statement: Any = None) -> None:
-        self.is_explicit = explicit
-        self.link.observer.waits = statement is not None and self.link.driver.sets_modes(statement)
-        self.number += 1
-        self.savepoints.clear()
-        self.own.forget()
-        self.link.was_ended = False
-        self.note(Event.BEGIN_LEAVES)
-
-    def limit_of_begin(self, policy: RetryPolicy) -> float:
-        """The seconds that the answer to BEGIN may take in a session that there is."""
-        return min(policy.longest_begin, self.link.options.response_timeout or math.inf)
-
-    def _begin_first(self, raw: Any) -> None:
-        self.link.record_session(raw)
-        self._send_begin(raw)
-
-    def _send_begin(self, raw: Any) -> None:
-        link = self.link
-        driver, observer, settings = link.driver, link.observer, link.settings
-        observer.began(driver.begin(raw, settings, observer.rider(raw, settings)))
-        if link.is_on_standby and not driver.is_standby(raw):
-            # What was a standby takes writes, unwitnessed.
-            observer.rollback(raw)
-            link.record_session(raw)
-            observer.began(driver.begin(raw, settings, observer.rider(raw, settings)))
 
     # Ending
 

@@ -22,7 +22,7 @@ ledger engines drivers server options branch
 retry session recovery refusals savepoint
 link
 work lent kept
-finding
+finding beginning
 guard
 siblings
 proxies settings cursorsettings overrides datamanager

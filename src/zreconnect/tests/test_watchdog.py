@@ -19,6 +19,7 @@ import zope.event
 
 import zreconnect
 from zreconnect import DisconnectionError, Ledger, ReconnectTimeout, RetryPolicy, watchdog
+from zreconnect.beginning import limit_of_begin
 from zreconnect.events import CommitLookedUp, ConnectionAttemptFailed, ConnectionLost
 from zreconnect.tests.base import PATIENCE, DatabaseTestCase, policy_of, wait_until
 from zreconnect.tests.steps import interrupted, moments
@@ -186,7 +187,7 @@ class SilenceTests(DatabaseTestCase):
         ):
             connection = self.connect(response_timeout=response_timeout)
             policy = RetryPolicy(timeout=timeout)
-            self.assertEqual(connection.work.limit_of_begin(policy), limit)
+            self.assertEqual(limit_of_begin(connection.work, policy), limit)
 
     def test_begin_has_the_deadline_of_an_attempt(self):
         connection = self.connect()
