@@ -88,7 +88,7 @@ def begin_along(
         begun = link.driver.begin_with(
             raw_cursor,
             link.settings,
-            link.observer.rider(session.raw, link.settings, link.driver.answers_begin),
+            link.observer.rider(session.raw, link.settings, along=True),
             arguments,
             options,
             lambda: wait.renew(link.options.response_timeout),

@@ -488,10 +488,10 @@ class IObserver(Interface):
 
     needs_row = Attribute("Whether `began` has to be told what the rider has returned.")
 
-    def rider(raw, settings, gives_row=True):
+    def rider(raw, settings, along=False):
         """The statement that goes along with BEGIN, or an empty string.
 
-        gives_row: whether what it returns can be had.
+        along: whether the program's first statement goes along, too.
         """
 
     def began(row):

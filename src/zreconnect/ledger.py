@@ -59,8 +59,8 @@ class LedgerObserver(SessionObserver):
         if not session.is_standby and not self._driver.begins_read_only(raw, settings):
             self._open_row(raw)
 
-    def rider(self, raw: Any, settings: SessionSettings, gives_row: bool = True) -> str:
-        self._note_begin(raw, settings)
+    def rider(self, raw: Any, settings: SessionSettings, along: bool = False) -> str:
+        self._note_begin(raw, settings, along)
         self._is_entered = False
         return self._enter() if self._is_to_enter() and not self.waits else ""
 

@@ -25,6 +25,9 @@ from zreconnect.interfaces import IObserver, IWitness
 PATIENCE_WITH_ORPHANS = 8.0
 POLL_INTERVAL = 0.01
 LONGEST_POLL_INTERVAL = 0.5
+# For so many seconds after BEGIN was sent, what has begun in the session is taken for ours, if it had
+# no answer.
+ARRIVAL = 1.0
 # What the server knows a transaction by: the process that it is in, and when it began.
 MARK = "pg_backend_pid(), extract(epoch FROM now())"
 # Something that COMMIT has to write, so that it waits for synchronous standbys, if there are any.
@@ -120,7 +123,7 @@ class NoObserver:
     def record_session(self, raw: Any, settings: SessionSettings) -> None:
         """Nothing is recorded."""
 
-    def rider(self, raw: Any, settings: SessionSettings, gives_row: bool = True) -> str:
+    def rider(self, raw: Any, settings: SessionSettings, along: bool = False) -> str:
         return ""
 
     def began(self, row: Any) -> None:
@@ -168,8 +171,11 @@ class SessionObserver(NoObserver):
         self._knows_ids = False
         # Whether a statement of the transaction was watched that may have written something.
         self._has_written = False
-        # When BEGIN was answered.
+        # When BEGIN was sent, and when it was answered.
+        self._sent = 0.0
         self._began: float | None = None
+        # Whether a statement of the program's has gone along.
+        self._goes_along = False
         # Until when its orphan is waited for.
         self._deadline: float | None = None
         self.may_have_written = False
@@ -194,10 +200,16 @@ class SessionObserver(NoObserver):
         return (has_written and self.may_have_written) or self._has_written
 
     def fence(self, raw: Any) -> None:
-        # If BEGIN had no answer, nothing would tell it from that of another one in its process.
-        if not self._is_under_way or self._began is None:
+        if not self._is_under_way:
             return
-        evidence, pause = self._evidence(raw, self._began), POLL_INTERVAL
+        if self._began is not None:
+            evidence = self._evidence(raw, self._began)
+        elif self._goes_along:
+            # Nothing but the session tells it from others: who has our row locked may be another.
+            evidence = Evidence(self._sent + ARRIVAL)
+        else:
+            return
+        pause = POLL_INTERVAL
         deadline = time.monotonic() + self._patience_left()
         while (
             self._driver.end_session(raw, self._session, evidence) and time.monotonic() < deadline
@@ -219,10 +231,11 @@ class SessionObserver(NoObserver):
             self._deadline = now + PATIENCE_WITH_ORPHANS
         return max(self._deadline - now, POLL_INTERVAL)
 
-    def _note_begin(self, raw: Any, settings: SessionSettings) -> None:
+    def _note_begin(self, raw: Any, settings: SessionSettings, along: bool) -> None:
         assert self._session is not None
         self._is_under_way = True
-        self._began = None
+        self._sent, self._began = time.monotonic(), None
+        self._goes_along = along
         self._has_written = False
         # Behind a pooler another server may have taken the place of a standby.
         self.may_have_written = (
@@ -275,9 +288,10 @@ class XidObserver(SessionObserver):
         if self._knows_ids and not session.is_standby:
             self._history = self._present_history(raw)
 
-    def rider(self, raw: Any, settings: SessionSettings, gives_row: bool = True) -> str:
-        self._asks_at_commit = self._at_commit or self.waits or not gives_row
-        self._note_begin(raw, settings)
+    def rider(self, raw: Any, settings: SessionSettings, along: bool = False) -> str:
+        has_answer = not along or self._driver.answers_begin
+        self._asks_at_commit = self._at_commit or self.waits or not has_answer
+        self._note_begin(raw, settings, along)
         self._xid, self._marks = None, ()
         if self._asks_at_commit:
             return ASSIGNED_ID if self.needs_row and not self.waits else ""

@@ -425,7 +425,7 @@ class PostgresqlDriver:
         return ServerSession(pid, start, is_standby, is_pooled=pid != raw.info.backend_pid)
 
     def end_session(self, raw: Any, session: ServerSession, evidence: Evidence) -> bool:
-        seconds = time.monotonic() - evidence.began
+        seconds = max(0.0, time.monotonic() - evidence.began)
         found: list[tuple[str, Any]] = [
             (BY_MARK, (mark.pid, mark.start)) for mark in evidence.marks
         ]

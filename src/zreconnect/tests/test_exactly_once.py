@@ -44,7 +44,7 @@ from zreconnect.retry import run_unit_of_work
 from zreconnect.server import server_from_dsn
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests.base import wait_until
-from zreconnect.witness import XidAtCommitObserver
+from zreconnect.witness import XidObserver
 
 FULL = os.environ.get("ZRECONNECT_SWEEP") == "full"
 # The parts of the conversation that are cut.
@@ -286,7 +286,7 @@ class Lane:
         self.connection.rollback()
         self.runs = 0
         self.at_commit = at_commit
-        if isinstance(self.connection.work.link.observer, XidAtCommitObserver):
+        if isinstance(self.connection.work.link.observer, XidObserver):
             # As before the first transaction.
             self.connection.work.link.observer._reads_write = False
         self.connection.raised.clear()
@@ -438,10 +438,23 @@ class WritingSelectSweepTests(SweepTestCase, unittest.TestCase):
     statement = "SELECT @@@ %s"
 
 
-class PsycopgSweepTestCase(CrashSweepTestCase):
-    driver = "psycopg"
+class BeginAlongSweepTestCase(CrashSweepTestCase):
     begins_with_statement = True
     steps = VARIANT_STEPS
+
+
+class BeginAlongXidSweepTests(BeginAlongSweepTestCase, unittest.TestCase):
+    name = "BEGIN along, xid"
+    witness = "xid"
+
+
+class BeginAlongLedgerSweepTests(BeginAlongSweepTestCase, unittest.TestCase):
+    name = "BEGIN along, ledger"
+    witness = Ledger()
+
+
+class PsycopgSweepTestCase(BeginAlongSweepTestCase):
+    driver = "psycopg"
 
 
 class PsycopgXidSweepTests(PsycopgSweepTestCase, unittest.TestCase):

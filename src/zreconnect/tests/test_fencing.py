@@ -178,6 +178,19 @@ class FencingTests:
             for connection in self.connections():
                 self.check_that_the_orphan_is_ended(connection)
 
+    def test_one_whose_begin_has_travelled_along_with_a_statement(self):
+        for connection in self.connections(response_timeout=0.5):
+            connection.run(self.insert, connection)
+            orphan = connection.info.backend_pid
+            with self.assertRaises(DisconnectionError), connection.cursor() as cursor:
+                # It does not look at its line.
+                cursor.execute("DELETE FROM item WHERE pg_sleep(60) IS NOT NULL")
+            connection.rollback()
+            # A row that the orphan has locked.
+            connection.run(lambda c=connection: c.cursor().execute("DELETE FROM item"))
+            self.assertNotIn(orphan, self.sessions())
+            self.assertEqual(self.names(), [])
+
     def test_nothing_is_done_if_nothing_was_under_way(self):
         for connection in self.connections():
             for end in (connection.commit, connection.rollback):
