@@ -25,8 +25,8 @@ from zreconnect.interfaces import IObserver, IWitness
 PATIENCE_WITH_ORPHANS = 8.0
 POLL_INTERVAL = 0.01
 LONGEST_POLL_INTERVAL = 0.5
-# What has begun in the session within so many seconds after our BEGIN was sent is taken for ours, if
-# that had no answer.
+# What has begun in the session within so many seconds after our BEGIN was sent is taken for ours,
+# if that had no answer.
 ARRIVAL = 1.0
 # What the server knows a transaction by: the process that it is in, and when it began.
 MARK = "pg_backend_pid(), extract(epoch FROM now())"
