@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from functools import partial
 from typing import Any
 
 from zreconnect.policy import RetryPolicy
@@ -32,7 +33,11 @@ def begin(work: Work, explicit: bool, policy: RetryPolicy, statement: Any = None
     session.watch.reset()
     with session.watch.awaiting(limit_of_begin(work, policy)):
         _send_begin(work, session.raw)
-    _has_begun(work, session.raw)
+    if work.link.server.has_target:
+        work.link.server.check(session.raw)
+    work.note(Event.BEGUN)
+    if work.patience.is_shared:
+        work.patience.has_begun()
     return True
 
 
@@ -80,25 +85,27 @@ def begin_along(
     _begin_another(work, explicit=False)
     link, session = work.link, work.link.session
     session.watch.reset()
-    limit = link.options.response_timeout
-    if link.driver.answers_begin:
-        limit = limit_of_begin(work, work.patience.begins(work.waited))
-    wait = session.watch.awaiting(limit)
-    with wait:
-        begun = link.driver.begin_with(
-            raw_cursor,
-            link.settings,
-            link.observer.rider(session.raw, link.settings, along=True),
-            arguments,
-            options,
-            lambda: wait.renew(link.options.response_timeout),
-        )
+    driver, limit = link.driver, link.options.response_timeout
+    rider = link.observer.rider(session.raw, link.settings, along=True)
+    send = partial(
+        driver.begin_with, session.raw, raw_cursor, link.settings, rider, arguments, options
+    )
+    if driver.answers_begin:
+        wait = session.watch.awaiting(limit_of_begin(work, work.patience.begins(work.waited)))
+        with wait:
+            begun = send(partial(wait.renew, limit))
+    else:
+        begun = send() if limit is None else session.watch.call(limit, send)
     if begun is None:
         work.note(Event.NOT_BEGUN)
         return False, None
     try:
         link.observer.began(begun[0])
-        _has_begun(work, session.raw)
+        if link.server.has_target:
+            link.server.check(session.raw)
+        work.note(Event.BEGUN)
+        if work.patience.is_shared:
+            work.patience.has_begun()
         return True, begun[1]
     finally:
         # The traceback of its error refers to this frame.
@@ -130,11 +137,3 @@ def _send_begin(work: Work, raw: Any) -> None:
         observer.rollback(raw)
         link.record_session(raw)
         observer.began(driver.begin(raw, settings, observer.rider(raw, settings)))
-
-
-def _has_begun(work: Work, raw: Any) -> None:
-    if work.link.server.has_target:
-        work.link.server.check(raw)
-    work.note(Event.BEGUN)
-    if work.patience.is_shared:
-        work.patience.has_begun()

@@ -139,7 +139,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
                 return False
             if self._session is not link.session:
                 self._open()
-            if not link.driver.may_begin_with(self._raw, *arguments):
+            if not link.driver.may_begin_with(link.session.raw, self._raw, *arguments):
                 return False
             if self._ahead is not None:
                 self._forget_rows_ahead()
@@ -237,7 +237,8 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
             # Its class may do more than that. And a statement may have declared a server-side one.
             self._raw_if_free()
         self._closed = True
-        self._forget_rows_ahead()
+        if self._ahead is not None:
+            self._forget_rows_ahead()
         # It is not let go: what can be asked of a closed cursor is the driver's affair.
         raw = self._raw
         if raw is None:
@@ -245,9 +246,16 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
         if self._session is not self._work.link.session:
             _close_lost(raw, self._error)
             return
+        link, close = self._work.link, raw.close
+        if link.options.response_timeout is not None:
+            close = partial(link.session.watch.call, link.options.response_timeout, close)
         try:
-            with self._guard.in_turn(), self._guard.asking():
-                raw.close()
+            with self._guard.in_turn():
+                try:
+                    close()
+                except BaseException as error:
+                    self._guard.meet(error, Moment.STATEMENT)
+                    raise
         except self._error:
             _close_lost(raw, self._error)
             raise

@@ -380,7 +380,10 @@ class Guard:
     def take_turn(self) -> bool:
         """As `Work.take_turn`; ends what a thread has under way that has ended. Always true."""
         work = self.work
-        work.take_turn()
+        if work.turn.is_for_good or not work.turn.take(0):
+            work.take_turn()
+        else:
+            work.waited = 0.0
         if work.state is not State.IDLE or work.member is not None or work.block:
             self._end_what_a_thread_has_left()
         return True

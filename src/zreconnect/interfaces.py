@@ -439,19 +439,18 @@ class IPipeliningDriver(IDriver):
         "Whether `begin_with` gives the answers to BEGIN and its rider, and when they come."
     )
 
-    def may_begin_with(raw_cursor, query, parameters=None):
+    def may_begin_with(raw, raw_cursor, query, parameters=None):
         """Whether a statement means the same when it travels along with BEGIN.
 
         Needs no round trip. Raises what the module raises for a query that it cannot read.
         """
 
-    def begin_with(raw_cursor, settings, rider, arguments, options, answered):
+    def begin_with(raw, raw_cursor, settings, rider, arguments, options, answered=None):
         """Begin a transaction and execute its first statement, in one round trip.
 
         rider: as in `begin`; if it fails, the statement must not be executed.
         arguments, options: those of the raw cursor's ``execute()``.
-        answered: to be called when the server begins to answer, if that can be seen; until then it
-        may be silent.
+        answered: to be called when BEGIN is answered; None if ``answers_begin`` is false.
 
         Returns what the rider has returned, or None, and what the statement has raised, or None;
         None instead of both if BEGIN or its rider has failed, so that the server has not

@@ -90,8 +90,12 @@ class Turn:
     def give(self) -> None:
         """Let the next one have it, if the calling thread does."""
         claim = self._slot.get(_HOLDER)
-        if claim is not None and claim() is _present.thread:
+        if claim is None or claim() is not _present.thread or self.is_for_good:
+            return
+        if self._queue:
             self._give_from(claim)
+        else:
+            self._slot.pop(_HOLDER, None)
 
     def end(self) -> None:
         """Let the next one have it, whichever thread has it now."""

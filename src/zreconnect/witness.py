@@ -302,7 +302,7 @@ class XidObserver(SessionObserver):
         self._began = time.monotonic()
         if row is not None:
             pid, start, *xid = row[0].split()
-            self._marks = (Mark(int(pid), start),)
+            self._marks = ((int(pid), start),)
             self._xid = int(xid[0]) if xid else None
             if not self._asks_at_commit:
                 self.may_have_written = self._xid is not None
@@ -361,7 +361,7 @@ class XidObserver(SessionObserver):
         if row is not None:
             # If this wait is cut off, the next attempt ends it before it waits itself.
             pid, start = row[0].split()
-            self._marks += (Mark(int(pid), start),)
+            self._marks += ((int(pid), start),)
         self._driver.commit(raw)
 
     def _is_same_system(self, history: History | None) -> bool:

@@ -286,7 +286,7 @@ class Work:
     # Threads
 
     def take_turn(self) -> None:
-        """Have the connection, which the thread has not yet, from now until `give_turn`.
+        """Have the connection, which another thread has now, from its end until `give_turn`.
 
         Raises the driver's OperationalError if another thread's transaction takes too long, and its
         ProgrammingError if the connection is another thread's for good.
@@ -296,7 +296,7 @@ class Work:
                 "The connection belongs to another thread: use a connection for each thread; "
                 "fork() makes one"
             )
-        self.waited = 0.0 if self.turn.take(0) else self._wait_for_turn()
+        self.waited = self._wait_for_turn()
 
     def give_turn(self) -> None:
         """Let other threads have the connection, unless something of this one is under way."""

@@ -66,12 +66,8 @@ class ServerSession:
     is_pooled: bool = False
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A transaction as its server knows it: the number of its session, and its start there."""
-
-    pid: int
-    start: str
+# A transaction as its server knows it: the number of its session, and its start there.
+Mark: TypeAlias = tuple[int, str]
 
 
 @dataclass(frozen=True)

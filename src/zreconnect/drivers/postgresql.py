@@ -88,9 +88,11 @@ QUOTED_OR_COMMENT = re.compile(
 )
 # Statements that mean the same if they travel along with BEGIN; those that end a transaction do
 # not, nor does COPY in a pipeline.
-MAY_FOLLOW_BEGIN = re.compile(
-    r"\s*(?:SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|VALUES|TABLE)\b", re.IGNORECASE
-)
+may_follow_begin = re.compile(
+    # One statement. What was matched up to a semicolon is not tried again in parts.
+    r"\s*(?:SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|VALUES|TABLE)\b(?=([^;]*))\1[;\s]*\Z",
+    re.IGNORECASE,
+).match
 # Tags of what the server executed.
 READING_TAGS = re.compile(r"(SELECT|FETCH|MOVE|SHOW|SET|DECLARE|CLOSE|SAVEPOINT|RELEASE)\b")
 # A SELECT can write all the same: in a WITH, as a prepared statement, by a function that it calls,
@@ -426,9 +428,7 @@ class PostgresqlDriver:
 
     def end_session(self, raw: Any, session: ServerSession, evidence: Evidence) -> bool:
         seconds = max(0.0, time.monotonic() - evidence.began)
-        found: list[tuple[str, Any]] = [
-            (BY_MARK, (mark.pid, mark.start)) for mark in evidence.marks
-        ]
+        found: list[tuple[str, Any]] = [(BY_MARK, mark) for mark in evidence.marks]
         if not session.is_pooled:
             found.append((BY_SESSION, (session.pid, session.start, seconds)))
         if evidence.xid is not None:
@@ -521,11 +521,6 @@ def plain_encoding(name: str) -> str:
     """The name of an encoding as the server compares it; UTF-8 has two."""
     plain = "".join(filter(str.isalnum, name)).upper()
     return "UTF8" if plain == "UNICODE" else plain
-
-
-def may_follow_begin(query: str) -> bool:
-    """Whether ``query`` is one statement that means the same if it travels along with BEGIN."""
-    return MAY_FOLLOW_BEGIN.match(query) is not None and ";" not in query.rstrip().rstrip(";")
 
 
 @cache

@@ -45,6 +45,7 @@ ISOLATION_LEVELS: dict[int, str] = {level: level.name.replace("_", " ") for leve
 ATTRIBUTES = ("row_factory", "server_cursor_factory", "prepare_threshold", "prepared_max")
 # `_SharedTrip` builds on what psycopg does not document: with another version, BEGIN goes first.
 KNOWS_PIPELINE = psycopg.__version__.startswith(("3.2.", "3.3."))
+_OURS: Any = object()
 # psycopg's own words, before libpq's: one line for each address that it has tried.
 PREFIX = re.compile(r"^(?:- host: .*?, hostaddr: \S+: )?connection (?:failed|is bad): ", re.M)
 
@@ -188,8 +189,7 @@ class PsycopgDriver(PostgresqlDriver):
 
     # Beginning along with a statement
 
-    def may_begin_with(self, raw_cursor: Any, query: Any, parameters: Any = None) -> bool:
-        raw = raw_cursor.connection
+    def may_begin_with(self, raw: Any, raw_cursor: Any, query: Any, parameters: Any = None) -> bool:
         if (
             not KNOWS_PIPELINE
             # A class of the user's may do more than to execute one statement.
@@ -199,30 +199,29 @@ class PsycopgDriver(PostgresqlDriver):
             or raw.lock.locked()
         ):
             return False
-        if isinstance(query, sql.Composable):
-            query = query.as_string(raw)
-        elif isinstance(query, bytes):
+        if isinstance(query, bytes):
             query = query.decode("ascii", "replace")
         elif not isinstance(query, str):
-            return False
+            if not isinstance(query, sql.Composable):
+                return False
+            query = query.as_string(raw)
         # A parameter that is not there is an error of a pipeline's protocol.
-        return may_follow_begin(query) and (parameters is not None or "$" not in query)
+        has_placeholder = parameters is None and "$" in query
+        return not has_placeholder and may_follow_begin(query) is not None
 
     def begin_with(
         self,
+        raw: Any,
         raw_cursor: Any,
         settings: SessionSettings,
         rider: str,
         arguments: tuple[Any, ...],
         options: Mapping[str, Any],
-        answered: Callable[[], object],
+        answered: Callable[[], object] | None = None,
     ) -> Begun | None:
-        raw = raw_cursor.connection
-        trip = _SharedTrip(raw)
-        companion = trip.add(_begin(raw, settings), answered)
-        if rider:
-            companion = trip.add(rider)
-        trip.answer_so_far()
+        begin = _begin(raw, settings)
+        statements = (begin, rider) if rider else (begin,)
+        trip = _SharedTrip(raw, statements, answered)
         error: BaseException | None = None
         try:
             with trip:
@@ -234,8 +233,9 @@ class PsycopgDriver(PostgresqlDriver):
                 self.is_at_rest(raw) and self.meaning(error, raw) is not Meaning.DISCONNECT
             ):
                 raise error
-            if companion.answer is not None:
-                return _first_row(companion.answer), error
+            if len(trip.answers) == len(statements):
+                answer = trip.answers[-1]
+                return (answer.get_value(0, 0).decode(),) if answer.ntuples else None, error
             if self.in_transaction(raw):
                 self.rollback(raw)
             return None
@@ -330,28 +330,6 @@ class PsycopgDriver(PostgresqlDriver):
         return cursor
 
 
-class _Companion:
-    """A statement of ours that travels along with one of the user's.
-
-    To psycopg's pipeline it is a cursor that waits for its results.
-    """
-
-    def __init__(self, answered: Callable[[], object] | None) -> None:
-        #: What the server has answered, if it has executed the statement.
-        self.answer: Any = None
-        self._answered = answered
-
-    def _check_results(self, results: list[Any]) -> None:
-        if self._answered is not None:
-            self._answered()
-        if results[0].status == pq.ExecStatus.FATAL_ERROR:
-            raise psycopg.errors.error_from_result(results[0])
-
-    def _set_results(self, results: list[Any]) -> None:
-        if results[0].status != pq.ExecStatus.PIPELINE_ABORTED:
-            self.answer = results[0]
-
-
 def _first_row(result: Any) -> Any:
     return (result.get_value(0, 0).decode(),) if result.ntuples else None
 
@@ -360,23 +338,29 @@ class _SharedTrip(psycopg.Pipeline):
     """A pipeline for a single round trip: at the end of the block all is sent, in one piece.
 
     psycopg's own sends each statement by itself, which costs a system call and a packet each.
+
+    statements: those of ours, which go first. answered: called when they begin to be answered.
     """
+
+    def __init__(
+        self, raw: Any, statements: tuple[str, ...], answered: Callable[[], object] | None
+    ) -> None:
+        super().__init__(raw)
+        self._answered = answered
+        # What stands for those of ours in psycopg's queue of what has a result.
+        self._ours = [_OURS] * len(statements)
+        #: What the server has answered to those that it has executed.
+        self.answers: list[Any] = []
+        for statement in statements:
+            send = partial(self.pgconn.send_query_params, statement.encode(), None)
+            self.command_queue.append(send)
+        # The server answers them at once, and not together with what follows.
+        self.command_queue.append(self.pgconn.send_flush_request)
 
     def __enter__(self) -> _SharedTrip:
         self.pgconn.enter_pipeline_mode()
         self._conn._pipeline = self
         return self
-
-    def add(self, statement: str, answered: Callable[[], object] | None = None) -> _Companion:
-        companion = _Companion(answered)
-        self.command_queue.append(partial(self.pgconn.send_query_params, statement.encode(), None))
-        queue: Any = self.result_queue
-        queue.append((companion, None))
-        return companion
-
-    def answer_so_far(self) -> None:
-        """Have the server answer what is before at once, and not together with what follows."""
-        self.command_queue.append(self.pgconn.send_flush_request)
 
     def __exit__(self, *error: object) -> None:
         try:
@@ -397,14 +381,22 @@ class _SharedTrip(psycopg.Pipeline):
             self.command_queue.popleft()()
         yield from generators.send(self.pgconn)
         error: Exception | None = None
-        while self.result_queue:
+        for queued in [*self._ours, *self.result_queue]:
             try:
                 results = yield from generators.fetch_many(self.pgconn)
             except psycopg.Error as problem:
                 # What was answered before may tell why there is no more of it.
                 raise error or problem from None
             try:
-                self._process_results(self.result_queue.popleft(), results)
+                if queued is not _OURS:
+                    self._process_results(queued, results)
+                    continue
+                if self._answered is not None:
+                    self._answered()
+                if results[0].status == pq.ExecStatus.FATAL_ERROR:
+                    raise psycopg.errors.error_from_result(results[0])
+                if results[0].status != pq.ExecStatus.PIPELINE_ABORTED:
+                    self.answers.append(results[0])
             except Exception as problem:
                 # Also that of a row factory: what is answered after it has to be read all the same.
                 error = error or problem

@@ -159,29 +159,29 @@ class Psycopg2Driver(PostgresqlDriver):
 
     # Beginning along with a statement
 
-    def may_begin_with(self, raw_cursor: Any, query: Any, parameters: Any = None) -> bool:
+    def may_begin_with(self, raw: Any, raw_cursor: Any, query: Any, parameters: Any = None) -> bool:
         kind = type(raw_cursor)
         return (
             isinstance(query, str)
-            and may_follow_begin(query)
+            and may_follow_begin(query) is not None
             # A class of the user's may do more than to execute one statement.
             and (
                 kind is extensions.cursor
                 or (kind.__module__ == "psycopg2.extras" and kind.__name__ in PLAIN_CURSORS)
             )
-            and raw_cursor.connection.autocommit
+            and raw.autocommit
         )
 
     def begin_with(
         self,
+        raw: Any,
         raw_cursor: Any,
         settings: SessionSettings,
         rider: str,
         arguments: tuple[Any, ...],
         options: Mapping[str, Any],
-        answered: Callable[[], object],
+        answered: Callable[[], object] | None = None,
     ) -> Begun | None:
-        raw = raw_cursor.connection
         query, *parameters = arguments
         first_line = f"{_begin(raw, settings)};{rider}; -- zreconnect\n"
         if parameters:
@@ -230,7 +230,8 @@ class Psycopg2Driver(PostgresqlDriver):
         return bool(raw.get_transaction_status() == extensions.TRANSACTION_STATUS_INERROR)
 
     def is_commit(self, raw_cursor: Any) -> bool:
-        return COMMIT_STATEMENT.search(_text(raw_cursor)) is not None
+        text = FIRST_LINE.sub(b"", raw_cursor.query or b"", count=1)
+        return COMMIT_STATEMENT.search(text) is not None
 
     def sqlstate(self, error: BaseException) -> str | None:
         return getattr(error, "pgcode", None)
@@ -303,7 +304,8 @@ class Psycopg2Driver(PostgresqlDriver):
         return AT_HAND if raw_cursor.name is None else int(raw_cursor.itersize)
 
     def looks_like_reading(self, raw_cursor: Any) -> bool:
-        return looks_like_reading(raw_cursor.statusmessage, _text(raw_cursor))
+        text = FIRST_LINE.sub(b"", raw_cursor.query or b"", count=1)
+        return looks_like_reading(raw_cursor.statusmessage, text)
 
 
 class _Overridden(extensions.connection):
@@ -337,11 +339,6 @@ def _begin(raw: Any, settings: SessionSettings) -> str:
         raw.readonly if settings.readonly is None else settings.readonly,
         raw.deferrable if settings.deferrable is None else settings.deferrable,
     )
-
-
-def _text(raw_cursor: Any) -> bytes:
-    """The last statement, as the program has it."""
-    return FIRST_LINE.sub(b"", raw_cursor.query or b"", count=1)
 
 
 def _leave_out_first_line(error: BaseException) -> None:

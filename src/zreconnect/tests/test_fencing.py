@@ -10,7 +10,7 @@ import psycopg
 import psycopg2
 
 from zreconnect import DisconnectionError, Ledger, ReconnectingConnection, XidWitness, witness
-from zreconnect.drivers.base import Evidence, Mark, ServerSession, load_driver
+from zreconnect.drivers.base import Evidence, ServerSession, load_driver
 from zreconnect.tests.base import DatabaseTestCase, wait_until
 
 WITNESSES = (XidWitness(), XidWitness(at_commit=True), Ledger())
@@ -92,10 +92,10 @@ class EvidenceTests:
         elsewhere = ServerSession(0, None, is_pooled=True)
         self.begin()
         pid, start = self.ask(f"SELECT concat_ws(' ', {witness.MARK})").split()
-        self.assertFalse(self.ends(elsewhere, marks=(Mark(int(pid), start + "1"),)))
-        self.assertFalse(self.ends(elsewhere, marks=(Mark(0, start),)))
+        self.assertFalse(self.ends(elsewhere, marks=((int(pid), start + "1"),)))
+        self.assertFalse(self.ends(elsewhere, marks=((0, start),)))
         self.assert_lives()
-        self.assertTrue(self.ends(elsewhere, marks=(Mark(0, start), Mark(int(pid), start))))
+        self.assertTrue(self.ends(elsewhere, marks=((0, start), (int(pid), start))))
         wait_until(lambda: self.session.pid not in self.sessions())
 
     def test_the_row_that_it_has_written(self):

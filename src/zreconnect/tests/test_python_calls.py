@@ -132,19 +132,19 @@ class TransactionCalls:
 
 
 class Psycopg2Tests(TransactionCalls, CallsTestCase):
-    transaction_limit = 75
-    statement_limit = 20
-    fetchone_limit = 10
-    row_limit = 5
+    transaction_limit = 45
+    statement_limit = 8
+    fetchone_limit = 3
+    row_limit = 0
 
 
 class PsycopgTests(TransactionCalls, CallsTestCase):
     driver = "psycopg"
     module = psycopg
-    transaction_limit = 125
-    statement_limit = 45
-    fetchone_limit = 14
-    row_limit = 9
+    transaction_limit = 95
+    statement_limit = 32
+    fetchone_limit = 6
+    row_limit = 0
 
 
 class TransactionManagerTests(CallsTestCase):
