@@ -10,7 +10,9 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any, NoReturn
 
+from zreconnect.documented import documented_by
 from zreconnect.guard import Guard
+from zreconnect.interfaces import IReconnectingCursor
 from zreconnect.kept import FEW_ROWS, KEPT, KeptRows
 from zreconnect.proxies import IfThere
 from zreconnect.session import Session
@@ -18,6 +20,7 @@ from zreconnect.states import Moment, Request, State
 from zreconnect.work import Work
 
 
+@documented_by(IReconnectingCursor)
 class Results:
     """The methods and attributes of a `ReconnectingCursor` for them.
 

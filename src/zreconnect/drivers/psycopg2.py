@@ -184,8 +184,6 @@ class Psycopg2Driver(PostgresqlDriver):
     ) -> Begun | None:
         query, *parameters = arguments
         first_line = f"{_begin(raw, settings)};{rider}; -- zreconnect\n"
-        if parameters:
-            first_line = first_line.replace("%", "%%")
         try:
             raw_cursor.execute(first_line + query, *parameters, **options)
         except BaseException as error:
@@ -196,7 +194,10 @@ class Psycopg2Driver(PostgresqlDriver):
                 return None, error
             if isinstance(error, psycopg2.Error):
                 return None
-            raise
+            if not isinstance(error, Exception):
+                raise
+            # Nothing was sent: a parameter is missing, or has raised it.
+            return self.begin(raw, settings, rider), error
         return None, None
 
     # Statements
@@ -343,9 +344,11 @@ def _begin(raw: Any, settings: SessionSettings) -> str:
 
 def _leave_out_first_line(error: BaseException) -> None:
     """Have an error's message count the lines as the program has them."""
-    if isinstance(error, psycopg2.Error) and error.args:
+    # A position in the text of a function is another thing.
+    if isinstance(error, psycopg2.Error) and error.diag.statement_position is not None:
         message, *others = error.args
-        error.args = (LINE.sub(lambda found: f"LINE {int(found[1]) - 1}:", message), *others)
+        own = LINE.sub(lambda found: f"LINE {int(found[1]) - 1}:", message, count=1)
+        error.args = (own, *others)
 
 
 driver = Psycopg2Driver()
