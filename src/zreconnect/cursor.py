@@ -96,7 +96,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
             driver = self._work.link.driver
             if IPipeliningDriver.providedBy(driver):
                 if self._begins_along(arguments, options):
-                    return self
+                    return self if driver.returns_cursor else None
             elif driver.calls_autocommit and self._switches_mode(driver.autocommit_mode(query)):
                 return 0
         return self._statement("execute", *arguments, **options)

@@ -438,6 +438,7 @@ class IPipeliningDriver(IDriver):
     answers_begin = Attribute(
         "Whether `begin_with` gives the answers to BEGIN and its rider, and when they come."
     )
+    returns_cursor = Attribute("Whether the cursor's ``execute()`` returns the cursor.")
 
     def may_begin_with(raw, raw_cursor, query, parameters=None):
         """Whether a statement means the same when it travels along with BEGIN.

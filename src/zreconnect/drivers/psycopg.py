@@ -67,6 +67,7 @@ class PsycopgDriver(PostgresqlDriver):
     module = psycopg
     sql = sql
     answers_begin = True
+    returns_cursor = True
     disconnection_error = PsycopgDisconnectionError
     rollback_request = psycopg.Rollback
     # psycopg's own words (waiting.py): the socket has hung up, and libpq does not know it yet.

@@ -70,6 +70,7 @@ class Psycopg2Driver(PostgresqlDriver):
     module = psycopg2
     sql = sql
     answers_begin = False
+    returns_cursor = False
     disconnection_error = Psycopg2DisconnectionError
     loses_rows = True
     isolation_levels = ISOLATION_LEVELS

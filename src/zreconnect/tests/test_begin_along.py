@@ -141,7 +141,7 @@ class HiddenTests(BeginAlongTestCase):
     def test_the_query(self):
         cursor = self.ready().cursor()
         self.assertIsNone(cursor.query)
-        cursor.execute("SELECT %s, '%%'", ("a",))
+        self.assertIsNone(cursor.execute("SELECT %s, '%%'", ("a",)))
         self.assertEqual(cursor.query, b"SELECT 'a', '%'")
         self.assertEqual(cursor.fetchall(), [("a", "%")])
         self.assertEqual((cursor.rowcount, cursor.statusmessage), (1, "SELECT 1"))
