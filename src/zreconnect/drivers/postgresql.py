@@ -6,7 +6,7 @@ import contextlib
 import re
 import time
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from zreconnect import dsn as dsn_module
@@ -94,7 +94,9 @@ may_follow_begin = re.compile(
     re.IGNORECASE,
 ).match
 # Tags of what the server executed.
-READING_TAGS = re.compile(r"(SELECT|FETCH|MOVE|SHOW|SET|DECLARE|CLOSE|SAVEPOINT|RELEASE)\b")
+READING_TAGS = frozenset(["SELECT", "FETCH", "MOVE", "SHOW", "SET", "DECLARE", "CLOSE", "SAVEPOINT", "RELEASE"])
+# A program has some statements that it executes again and again, and they are short.
+LONGEST_KNOWN = 2000
 # A SELECT can write all the same: in a WITH, as a prepared statement, by a function that it calls,
 # by a statement that follows it in the same string.
 # A comment can stand between the function's name and its arguments.
@@ -511,8 +513,14 @@ def looks_like_reading(tag: str | None, text: bytes | None) -> bool:
 
     tag: what the server has said of it. text: the statement; None if it is not known.
     """
-    if not text or READING_TAGS.match(tag or "") is None:
+    if not text or (tag or "").partition(" ")[0] not in READING_TAGS:
         return False
+    return _has_known(text) if len(text) < LONGEST_KNOWN else _has_known.__wrapped__(text)
+
+
+@lru_cache(maxsize=512)
+def _has_known(text: bytes) -> bool:
+    """Whether the text has none but words and functions that are known to do nothing but read."""
     text = text.lower()
     return WRITING.search(text) is None and HARMLESS.issuperset(CALLED.findall(text))
 
