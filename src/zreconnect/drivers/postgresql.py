@@ -94,7 +94,9 @@ may_follow_begin = re.compile(
     re.IGNORECASE,
 ).match
 # Tags of what the server executed.
-READING_TAGS = frozenset(["SELECT", "FETCH", "MOVE", "SHOW", "SET", "DECLARE", "CLOSE", "SAVEPOINT", "RELEASE"])
+READING_TAGS = frozenset(
+    ("SELECT", "FETCH", "MOVE", "SHOW", "SET", "DECLARE", "CLOSE", "SAVEPOINT", "RELEASE")
+)
 # A program has some statements that it executes again and again, and they are short.
 LONGEST_KNOWN = 2000
 # A SELECT can write all the same: in a WITH, as a prepared statement, by a function that it calls,
