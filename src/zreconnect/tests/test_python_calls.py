@@ -13,8 +13,10 @@ from itertools import islice
 
 import psycopg
 import transaction
+from sqlalchemy import create_engine, text
 
 from zreconnect import ReconnectingDatabaseAdapter, initZopeless
+from zreconnect.integrations.sqlalchemy import register
 from zreconnect.tests.base import DatabaseTestCase
 
 STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
@@ -159,7 +161,7 @@ class TransactionManagerTests(CallsTestCase):
             cursor.fetchone()
             manager.commit()
 
-        self.assert_calls(120, use)
+        self.assert_calls(105, use)
 
     def test_the_adapter(self):
         adapter = ReconnectingDatabaseAdapter(self.dsn)
@@ -169,4 +171,18 @@ class TransactionManagerTests(CallsTestCase):
             adapter().cursor().execute("SELECT 1")
             transaction.commit()
 
-        self.assert_calls(123, use)
+        self.assert_calls(105, use)
+
+
+class SqlalchemyTests(CallsTestCase):
+    def test_an_engine(self):
+        engine = create_engine(self.dsn.replace("postgresql:", "postgresql+psycopg2:"))
+        register(engine)
+        self.addCleanup(engine.dispose)
+        query = text("SELECT 1")
+
+        def use():
+            with engine.begin() as connection:
+                connection.execute(query).scalar()
+
+        self.assert_calls(190, use)
