@@ -33,7 +33,7 @@ def begin(work: Work, explicit: bool, policy: RetryPolicy, statement: Any = None
     session.watch.reset()
     with session.watch.awaiting(limit_of_begin(work, policy)):
         _send_begin(work, session.raw)
-    if work.link.server.has_target:
+    if "target_session_attrs" in work.link.server.parameters:
         work.link.server.check(session.raw)
     work.note(Event.BEGUN)
     if work.patience.is_shared:
@@ -68,6 +68,10 @@ def may_begin_along(work: Work) -> bool:
         and time.monotonic() - link.heard < SURE_OF_SESSION
         and session.watch.is_quiet()
         and not session.raw.closed
+        and not (
+            "target_session_attrs" in link.server.parameters
+            and link.server.is_missed_by(session.raw)
+        )
         # The answer to BEGIN tells whether a standby still is one.
         and not (link.is_on_standby and link.needs_writes())
         and (link.driver.answers_begin or not link.observer.needs_row)
@@ -101,7 +105,7 @@ def begin_along(
         return False, None
     try:
         link.observer.began(begun[0])
-        if link.server.has_target:
+        if "target_session_attrs" in link.server.parameters:
             link.server.check(session.raw)
         work.note(Event.BEGUN)
         if work.patience.is_shared:

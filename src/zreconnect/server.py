@@ -128,9 +128,8 @@ class Server:
     ) -> None:
         self.driver = driver
         self._open_session = open_session
-        self._parameters = parameters
-        #: Whether not every server of that address will do.
-        self.has_target = "target_session_attrs" in parameters
+        #: Those of the connection, as far as they are known: a factory's after the first session.
+        self.parameters = parameters
         # When it was first, and when last, met away.
         self._outage: tuple[float, float] | None = None
         # When the latest attempt has failed, and how; None if it has not.
@@ -139,9 +138,9 @@ class Server:
 
     @property
     def address(self) -> str:
-        if not self._parameters:
+        if not self.parameters:
             return "the server of a connection_factory"
-        address: str = self.driver.address(self._parameters)
+        address: str = self.driver.address(self.parameters)
         return address
 
     def connect(self, timeout: float, lasting: float = 0.0, paused_since: float = math.inf) -> Any:
@@ -180,17 +179,17 @@ class Server:
         """Whether connecting may succeed later although it failed with this error."""
         return (
             is_missing_thread(error)
-            or self.driver.connect_meaning(error, self._parameters) is Meaning.DISCONNECT
+            or self.driver.connect_meaning(error, self.parameters) is Meaning.DISCONNECT
         )
 
     def is_missed_by(self, raw: Any) -> bool:
         """Whether the session is with a server of another kind than the one asked for."""
-        missed: bool = self.driver.misses_target(raw, self._parameters)
+        missed: bool = self.driver.misses_target(raw, self.parameters)
         return missed
 
     def check(self, raw: Any) -> None:
         """Raise the driver's OperationalError if that is so."""
-        if self.driver.misses_target(raw, self._parameters):
+        if self.driver.misses_target(raw, self.parameters):
             raise self.driver.module.OperationalError(
                 "the server is no longer what target_session_attrs asks for"
             )
@@ -274,7 +273,7 @@ class Server:
             timeout = max(SHORTEST_ATTEMPT, attempt.deadline - time.monotonic())
             raw = self._open_session(timeout)
             self.driver.prepare(raw)
-            self._parameters = self._parameters or self.driver.parameters(raw)
+            self.parameters = self.parameters or self.driver.parameters(raw)
         except BaseException as error:
             self._note(attempt, error)
             attempt.end((None, error))

@@ -931,7 +931,8 @@ class TwoPhaseTests(TwoPhaseTestCase):
 
     def test_one_store_in_one_phase(self):
         """zstorm commits it first, so that it decides."""
-        self.configure()
+        # It has nothing to ask for before COMMIT.
+        self.configure(witness=Ledger())
         alone, _ = self.sides
         self.zstorm.set_default_tpc(alone.dbname, False)
         for lose, runs in ((alone.lose_request, 2), (alone.lose_answer, 1)):
