@@ -72,19 +72,17 @@ class _Deadline(Wait):
 class Pause:
     """While it lasts the server owes nothing: a context manager, which `Watch.pausing` makes."""
 
-    __slots__ = ("_pauses", "_waits")
+    __slots__ = ("_watch",)
 
-    def __init__(self, waits: set[Wait], pauses: set[Pause]) -> None:
-        self._waits = waits
-        self._pauses = pauses
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
 
     def __enter__(self) -> None:
-        self._pauses.add(self)
+        self._watch.pauses.add(self)
 
     def __exit__(self, *error: object) -> None:
-        for wait in self._waits.copy():
-            wait.renew(wait.limit)
-        self._pauses.discard(self)
+        self._watch.paused.add(self)
+        self._watch.pauses.discard(self)
 
 
 class Watch:
@@ -99,12 +97,13 @@ class Watch:
     __slots__ = (
         "__weakref__",
         "_counts",
-        "_pauses",
         "_poll",
         "_socket",
         "_waits",
         "address",
         "cut_after",
+        "paused",
+        "pauses",
     )
 
     def __init__(self, fileno: int | None, address: str) -> None:
@@ -113,7 +112,10 @@ class Watch:
         #: it has not.
         self.cut_after: float | None = None
         self._waits: set[Wait] = set()
-        self._pauses: set[Pause] = set()
+        #: What the program itself does inside a request at present, and what of that has ended
+        #: since the watchdog looked last.
+        self.pauses: set[object] = set()
+        self.paused: set[object] = set()
         # What has come and gone, when the watchdog looked last.
         self._counts = b""
         # One socket or none. Who takes it out closes it, so that nobody shuts down a number that
@@ -159,12 +161,13 @@ class Watch:
 
         The time of the waits begins anew at its end.
         """
-        return Pause(self._waits, self._pauses)
+        return Pause(self)
 
     def reset(self) -> None:
         """Forget all waits and pauses, among them what an interrupt has left."""
         self._waits.clear()
-        self._pauses.clear()
+        self.pauses.clear()
+        self.paused.clear()
 
     def is_quiet(self) -> bool:
         """Whether nothing has arrived since the last answer, as the end of the session would.
@@ -178,11 +181,15 @@ class Watch:
         waits = self._waits.copy()
         if not waits:
             return
+        has_paused = bool(self.paused)
+        if has_paused:
+            self.paused.clear()
+        # After that: the time begins anew at the end of the last pause, or later.
         now = time.monotonic()
-        is_silent = not self._has_moved() and not self._pauses
+        is_silent = not self._has_moved() and not self.pauses
         overdue = []
         for wait in waits:
-            if wait.since is None or (wait.is_of_silence and not is_silent):
+            if wait.since is None or has_paused or (wait.is_of_silence and not is_silent):
                 wait.since = now
             if now - wait.since >= wait.limit:
                 overdue.append(wait.limit)
