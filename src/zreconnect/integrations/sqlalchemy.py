@@ -83,7 +83,6 @@ def register(
     registration = _Registration(engine, policy, witness, response_timeout)
     _listen_first(engine, "do_connect", registration.connect)
     event.listen(engine, "checkout", registration.check_out, insert=True)
-    event.listen(engine, "begin_twophase", refuse_two_phase)
     event.listen(engine, "handle_error", registration.handle_error)
     _registered.add(engine.dialect)
 
@@ -159,6 +158,15 @@ class PooledConnection(ReconnectingConnection):
             # connection any more, either, until it is told to roll back.
             self.rollback_after(error)
             raise
+
+    def tpc_begin(self, xid: Any) -> NoReturn:
+        # A listener to "begin_twophase" would have SQLAlchemy call some 50 functions more for each
+        # transaction.
+        raise InvalidRequestError(
+            "An engine that zreconnect is registered for has no two-phase transactions: do without "
+            "twophase=True. zope.sqlalchemy's data manager then commits last, when all others have "
+            "voted."
+        )
 
     def set_isolation_level(self, level: int | str | None) -> None:
         # As psycopg2's does. SQLAlchemy has no transaction when it calls this, but may have asked
@@ -295,12 +303,3 @@ class _SessionSetUp:
             # What they have set is to last.
             raw.commit()
         return bool(raw.autocommit)
-
-
-def refuse_two_phase(connection: Any, xid: Any) -> NoReturn:
-    """For "begin_twophase"."""
-    raise InvalidRequestError(
-        "An engine that zreconnect is registered for has no two-phase transactions: do without "
-        "twophase=True. zope.sqlalchemy's data manager then commits last, when all others have "
-        "voted."
-    )
