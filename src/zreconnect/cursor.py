@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,10 +12,10 @@ from zreconnect import commits
 from zreconnect.cursorsettings import SettingsOfCursor
 from zreconnect.documented import implements
 from zreconnect.interfaces import IPipeliningDriver, IReconnectingCursor
-from zreconnect.kept import FEW_ROWS, KEPT, KeptRows
+from zreconnect.kept import KEPT, KeepsRows
 from zreconnect.lent import lend_items
 from zreconnect.proxies import guarded_attribute, no_attribute
-from zreconnect.session import NO_SESSION, Session
+from zreconnect.session import NO_SESSION
 from zreconnect.states import Moment, Request, State
 from zreconnect.transfers import IfThere, Transfers
 
@@ -28,7 +27,7 @@ SENT = ("_executed", "_query")
 
 
 @implements(IReconnectingCursor)
-class ReconnectingCursor(SettingsOfCursor, Transfers):
+class ReconnectingCursor(SettingsOfCursor, Transfers, KeepsRows):
     """See `IReconnectingCursor`; made by `ReconnectingConnection.cursor`."""
 
     # With slots, setting an attribute that is not kept here is an error and not ignored.
@@ -38,8 +37,6 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
         "_error",
         "_guard",
         "_options",
-        "_raw",
-        "_session",
         "_settings",
         "_weak",
         "_work",
@@ -54,9 +51,9 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
         cursor_factory: Any,
         options: dict[str, Any],
     ) -> None:
-        self._raw: Any = None
-        # The session that the raw cursor belongs to.
-        self._session: Session = NO_SESSION
+        self._raw = None
+        self._session = NO_SESSION
+        self._kept = None
         self.connection = connection
         self.name = name
         self._work = connection.work
@@ -160,8 +157,8 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
                 guard.take_turn()
             if self._closed:
                 self._refuse_closed()
-            if link.readers:
-                self._keep_rows_of_others()
+            if link.readers or self._kept is not None:
+                self.keep_rows_of_others()
             if work.state is not State.ACTIVE:
                 guard.need_transaction(args[0] if method == "execute" else None)
             query = args[0]
@@ -233,30 +230,6 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
             ) from error
 
     # Results
-
-    def _keep_rows_of_others(self) -> None:
-        """Before a statement that may find the session lost; its own rows are not read any more."""
-        link = self._work.link
-        link.readers.discard(self._weak)
-        are_few = self._work.state is State.ACTIVE and link.session.watch.is_quiet()
-        # If they are many, what has arrived on the line has to tell of a loss of both.
-        link.keep_rows(FEW_ROWS if are_few else math.inf)
-
-    def keep_rows(self, at_most: float) -> bool:
-        """Keep the rows that are in the client and were not fetched, for after the session's end.
-
-        Whether nothing is left to be kept; there may be more than ``at_most``. Raises nothing but
-        interrupts.
-        """
-        raw = self._raw
-        if raw is None or raw.closed or raw.rownumber >= raw.rowcount:
-            return True
-        if raw.rowcount > at_most:
-            return False
-        kept = KeptRows.of(raw, self._session)
-        if kept is not None:
-            self._raw, self._session = kept, KEPT
-        return True
 
     def fetchone(self) -> Any:
         return self._answer("fetchone")
@@ -342,6 +315,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
             # Its class may do more than that. And a statement may have declared a server-side one.
             self._raw_if_free()
         self._closed = True
+        self._work.link.readers.discard(self._weak)
         # It is not let go: what can be asked of a closed cursor is the driver's affair.
         raw = self._raw
         if raw is None:
@@ -374,8 +348,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
         """The raw cursor, for a statement that is executed with it in the present session."""
         if self._closed:
             self._refuse_closed()
-        if self._work.link.readers:
-            self._keep_rows_of_others()
+        self.keep_rows_of_others()
         if self._session is not self._work.link.session:
             self._open()
         if self.name is not None and self._work.state is State.ACTIVE:
@@ -411,9 +384,6 @@ class ReconnectingCursor(SettingsOfCursor, Transfers):
     def _open(self) -> None:
         link = self._work.link
         session = link.session
-        if self._session is KEPT and self._raw.session is session:
-            self._raw, self._session = self._raw.raw, session
-            return
         if self._raw is not None:
             _close_lost(self._raw, self._error)
         try:

@@ -142,8 +142,6 @@ def guarded_attribute(
         if is_connection and guard.work.turn.is_anothers():
             # What it raises says nothing about the transaction of the other thread.
             return value(*args, **keywords)
-        if is_connection:
-            guard.work.link.keep_rows()
         with turn(), guard.asking(Moment.STATEMENT, raw_cursor, in_block):
             if name in driver.committing_methods:
                 guard.work.link.was_ended = True
