@@ -65,8 +65,8 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, KeepsRows):
         if options:
             connection.work.link.driver.check_cursor(name, options)
         self._settings: dict[str, Any] = {}
-        self._weak = weakref.ref(self, connection.work.link.readers.discard)
-        hash(self._weak)  # Which cannot be found out any more when it is discarded.
+        # In a set, because its hash cannot be found out any more when it is discarded.
+        (self._weak,) = {weakref.ref(self, connection.work.link.readers.discard)}
         self._closed = False
 
     def __repr__(self) -> str:
@@ -376,8 +376,9 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, KeepsRows):
             and (work.state is State.ACTIVE or work.state is State.IDLE)
             and not work.turn.is_anothers()
         ):
-            # What refuses one, or finds the session lost, is told when it is used.
-            with suppress(Exception):
+            # What refuses one, or finds the session lost, is told when it is used. All else can be
+            # that of a signal's handler.
+            with suppress(self._error, TypeError):
                 self._open()
         return self._raw
 
