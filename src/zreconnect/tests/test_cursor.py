@@ -212,6 +212,12 @@ class CursorTests(DatabaseTestCase):
         self.assertEqual(self.cursor.description[0].name, "n")
         self.assertEqual(self.connection.state, "active")
 
+    def test_a_cursor_that_was_closed_before_the_first_session(self):
+        self.cursor.close()
+        self.assertIsNone(self.cursor.query)
+        with self.assertRaises(psycopg2.InterfaceError):
+            self.cursor.nextset()
+
     def test_a_cursor_is_closed_with_its_connection(self):
         self.connection.close()
         self.assertTrue(self.cursor.closed)
