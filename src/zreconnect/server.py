@@ -32,6 +32,7 @@ from zreconnect import dsn as dsn_module
 from zreconnect import hosts
 from zreconnect.drivers.base import load_driver
 from zreconnect.interfaces import Meaning
+from zreconnect.threads import start_thread
 
 # Who has waited for another thread's attempt in vain, and has less than that many seconds left,
 # makes none. It is as long as the pauses of threads that come back at about the same time: the
@@ -40,7 +41,7 @@ SHORTEST_ATTEMPT = 0.5
 # So many threads look each for itself, after a pause, whether another one still knocks at the door.
 # The more there are, the more seldom each of them does.
 WATCHERS = 10
-# The only RuntimeError of Thread.start() that passes. A signal's handler may raise others there.
+# The only RuntimeError of starting a thread that passes. A signal's handler may raise others.
 NO_THREAD = "can't start new thread"
 
 
@@ -288,7 +289,7 @@ class Server:
             daemon=True,
         )
         try:
-            thread.start()
+            start_thread(thread)
         except RuntimeError as error:
             if not is_missing_thread(error):
                 raise

@@ -28,6 +28,8 @@ import threading
 import time
 import weakref
 
+from zreconnect.threads import start_thread
+
 # An answer may be overdue by that many seconds before it is noticed.
 INTERVAL = 0.25
 # Where Linux has tcpi_bytes_acked and tcpi_bytes_received in its struct tcp_info, since 4.1.
@@ -263,7 +265,7 @@ def _start_watching(watch: Watch) -> None:
     _watches.add(weakref.ref(watch, _watches.discard))
     # In this order; a watchdog resigns in the other one.
     if _watchdog is None:
-        threading.Thread(target=_watch_all, name="zreconnect watchdog", daemon=True).start()
+        start_thread(threading.Thread(target=_watch_all, name="zreconnect watchdog", daemon=True))
 
 
 def _watch_all() -> None:
