@@ -69,6 +69,12 @@ class Peer:
     def close(self) -> None:
         raise NotImplementedError
 
+    def refresh(self) -> None:
+        """What a program calls before each request, if its manual has anything for that."""
+
+    def mend(self, address: Address) -> None:
+        """What a program calls after an error, before it makes a transaction again."""
+
     def prepared(self, statements: Sequence[Statement]) -> list[Any]:
         """The statements as this peer wants them, since a program has them so."""
         return [(each.sql, each.parameters or None, each.has_rows) for each in statements]
@@ -117,12 +123,20 @@ class Psycopg2(Dbapi):
 
         self.connection = psycopg2.connect(address.url())
 
+    def mend(self, address: Address) -> None:
+        self.connection.close()
+        self.__init__(address)  # type: ignore[misc]
+
 
 class Psycopg(Dbapi):
     def __init__(self, address: Address) -> None:
         import psycopg
 
         self.connection = psycopg.connect(address.url())
+
+    def mend(self, address: Address) -> None:
+        self.connection.close()
+        self.__init__(address)  # type: ignore[misc]
 
 
 def _witness(name: str) -> Any:
@@ -140,6 +154,9 @@ class Connect(Dbapi):
         self.connection = zreconnect.connect(
             address.url(), driver=driver, witness=_witness(witness), **options
         )
+
+    def mend(self, address: Address) -> None:
+        self.connection.rollback()
 
 
 class Zopeless(Dbapi):
@@ -163,6 +180,9 @@ class Zopeless(Dbapi):
         cursor.close()
         self._ztm.commit()
 
+    def mend(self, address: Address) -> None:
+        self._ztm.abort()
+
     def commit(self) -> None:
         self._ztm.commit()
 
@@ -181,7 +201,10 @@ class Adapter(Dbapi):
         self._adapter = zreconnect.ReconnectingDatabaseAdapter(
             address.url(), witness=_witness(witness), **options
         )
-        self.commit = transaction.commit
+        self.commit, self._abort = transaction.commit, transaction.abort
+
+    def mend(self, address: Address) -> None:
+        self._abort()
 
     def cursor(self, *arguments: Any) -> Any:
         return self._adapter().cursor(*arguments)
@@ -287,7 +310,10 @@ class ZopeSqlalchemy(_OfSqlalchemy):
         self._session = scoped_session(sessionmaker(self._engine))
         zope.sqlalchemy.register(self._session)
         self._mark_changed = zope.sqlalchemy.mark_changed
-        self._commit = transaction.commit
+        self._commit, self._abort = transaction.commit, transaction.abort
+
+    def mend(self, address: Address) -> None:
+        self._abort()
 
     def transaction(self, statements: Sequence[Any]) -> None:
         session = self._session()
@@ -330,6 +356,9 @@ class Storm(Peer):
             scheme = "reconnecting-postgres"
         self._store = Store(create_database(address.url(scheme)))
 
+    def mend(self, address: Address) -> None:
+        self._store.rollback()
+
     def prepared(self, statements: Sequence[Statement]) -> list[Any]:
         return [
             (each.sql.replace("%s", "?"), each.parameters or None, each.has_rows)
@@ -351,7 +380,7 @@ class Storm(Peer):
 class Django(Peer):
     """Django's connection, which is kept for ever; on psycopg."""
 
-    def __init__(self, address: Address, engine: str) -> None:
+    def __init__(self, address: Address, engine: str, **options: Any) -> None:
         import django
         from django.conf import settings
 
@@ -363,12 +392,18 @@ class Django(Peer):
             "USER": address.user,
             "PASSWORD": address.password,
             "CONN_MAX_AGE": None,
+            **options,
         }
         settings.configure(DATABASES={"default": database})
         django.setup()
-        from django.db import connection, transaction
+        from django.db import close_old_connections, connection, transaction
 
         self._connection, self._atomic = connection, transaction.atomic
+        self._close_old = close_old_connections
+
+    def refresh(self) -> None:
+        # As Django does when a request begins.
+        self._close_old()
 
     def transaction(self, statements: Sequence[Any]) -> None:
         with self._atomic(), self._connection.cursor() as cursor:

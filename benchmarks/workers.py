@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import signal
 import traceback
@@ -87,6 +88,8 @@ def workers(
 def _serve(name: str, address: Address, options: dict[str, Any], pipe: Connection) -> None:
     # Ctrl-C reaches the whole group; the main process ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Losses are logged, but not on the terminal.
+    logging.getLogger().addHandler(logging.NullHandler())
     peer: Peer | None = None
     while True:
         try:

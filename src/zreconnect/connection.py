@@ -154,12 +154,11 @@ class ReconnectingConnection(DriverCalls):
         """Commit; that the program is told is to follow, when nothing else has to be done."""
         try:
             if not self.work.turn.is_mine():
-                is_refused, was_idle = self.work.turn.is_anothers(), self.work.state is State.IDLE
-                if not is_refused:
-                    self.guard.take_turn()
-                    # A thread had it that has ended.
-                    is_refused = not was_idle and self.work.state is State.IDLE
-                if is_refused:
+                was_idle = self.work.state is State.IDLE
+                # What a thread has left that has ended is rolled back when the next has its turn.
+                if self.work.turn.is_anothers() or (
+                    self.guard.take_turn() and not was_idle and self.work.state is State.IDLE
+                ):
                     raise self.work.link.driver.module.ProgrammingError(
                         "commit() of another thread's transaction: it belongs to that thread, and "
                         "is rolled back when that has ended"

@@ -17,7 +17,7 @@ from zreconnect.kept import KEPT
 from zreconnect.lent import lend_items
 from zreconnect.proxies import IfThere, guarded_attribute, no_attribute
 from zreconnect.results import Results
-from zreconnect.session import NO_SESSION, Session
+from zreconnect.session import NO_SESSION
 from zreconnect.states import Moment, State
 from zreconnect.transfers import Transfers
 
@@ -54,9 +54,9 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
         cursor_factory: Any,
         options: dict[str, Any],
     ) -> None:
-        self._raw: Any = None
-        # The session that the raw cursor belongs to.
-        self._session: Session = NO_SESSION
+        self._raw = None
+        self._session = NO_SESSION
+        self._kept = None
         self.connection = connection
         self.name = name
         self._work = connection.work
@@ -71,8 +71,8 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
         self._run: list[Any] = []
         self._ahead: Iterator[Any] | None = None
         self._has_last_run = False
-        self._weak = weakref.ref(self, connection.work.link.readers.discard)
-        hash(self._weak)  # Which cannot be found out any more when it is discarded.
+        # In a set, because its hash cannot be found out any more when it is discarded.
+        (self._weak,) = {weakref.ref(self, connection.work.link.readers.discard)}
         self._closed = False
 
     def __repr__(self) -> str:
@@ -133,8 +133,8 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
                 guard.take_turn()
             if self._closed:
                 self._refuse_closed()
-            if link.readers:
-                self._keep_rows_of_others()
+            if link.readers or self._kept is not None:
+                self.keep_rows_of_others()
             if not may_begin_along(work):
                 return False
             if self._session is not link.session:
@@ -168,8 +168,8 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
                 guard.take_turn()
             if self._closed:
                 self._refuse_closed()
-            if link.readers:
-                self._keep_rows_of_others()
+            if link.readers or self._kept is not None:
+                self.keep_rows_of_others()
             if work.state is not State.ACTIVE:
                 guard.need_transaction(args[0] if method == "execute" else None)
             query = args[0]
@@ -239,6 +239,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
         self._closed = True
         if self._ahead is not None:
             self._forget_rows_ahead()
+        self._work.link.readers.discard(self._weak)
         # It is not let go: what can be asked of a closed cursor is the driver's affair.
         raw = self._raw
         if raw is None:
@@ -278,8 +279,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
         """The raw cursor, for a statement that is executed with it in the present session."""
         if self._closed:
             self._refuse_closed()
-        if self._work.link.readers:
-            self._keep_rows_of_others()
+        self.keep_rows_of_others()
         if self._session is not self._work.link.session:
             self._open()
         if self.name is not None and self._work.state is State.ACTIVE:
@@ -307,17 +307,15 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
             and (work.state is State.ACTIVE or work.state is State.IDLE)
             and not work.turn.is_anothers()
         ):
-            # What refuses one, or finds the session lost, is told when it is used.
-            with suppress(Exception):
+            # What refuses one, or finds the session lost, is told when it is used. All else can be
+            # that of a signal's handler.
+            with suppress(self._error, TypeError):
                 self._open()
         return self._raw
 
     def _open(self) -> None:
         link = self._work.link
         session = link.session
-        if self._session is KEPT and self._raw.session is session:
-            self._raw, self._session = self._raw.raw, session
-            return
         if self._raw is not None:
             _close_lost(self._raw, self._error)
         try:

@@ -50,6 +50,9 @@ class DriverCalls(TwoPhaseCalls):
                 with guard.asking(moment, raw_cursor):
                     result = function(*args, **keywords)
             finally:
+                for _, ours in handed:
+                    if ours is not self:
+                        ours.has_executed()
                 if link.observer.watches_statements:
                     link.observer.executed(None)
             if work.state is State.ACTIVE and not session.in_transaction():

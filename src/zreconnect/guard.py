@@ -156,6 +156,8 @@ class Guard:
         whether the session is at rest. waits: whether an answer is waited for.
         """
         limit = self._link.options.response_timeout if waits else None
+        if self._link.readers:
+            self._link.keep_rows_before_request(self.work.state is State.ACTIVE)
         try:
             with self._link.session.watch.awaiting(limit):
                 yield
@@ -238,13 +240,13 @@ class Guard:
     def need_live_session(self, asks: bool = False) -> None:
         """Have a session outside a transaction, where no BEGIN finds out whether it is lost.
 
-        asks: whether the server is asked in any case, and not only if something has arrived, such
-        as the end of the session.
+        asks: whether the server is asked also if nothing has arrived, such as the session's end.
         """
         self._link.leave_to_parent()
         session = self._link.session
         is_there = session is not NO_SESSION and self._driver.has_sessions
         if is_there and (asks or not session.watch.is_quiet()):
+            self._link.keep_rows()
             is_inside = self._driver.in_transaction(session.raw)
             policy = self.work.patience.begins(self.work.waited)
             try:

@@ -8,42 +8,63 @@ client twice.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import weakref
+from typing import TYPE_CHECKING, Any
 
 from zreconnect.session import Session
+from zreconnect.states import State
 from zreconnect.watchdog import NO_WATCH
 
-#: What costs nothing to have twice: as many as psycopg2 fetches at once from a server-side cursor.
-FEW_ROWS = 2000
+if TYPE_CHECKING:
+    from zreconnect.work import Work
+
 #: Stands for the session of kept rows, which need none.
 KEPT = Session(None, None, NO_WATCH, 0)
+# The ways to read rows, besides fetchall().
+_WAYS = ("fetchone", "fetchmany", "__iter__", "__next__")
+
+
+def rows_of(raw: Any) -> list[Any]:
+    """All rows of a raw cursor, which stays as it is.
+
+    None of them if they cannot be read, which the program is to meet where it reads them; or if a
+    class of the program's may give others in other ways.
+    """
+    if not _are_alike(raw.__class__):
+        return []
+    rownumber = raw.rownumber
+    try:
+        raw.scroll(0, "absolute")
+        rows = raw.fetchall()
+        return rows if isinstance(rows, list) and len(rows) == raw.rowcount else []
+    except Exception:
+        return []
+    finally:
+        raw.scroll(rownumber, "absolute")
+
+
+@functools.cache
+def _are_alike(cursor_class: type[Any]) -> bool:
+    """Whether fetchall() is defined by the class that defines how rows are read, or a later one."""
+    places = {
+        name: place
+        for place, each in reversed([*enumerate(cursor_class.__mro__)])
+        for name in vars(each)
+    }
+    return all(places["fetchall"] <= places[name] for name in _WAYS)
 
 
 class KeptRows:
-    """Takes a raw cursor's place, until its next statement.
+    """Takes the place of a raw cursor whose session has ended.
 
-    raw: the raw cursor, which has the rest. session: that of the raw cursor, whose next statement
-    it executes, unless the session has ended. rows: all rows. rownumber: the next one's index.
+    raw: the raw cursor, which has the rest. rows: all rows.
     """
 
-    def __init__(self, raw: Any, session: Session, rows: list[Any], rownumber: int) -> None:
+    def __init__(self, raw: Any, rows: list[Any]) -> None:
         self.raw = raw
-        self.session = session
         self._rows = rows
-        self.rownumber = rownumber
-
-    @classmethod
-    def of(cls, raw: Any, session: Session) -> KeptRows | None:
-        """Those of ``raw``, which stays as it is; None if they cannot be read, which the program
-        is to meet where it reads them."""
-        rownumber = raw.rownumber
-        try:
-            raw.scroll(0, "absolute")
-            return cls(raw, session, raw.fetchall(), rownumber)
-        except Exception:
-            return None
-        finally:
-            raw.scroll(rownumber, "absolute")
+        self.rownumber = raw.rownumber
 
     def fetchone(self) -> Any:
         return next(self, None)
@@ -79,3 +100,52 @@ class KeptRows:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.raw, name)
+
+
+class KeepsRows:
+    """The part of a `ReconnectingCursor` that keeps its rows."""
+
+    __slots__ = ("_kept", "_raw", "_session")
+
+    name: str | None
+    # The raw cursor's rows, if they had to be kept; none if that was in vain.
+    _kept: list[Any] | None
+    _raw: Any
+    # The session that the raw cursor belongs to.
+    _session: Session
+    _weak: weakref.ref[Any]
+    _work: Work
+
+    def keep_rows_of_others(self) -> None:
+        """Before a statement that may find the session lost; its own rows are not read any more."""
+        link = self._work.link
+        link.readers.discard(self._weak)
+        self._kept = None
+        link.keep_rows_before_request(self._work.state is State.ACTIVE)
+
+    def has_executed(self) -> None:
+        """It has executed a statement, whose rows may have to be kept."""
+        link = self._work.link
+        if link.driver.loses_rows and self.name is None and self._raw.description is not None:
+            link.readers.add(self._weak)
+
+    def keep_rows(self, at_most: float) -> bool:
+        """Keep the rows that are in the client and were not fetched, for after the session's end.
+
+        Whether nothing is left to be kept; there may be more than ``at_most``. Raises nothing but
+        interrupts.
+        """
+        raw = self._raw
+        if raw is None or raw.closed or raw.rownumber >= raw.rowcount:
+            return True
+        if raw.rowcount > at_most:
+            return False
+        self._kept = rows_of(raw)
+        self._work.link.keepers.add(self)
+        return True
+
+    def leave_session(self) -> None:
+        """The session ends: from now on its rows are those that were kept."""
+        if self._kept:
+            kept = KeptRows(self._raw, self._kept)
+            self._raw, self._session, self._kept = kept, KEPT, None

@@ -16,6 +16,8 @@ from zreconnect.policy import LONGEST_ATTEMPT, RetryPolicy
 from zreconnect.server import AttemptFailed, Server
 from zreconnect.session import NO_SESSION, Session, open_session, tell_if_cut
 
+#: What costs nothing to have twice: as many as psycopg2 fetches at once from a server-side cursor.
+FEW_ROWS = 2000
 TAKES_NO_WRITES = "the server takes no writes: it is a standby, or read-only"
 
 Use = Callable[[Any], object]
@@ -35,6 +37,7 @@ class Link:
     observer: the `IObserver` of the present session and, if that is lost, of its last transaction;
     another one in another process.
     readers: refer to the cursors that have rows which would be lost with the session.
+    keepers: the cursors that have kept them.
     """
 
     def __init__(self, server: Server, options: Options) -> None:
@@ -54,6 +57,7 @@ class Link:
         self.was_ended = False
         self.readers: set[weakref.ref[Any]] = set()
         self.heard = -math.inf
+        self.keepers: weakref.WeakSet[Any] = weakref.WeakSet()
         # Whether a server has refused a write since.
         self._was_refused = False
 
@@ -141,9 +145,18 @@ class Link:
                 # Last: what an interrupt has left out is kept by the next who tries.
                 self.readers.discard(reader)
 
+    def keep_rows_before_request(self, is_inside: bool) -> None:
+        """Before a request that may find the session lost. is_inside: it is in a transaction."""
+        are_few = is_inside and self.session.watch.is_quiet()
+        # If they are many, what has arrived on the line has to tell of a loss of both.
+        self.keep_rows(FEW_ROWS if are_few else math.inf)
+
     def _keep(self) -> None:
         """Keep what would be lost with the present session, if there is one."""
         self.keep_rows()
+        for keeper in tuple(self.keepers):
+            keeper.leave_session()
+        self.keepers.clear()
         session = self.session
         if session is not NO_SESSION:
             self._kept = self.driver.keep(session.raw)

@@ -20,7 +20,7 @@ SHORTEST_ATTEMPT = 0.5
 SINGLE_ATTEMPT = 2.0
 # Of its upper limit, a pause is at least and at most this part. A fleet's pauses differ enough that
 # it spreads over time, and they are long enough that nobody knocks twice as often as who polls once
-# a second (benchmarks/fleet.py). What is left of the limit is for the attempt itself.
+# a second (benchmarks/measurements/fleet.py). What is left of the limit is for the attempt itself.
 LEAST_PART, LARGEST_PART = 0.5, 0.9
 
 

@@ -156,8 +156,6 @@ def guarded_attribute(
         if is_connection and guard.work.turn.is_anothers():
             # What it raises says nothing about the transaction of the other thread.
             return value(*args, **keywords)
-        if is_connection:
-            guard.work.link.keep_rows()
         with turn(), guard.asking(Moment.STATEMENT, raw_cursor, in_block):
             if name in driver.committing_methods:
                 guard.work.link.was_ended = True
@@ -178,12 +176,20 @@ def guarded_rows(
 
     waits: whether each is an answer of the server's, which can be overdue. Notifications are not.
     """
+    work, link = guard.work, guard.work.link
+    limit = link.options.response_timeout if waits else None
     with guarded_block(guard, contextlib.closing(rows), raw_cursor):
         while True:
             with guard.in_turn():
-                guard.work.ask(Request.LOOK)
-                with guard.asking(Moment.STATEMENT, raw_cursor, in_block=True, waits=waits):
-                    row = next(rows, _END)
+                if work.state is not State.ACTIVE:
+                    work.ask(Request.LOOK)
+                # As `Guard.asking`, which takes six calls more: COPY gives each row by itself.
+                try:
+                    with link.session.watch.awaiting(limit):
+                        row = next(rows, _END)
+                except link.driver.module.Error as error:
+                    guard.meet(error, Moment.STATEMENT, raw_cursor)
+                    raise
             if row is _END:
                 return
             yield row

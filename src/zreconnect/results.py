@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import operator
-import weakref
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice
@@ -13,29 +11,23 @@ from typing import Any, NoReturn
 from zreconnect.documented import documented_by
 from zreconnect.guard import Guard
 from zreconnect.interfaces import IReconnectingCursor
-from zreconnect.kept import FEW_ROWS, KEPT, KeptRows
+from zreconnect.kept import KeepsRows
 from zreconnect.proxies import IfThere
-from zreconnect.session import Session
 from zreconnect.states import Moment, Request, State
-from zreconnect.work import Work
 
 
 @documented_by(IReconnectingCursor)
-class Results:
+class Results(KeepsRows):
     """The methods and attributes of a `ReconnectingCursor` for them.
 
     An iteration fetches as many rows at a time as are at hand. Those that it has not given yet are
     ahead of what the program has; everything else that reads the result takes them first.
     """
 
-    __slots__ = ("_ahead", "_has_last_run", "_raw", "_run", "_session")
+    __slots__ = ("_ahead", "_has_last_run", "_run")
 
     arraysize: Any
-    _work: Work
     _guard: Guard
-    _raw: Any
-    _session: Session
-    _weak: weakref.ref[Any]
     _closed: bool
     # The rows that an iteration has fetched last, and those of them that it has not given yet.
     _run: list[Any]
@@ -183,29 +175,3 @@ class Results:
         # A loop that goes on has the next result.
         self._run.clear()
         self._ahead, self._has_last_run = None, False
-
-    # Rows that the module would lose with the session
-
-    def _keep_rows_of_others(self) -> None:
-        """Before a statement that may find the session lost; its own rows are not read any more."""
-        link = self._work.link
-        link.readers.discard(self._weak)
-        are_few = self._work.state is State.ACTIVE and link.session.watch.is_quiet()
-        # If they are many, what has arrived on the line has to tell of a loss of both.
-        link.keep_rows(FEW_ROWS if are_few else math.inf)
-
-    def keep_rows(self, at_most: float) -> bool:
-        """Keep the rows that are in the client and were not fetched, for after the session's end.
-
-        Whether nothing is left to be kept; there may be more than ``at_most``. Raises nothing but
-        interrupts.
-        """
-        raw = self._raw
-        if raw is None or raw.closed or raw.rownumber >= raw.rowcount:
-            return True
-        if raw.rowcount > at_most:
-            return False
-        kept = KeptRows.of(raw, self._session)
-        if kept is not None:
-            self._raw, self._session = kept, KEPT
-        return True

@@ -4,8 +4,10 @@ As long as the server is not known to be up, the threads share one connection at
 whoever comes while an attempt is under way waits for its outcome. A failure is everybody's; after
 a success each connects for itself. An attempt without an outcome ends at its deadline for all of
 them, and then one of them makes the next one. It may last longer than the one who makes it waits,
-so that a server that takes its time to let somebody in is found. A failure is also that of the
-threads that pause at the time: so all of them together knock no more often than one would.
+so that a server that takes its time to let somebody in is found.
+
+Between two attempts of one thread the others make none, so that all together knock no more often
+than one would. They wait for its next success, and now and then see whether it still knocks.
 
 The door has no lock, which an interrupt could leave locked. Each step that has to be whole is one
 call of a built-in method: neither another thread nor the handler of a signal comes in between.
@@ -15,6 +17,7 @@ by a SimpleQueue's get().
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import queue
@@ -29,12 +32,16 @@ from zreconnect import dsn as dsn_module
 from zreconnect import hosts
 from zreconnect.drivers.base import load_driver
 from zreconnect.interfaces import Meaning
+from zreconnect.threads import start_thread
 
 # Who has waited for another thread's attempt in vain, and has less than that many seconds left,
 # makes none. It is as long as the pauses of threads that come back at about the same time: the
 # next one of these has time for an attempt that is worth it.
 SHORTEST_ATTEMPT = 0.5
-# The only RuntimeError of Thread.start() that passes. A signal's handler may raise others there.
+# So many threads look each for itself, after a pause, whether another one still knocks at the door.
+# The more there are, the more seldom each of them does.
+WATCHERS = 10
+# The only RuntimeError of starting a thread that passes. A signal's handler may raise others.
 NO_THREAD = "can't start new thread"
 
 
@@ -130,34 +137,36 @@ class Server:
         self._open_session = open_session
         #: Those of the connection, as far as they are known: a factory's after the first session.
         self.parameters = parameters
+        self._address: str | None = None
         # When it was first, and when last, met away.
         self._outage: tuple[float, float] | None = None
-        # When the latest attempt has failed, and how; None if it has not.
-        self._failure: tuple[float, BaseException] | None = None
         self.reopen_door()
 
     @property
     def address(self) -> str:
         if not self.parameters:
             return "the server of a connection_factory"
-        address: str = self.driver.address(self.parameters)
-        return address
+        if self._address is None:
+            self._address = self.driver.address(self.parameters)
+        return self._address
 
-    def connect(self, timeout: float, lasting: float = 0.0, paused_since: float = math.inf) -> Any:
+    def connect(self, timeout: float, lasting: float = 0.0, pause: float = 0.0) -> Any:
         """A new raw connection, within ``timeout`` seconds. One that comes later is closed.
 
         lasting: how many seconds an attempt may take at least, for others and for what is known.
-        paused_since: the time.monotonic() at which the caller's last attempt had failed. If another
-        thread's attempt has failed since, there is no new one.
+        pause: the seconds that lie between two attempts. If another thread's has failed less than
+        that ago, there is a new one only when one of that thread's succeeds, or it makes no more.
 
         Raises `AttemptFailed` if there is none and a later attempt may succeed; what the attempt
         raised if it is refused for good.
         """
-        failure = self._failure
-        if failure is not None and failure[0] >= paused_since:
-            self._fail(failure[1])
         now = time.monotonic()
         deadline = now + timeout
+        if self._failed_within(pause):
+            others = len(self._watching) / WATCHERS
+            self._watch(min(deadline, now + pause * max(1.0, others)))
+            if error := self._failed_within(pause):
+                raise AttemptFailed(error) from error
         mine = _Attempt(max(deadline, now + lasting))
         while (attempt := self._join_attempt(mine)) is not mine:
             outcome = attempt.shared_outcome(deadline)
@@ -167,6 +176,24 @@ class Server:
             elif outcome[1] is not None:
                 self._fail(outcome[1])
         return self._make_attempt(mine, timeout, deadline)
+
+    def _failed_within(self, seconds: float) -> BaseException | None:
+        """What the latest attempt has met, if it has failed less than that ago."""
+        failure = self._failure
+        if failure is None or time.monotonic() - failure[0] >= seconds:
+            return None
+        return failure[1]
+
+    def _watch(self, until: float) -> None:
+        """Wait until then, or until another thread's attempt succeeds."""
+        answers: Answers = queue.SimpleQueue()
+        watching = self._watching
+        watching.append(answers)
+        # In this order; `_note` has the other one.
+        if self._failure is not None:
+            _received(answers, until)
+        with contextlib.suppress(ValueError):
+            watching.remove(answers)
 
     def connect_once(self, timeout: float) -> Any:
         """As `connect`, for who makes but one attempt: raises what that has raised."""
@@ -222,6 +249,9 @@ class Server:
     def reopen_door(self) -> None:
         """Forget attempts under way, which in a forked child nobody will finish."""
         self._is_up = False
+        # When the latest attempt has failed, and how; None unless it has, and a later one may not.
+        self._failure: tuple[float, BaseException] | None = None
+        self._watching: list[Answers] = []
         # One that is over: the next one follows upon it.
         self._latest = _Attempt(-math.inf)
 
@@ -260,7 +290,7 @@ class Server:
             daemon=True,
         )
         try:
-            thread.start()
+            start_thread(thread)
         except RuntimeError as error:
             if not is_missing_thread(error):
                 raise
@@ -289,8 +319,15 @@ class Server:
         # What an attempt that was given up has met is old news.
         if attempt.is_over():
             return
-        self._failure = None if error is None else (time.monotonic(), error)
         self._is_up = error is None
+        # Asked here, once: many threads may share it, as often as one of them knocks.
+        if error is not None and self.passes(error):
+            self._failure = time.monotonic(), error
+            return
+        self._failure = None
+        watching, self._watching = self._watching, []
+        for answers in watching.copy():
+            answers.put(None)
 
     def _fail(self, error: BaseException) -> NoReturn:
         if self.passes(error):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Callable
@@ -76,17 +75,16 @@ def open_session(
     """
     started = time.monotonic()
     attempts = 0
-    elapsed, paused_since = 0.0, math.inf
+    elapsed = pause = 0.0
     while True:
         check()
         attempts += 1
         try:
-            session = _attempt(server, policy, elapsed, paused_since, prepare)
+            session = _attempt(server, policy, elapsed, pause, prepare)
             break
         except AttemptFailed as failure:
             error = failure.error
-        paused_since = time.monotonic()
-        elapsed = paused_since - started
+        elapsed = time.monotonic() - started
         if policy.is_over(attempts, elapsed):
             _give_up(server, policy, attempts, elapsed, error)
         pause = policy.pause(attempts, elapsed)
@@ -105,13 +103,13 @@ def _attempt(
     server: Server,
     policy: RetryPolicy,
     elapsed: float,
-    paused_since: float,
+    pause: float,
     prepare: Callable[[Session], None],
 ) -> Session:
     """A session that is prepared, and the server knows what came of it."""
     began, timeout = time.monotonic(), policy.attempt_limit(elapsed)
     try:
-        raw = server.connect(timeout, policy.lasting_attempt(), paused_since)
+        raw = server.connect(timeout, policy.lasting_attempt(), pause)
         session = _prepared(server, raw, max(timeout, policy.least_attempt()), prepare)
     except AttemptFailed:
         server.missed(began)

@@ -209,7 +209,6 @@ class SettingsOfSessions:
             ):
                 work.ask(Request.SETTINGS, "set_client_encoding()")
                 work.need_session()
-                link.keep_rows()
                 with self.guard.asking():
                     link.driver.set_client_encoding(link.session.raw, encoding)
             link.settings.client_encoding = encoding
@@ -240,7 +239,6 @@ class SettingsOfSessions:
         """
         work = self.work
         with self.guard.in_turn():
-            work.link.keep_rows()
             if work.state is State.IDLE:
                 self.guard.need_live_session(asks=True)
             else:
@@ -265,7 +263,6 @@ class SettingsOfSessions:
             self.work.ask(Request.SETTINGS, "Changing the session's settings")
             link.settings = replace(link.settings, **changes)
             if link.session is not NO_SESSION:
-                link.keep_rows()
                 with self.guard.asking(Moment.OURS):
                     link.driver.restore(link.session.raw, link.settings, link.replaced)
 

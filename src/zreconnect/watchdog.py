@@ -30,6 +30,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from zreconnect.threads import start_thread
+
 # An answer may be overdue by that many seconds before it is noticed.
 INTERVAL = 0.25
 # Where Linux has tcpi_bytes_acked and tcpi_bytes_received in its struct tcp_info, since 4.1.
@@ -74,19 +76,17 @@ class _Deadline(Wait):
 class Pause:
     """While it lasts the server owes nothing: a context manager, which `Watch.pausing` makes."""
 
-    __slots__ = ("_pauses", "_waits")
+    __slots__ = ("_watch",)
 
-    def __init__(self, waits: set[Wait], pauses: set[Pause]) -> None:
-        self._waits = waits
-        self._pauses = pauses
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
 
     def __enter__(self) -> None:
-        self._pauses.add(self)
+        self._watch.pauses.add(self)
 
     def __exit__(self, *error: object) -> None:
-        for wait in self._waits.copy():
-            wait.renew(wait.limit)
-        self._pauses.discard(self)
+        self._watch.paused.add(self)
+        self._watch.pauses.discard(self)
 
 
 class Watch:
@@ -101,12 +101,13 @@ class Watch:
     __slots__ = (
         "__weakref__",
         "_counts",
-        "_pauses",
         "_poll",
         "_socket",
         "_waits",
         "address",
         "cut_after",
+        "paused",
+        "pauses",
     )
 
     def __init__(self, fileno: int | None, address: str) -> None:
@@ -115,7 +116,10 @@ class Watch:
         #: it has not.
         self.cut_after: float | None = None
         self._waits: set[Wait] = set()
-        self._pauses: set[Pause] = set()
+        #: What the program itself does inside a request at present, and what of that has ended
+        #: since the watchdog looked last.
+        self.pauses: set[object] = set()
+        self.paused: set[object] = set()
         # What has come and gone, when the watchdog looked last.
         self._counts = b""
         # One socket or none. Who takes it out closes it, so that nobody shuts down a number that
@@ -166,12 +170,13 @@ class Watch:
 
         The time of the waits begins anew at its end.
         """
-        return Pause(self._waits, self._pauses)
+        return Pause(self)
 
     def reset(self) -> None:
         """Forget all waits and pauses, among them what an interrupt has left."""
         self._waits.clear()
-        self._pauses.clear()
+        self.pauses.clear()
+        self.paused.clear()
 
     def is_quiet(self) -> bool:
         """Whether nothing has arrived since the last answer, as the end of the session would.
@@ -185,11 +190,15 @@ class Watch:
         waits = self._waits.copy()
         if not waits:
             return
+        has_paused = bool(self.paused)
+        if has_paused:
+            self.paused.clear()
+        # After that: the time begins anew at the end of the last pause, or later.
         now = time.monotonic()
-        is_silent = not self._has_moved() and not self._pauses
+        is_silent = not self._has_moved() and not self.pauses
         overdue = []
         for wait in waits:
-            if wait.since is None or (wait.is_of_silence and not is_silent):
+            if wait.since is None or has_paused or (wait.is_of_silence and not is_silent):
                 wait.since = now
             if now - wait.since >= wait.limit:
                 overdue.append(wait.limit)
@@ -263,7 +272,7 @@ def _start_watching(watch: Watch) -> None:
     _watches.add(weakref.ref(watch, _watches.discard))
     # In this order; a watchdog resigns in the other one.
     if _watchdog is None:
-        threading.Thread(target=_watch_all, name="zreconnect watchdog", daemon=True).start()
+        start_thread(threading.Thread(target=_watch_all, name="zreconnect watchdog", daemon=True))
 
 
 def _watch_all() -> None:

@@ -204,10 +204,14 @@ class SqliteDriver(BaseDriver):
         raw.cursor_factory = factory or sqlite3.Cursor
 
     def cursor(self, raw: Any, name: str | None, options: Mapping[str, Any]) -> Any:
-        if name is not None:
-            raise sqlite3.NotSupportedError("SQLite has no server-side cursors")
         names = {"cursor_factory": "factory"}
-        return raw.cursor(**{names.get(key, key): value for key, value in options.items()})
+        keywords = {names.get(key, key): value for key, value in options.items()}
+        if callable(name):
+            # sqlite3's own argument is a class, and the first one.
+            keywords["factory"] = name
+        elif name is not None:
+            raise sqlite3.NotSupportedError("SQLite has no server-side cursors")
+        return raw.cursor(**keywords)
 
     def fileno(self, raw: Any) -> None:
         return None

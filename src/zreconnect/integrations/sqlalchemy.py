@@ -84,9 +84,6 @@ def register(
     _listen_first(engine, "do_connect", registration.connect)
     event.listen(engine, "checkout", registration.check_out, insert=True)
     event.listen(engine, "handle_error", registration.handle_error)
-    # A listener to any event of the engine's costs each statement the calls of a dozen events.
-    dialect: Any = engine.dialect
-    dialect.do_begin_twophase = refuse_two_phase
     _registered.add(engine.dialect)
 
 
@@ -161,6 +158,15 @@ class PooledConnection(ReconnectingConnection):
             # connection any more, either, until it is told to roll back.
             self.rollback_after(error)
             raise
+
+    def tpc_begin(self, xid: Any) -> NoReturn:
+        # A listener to "begin_twophase" would have SQLAlchemy call some 50 functions more for each
+        # transaction.
+        raise InvalidRequestError(
+            "An engine that zreconnect is registered for has no two-phase transactions: do without "
+            "twophase=True. zope.sqlalchemy's data manager then commits last, when all others have "
+            "voted."
+        )
 
     def set_isolation_level(self, level: int | str | None) -> None:
         # As psycopg2's does. SQLAlchemy has no transaction when it calls this, but may have asked
@@ -297,12 +303,3 @@ class _SessionSetUp:
             # What they have set is to last.
             raw.commit()
         return bool(raw.autocommit)
-
-
-def refuse_two_phase(connection: Any, xid: Any) -> NoReturn:
-    """For the dialect's ``do_begin_twophase``."""
-    raise InvalidRequestError(
-        "An engine that zreconnect is registered for has no two-phase transactions: do without "
-        "twophase=True. zope.sqlalchemy's data manager then commits last, when all others have "
-        "voted."
-    )

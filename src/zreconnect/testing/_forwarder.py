@@ -19,6 +19,7 @@ import errno
 import fcntl
 import json
 import math
+import resource
 import select
 import selectors
 import socket
@@ -38,6 +39,10 @@ _HELD_BYTES_LIMIT = 1 << 20
 _PIECES_PER_SECOND = 20
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _DELIVERY_POLL_INTERVAL = 0.0005
+# Of the process, or of the machine, there is none left.
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
+# Seconds until a connection is accepted, perhaps, for which there was none.
+_PAUSE = 0.01
 _TCP_CLOSE = 7
 
 _SSL_REQUEST = 80877103
@@ -256,11 +261,19 @@ class Forwarder:
         while True:
             try:
                 client, _address = self._listener.accept()
-            except OSError:
+            except OSError as error:
+                if error.errno in _NO_DESCRIPTOR:
+                    # The client waits until another connection has ended.
+                    time.sleep(_PAUSE)
                 return
             self._tally["connections"] += 1
             family, address = self._target
-            connection = _Connection(client, socket.socket(family, socket.SOCK_STREAM))
+            try:
+                server = socket.socket(family, socket.SOCK_STREAM)
+            except OSError:
+                _reset(client)
+                continue
+            connection = _Connection(client, server)
             self._limit_buffers(connection)
             self._connections.add(connection)
             if connection.server.connect_ex(address) in (0, errno.EINPROGRESS):
@@ -406,10 +419,10 @@ class Forwarder:
             if each in self._selector.get_map():
                 self._selector.unregister(each)
             if reset:
-                each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+                _reset(each)
             else:
                 _finish(each)
-            each.close()
+                each.close()
 
 
 class _End(enum.Enum):
@@ -545,6 +558,11 @@ def _unacknowledged(connected: socket.socket) -> int:
     return int(size)
 
 
+def _reset(connected: socket.socket) -> None:
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+    connected.close()
+
+
 def _finish(connected: socket.socket) -> None:
     """Send FIN, and read what came meanwhile: closing a socket with unread bytes sends RST."""
     try:
@@ -557,6 +575,9 @@ def _finish(connected: socket.socket) -> None:
 
 
 def main() -> None:
+    # Two are needed for each connection, of which the test process has one.
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     *descriptors, family, address = sys.argv[1:]
     reservation, listener, channel = (socket.socket(fileno=int(each)) for each in descriptors)
     target = int(family), tuple(json.loads(address))

@@ -110,7 +110,8 @@ class PortForward:
 
     A client that connects while the target does not accept connections is accepted here and then
     reset, since TCP cannot take back an accepted connection; `refuse()` refuses as a server that
-    is down does.
+    is down does. A client for whom there is no file descriptor left, of which each connection takes
+    two, is reset as well, or waits.
 
     After `os.fork()` it is the parent's alone: in the child it is as if stopped.
     """

@@ -14,6 +14,7 @@ PACKAGE = Path(zreconnect.__file__).parent
 # From bottom to top. A module imports from the lines below its own only. A package stands for its
 # modules, which may import each other, but for those that have a place of their own.
 LAYERS = """
+threads
 interfaces turn watchdog commits
 documented
 exceptions policy states drivers.base

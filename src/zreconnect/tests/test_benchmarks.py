@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[3]
 # The processes of the peers get it, too.
 with_root = mock.patch.object(sys, "path", [str(ROOT), *sys.path])
 with with_root:
-    from benchmarks import peers, report, rounds, running, svg
+    from benchmarks import peers, report, rounds, running, server, svg, workers
+    from benchmarks.measurements import fleet, growth
     from benchmarks.part import Options
 
 
@@ -37,9 +38,61 @@ class PartTests(unittest.TestCase):
         self.assertLess(bare["log"], ledger["log"])
         self.assertIn("zreconnect connect, ledger", text)
 
+    @with_root
+    def test_what_a_restart_costs(self):
+        (part,) = running.chosen(["idle"])
+        outcome = part.measure(Options(rounds=1, peers=["connect-psycopg2-xid"]))
+        self.assertEqual([goal.is_met for goal in outcome.goals], [True])
+        (first,) = outcome.data["psycopg2"]
+        self.assertEqual(first["success"]["errors"], ("OperationalError",))
+
+    @with_root
+    def test_reconnecting_leaks_nothing(self):
+        with server.postgres() as postgres:
+            address = server.through_socket(postgres)
+            worker = workers.Worker("connect-psycopg2-xid", address)
+            self.addCleanup(worker.close)
+            more = worker.call(growth.reconnects, address, 100)
+        self.assertEqual((more["files and sockets"], more["threads"]), (0, 0))
+        # Fewer than one for each reconnect.
+        self.assertLess(more["objects"], 100)
+
     def test_an_unknown_part(self):
         with self.assertRaisesRegex(SystemExit, "there is no weather.*witnesses"):
             running.chosen(["weather"])
+
+
+class FleetTests(unittest.TestCase):
+    """The default policy, in simulations with a virtual clock and a seed."""
+
+    def runs(self):
+        for scenario in (
+            fleet.Scenario(1_000, 1, 500),
+            fleet.Scenario(1_000, 10, 50),
+            fleet.Scenario(1_000, 60, 200, within=10),
+            fleet.Scenario(1_000, 60, 50, is_silent=True),
+        ):
+            with self.subTest(str(scenario)):
+                yield scenario, fleet.simulated(scenario, fleet.OURS)
+
+    def test_never_more_than_twice_the_attempts_of_polling(self):
+        for scenario, run in self.runs():
+            polling = fleet.simulated(scenario, fleet.POLLING)
+            self.assertLessEqual(fleet.busiest(run, polling), 2)
+
+    def test_all_are_served_in_twice_the_time_that_the_server_needs(self):
+        for scenario, run in self.runs():
+            self.assertEqual(len(run.served), scenario.clients)
+            self.assertLessEqual(run.part_served(1, scenario.clients), 2 * scenario.needs)
+
+    def test_the_simulated_server_keeps_its_rate(self):
+        for scenario, run in self.runs():
+            self.assertGreaterEqual(run.served[-1], scenario.needs - fleet.QUEUE)
+            self.assertGreaterEqual(sum(run.a_second), scenario.clients)
+
+    def test_who_does_not_spread_is_not_served(self):
+        scenario = fleet.Scenario(1_000, 10, 50)
+        self.assertIsNone(fleet.simulated(scenario, "every second").part_served(0.5, 1_000))
 
 
 class PeersTests(unittest.TestCase):

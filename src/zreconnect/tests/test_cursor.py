@@ -1,5 +1,6 @@
 """Everything that works on a psycopg2 cursor works on ours."""
 
+import contextlib
 import io
 import logging
 import tempfile
@@ -12,6 +13,7 @@ import psycopg2.extras
 import zreconnect
 from zreconnect import DisconnectionError, ReconnectingCursor
 from zreconnect.tests.base import DatabaseTestCase
+from zreconnect.tests.interrupts import Alarm, AtLines
 
 
 class CursorTests(DatabaseTestCase):
@@ -210,6 +212,12 @@ class CursorTests(DatabaseTestCase):
         self.assertEqual(self.cursor.description[0].name, "n")
         self.assertEqual(self.connection.state, "active")
 
+    def test_a_cursor_that_was_closed_before_the_first_session(self):
+        self.cursor.close()
+        self.assertIsNone(self.cursor.query)
+        with self.assertRaises(psycopg2.InterfaceError):
+            self.cursor.nextset()
+
     def test_a_cursor_is_closed_with_its_connection(self):
         self.connection.close()
         self.assertTrue(self.cursor.closed)
@@ -313,6 +321,17 @@ class CursorTests(DatabaseTestCase):
         self.cursor.execute("CLOSE numbers")
         with self.assertRaises(psycopg2.errors.InvalidCursorName):
             cursor.close()
+
+    def test_an_interrupt_of_close_passes_unchanged(self):
+        self.cursor.execute("SELECT 1")
+        number, interrupt = 0, None
+        while interrupt is None or interrupt.places:
+            number += 1
+            cursor, interrupt = self.connection.cursor(), AtLines([number], [Alarm()])
+            with contextlib.suppress(Alarm), interrupt():
+                cursor.close()
+                self.assertEqual(interrupt.places, [])
+            interrupt.forget()
 
     def test_it_outlives_reconnecting_with_its_settings(self):
         self.cursor.arraysize = 2

@@ -10,7 +10,7 @@ from psycopg2 import extensions
 from psycopg2.extras import DictCursor, NamedTupleCursor, RealDictCursor, execute_values
 
 from zreconnect import DisconnectionError
-from zreconnect.kept import FEW_ROWS
+from zreconnect.link import FEW_ROWS
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests.base import DatabaseTestCase, LineTestCase, needs_mysqlclient, on_mariadb
 from zreconnect.tests.test_mysql import MysqlTestCase
@@ -255,7 +255,72 @@ class CountingCursor(extensions.cursor):
         return super().execute(*arguments)
 
 
+class ShoutingCursor(extensions.cursor):
+    def fetchone(self):
+        row = super().fetchone()
+        return row and (*row, "!")
+
+
+class SumCursor(extensions.cursor):
+    def fetchall(self):
+        return sum(number for (number,) in super().fetchall())
+
+
 class Psycopg2Tests(PostgresTests, DatabaseTestCase):
+    def test_a_class_with_ways_of_its_own(self):
+        for factory, found in ((ShoutingCursor, [(2, "!"), ROWS[2:]]), (SumCursor, [(2,), 12])):
+            with self.subTest(factory.__name__):
+                connection = self.connect()
+                cursor = connection.cursor(cursor_factory=factory)
+                for _ in range(2):
+                    cursor.execute(NUMBERS)
+                    cursor.fetchone()
+                    connection.commit()
+                    self.assertEqual([cursor.fetchone(), cursor.fetchall()], found)
+                cursor.execute(NUMBERS)
+                connection.commit()
+                self.lose_while_idle(connection)
+                with self.assertRaisesRegex(self.module.InterfaceError, "execute it again"):
+                    cursor.fetchone()
+                connection.close()
+
+    def test_what_is_set_meanwhile_holds(self):
+        connection = self.connect()
+        cursor = self.numbers_after_commit(connection)
+        cursor.string_types = {23: extensions.new_type((23,), "ODD", lambda value, _: f"{value}!")}
+        cursor.execute(NUMBERS)
+        self.assertEqual(cursor.fetchone(), ("1!",))
+
+    def test_whatever_finds_the_loss(self):
+        connection = self.connect()
+        for autocommit in (False, True):
+            connection.autocommit = autocommit
+            for request in (
+                connection.begin if autocommit else connection.savepoint,
+                lambda: connection.transaction().__enter__(),
+                lambda: connection.call_driver(lambda raw: raw.cursor().execute("S"), connection),
+                connection.lobject,
+                connection.ping,
+                connection.tpc_recover,
+                lambda: connection.tpc_rollback("nothing"),
+            ):
+                with self.subTest(request, autocommit=autocommit):
+                    cursor = self.numbers(connection)
+                    self.forward.drop()
+                    with suppress(self.module.Error):
+                        request()
+                    connection.rollback()
+                    self.assertEqual(cursor.fetchall(), ROWS[1:])
+
+    def test_of_a_statement_that_a_function_executes(self):
+        connection = self.connect()
+        cursor = connection.cursor()
+        for query in (NUMBERS, f"{NUMBERS} OFFSET 1"):
+            connection.call_driver(lambda raw, query=query: raw.execute(query), cursor)
+            connection.commit()
+        self.lose_while_idle(connection)
+        self.assertEqual(cursor.fetchall(), ROWS[1:])
+
     def test_with_cursor_factories(self):
         for factory in (DictCursor, NamedTupleCursor, RealDictCursor, LoudCursor):
             with self.subTest(factory.__name__):
@@ -296,7 +361,12 @@ class Psycopg2Tests(PostgresTests, DatabaseTestCase):
         for _ in range(3):
             self.numbers(connection)
         cursor = self.numbers(connection)
-        self.assertEqual([reader() for reader in connection.work.link.readers], [cursor])
+        link = connection.work.link
+        self.assertEqual([reader() for reader in link.readers], [cursor])
+        connection.commit()
+        self.assertEqual([*link.keepers], [cursor])
+        del cursor
+        self.assertEqual([*link.keepers], [])
 
     def test_what_psycopg2_knows_besides(self):
         connection = self.connect()

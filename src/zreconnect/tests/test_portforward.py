@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import socket
@@ -317,6 +318,34 @@ class StartAndStopTests(EchoTests):
                 running.send_signal(number)
             # Others' children become init's, which may take its time to bury them.
             wait_for(lambda pid=pid: state_of(pid) in ("Z", None))
+
+    def test_it_outlives_a_lack_of_file_descriptors(self):
+        process = self.forward._process.pid
+
+        def limit(number):
+            _soft, hard = resource.prlimit(process, resource.RLIMIT_NOFILE)
+            resource.prlimit(process, resource.RLIMIT_NOFILE, (number, hard))
+
+        first = self.connected()
+        _soft, before = resource.prlimit(process, resource.RLIMIT_NOFILE)
+        used = len(os.listdir(f"/proc/{process}/fd"))
+        # For one more connection there is one too few; for the next, none.
+        for left, end in ((1, "RST"), (0, None)):
+            with self.subTest(left):
+                limit(used + left)
+                client = self.connect()
+                if end is not None:
+                    self.assertEqual(receive_all(client), (b"", end))
+                self.exchange(first)
+                self.assertGreater(self.forward.count().connections, 0)
+        # Who has waited is let in when there are some.
+        client.sendall(b"b")
+        limit(before)
+        self.assertEqual(receive(client, 1), b"b")
+
+    def test_its_process_has_as_many_file_descriptors_as_it_may(self):
+        soft, hard = resource.prlimit(self.forward._process.pid, resource.RLIMIT_NOFILE)
+        self.assertEqual(soft, hard)
 
     def test_who_asks_is_told_when_its_process_has_died(self):
         self.forward._process.kill()

@@ -4,11 +4,13 @@ Calls inside the standard library, such as those of a logger, are not counted.
 """
 
 import encodings
+import io
 import logging
 import os
 import sys
 import unittest
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 
 import psycopg
@@ -186,3 +188,32 @@ class SqlalchemyTests(CallsTestCase):
                 connection.execute(query).scalar()
 
         self.assert_calls(190, use)
+
+
+class CopyCalls(CallsTestCase):
+    """Of a row that COPY gives."""
+
+    def assert_row_calls(self, limit, copy):
+        copied = "COPY (SELECT generate_series(1, {})) TO STDOUT"
+        few, many = (calls(partial(copy, copied.format(rows))) for rows in (100, 200))
+        self.assertLessEqual(many - few, limit * 100)
+
+
+class Psycopg2CopyTests(CopyCalls):
+    def test_a_row_for_a_file(self):
+        with self.open_cursor("SELECT 1") as cursor:
+            self.assert_row_calls(1, lambda copy: cursor.copy_expert(copy, io.BytesIO()))
+
+
+class PsycopgCopyTests(CopyCalls):
+    driver = "psycopg"
+    module = psycopg
+
+    def test_a_row_of_a_block(self):
+        def read(copy):
+            with cursor.copy(copy) as rows:
+                self.assertTrue(all(rows))
+
+        with self.open_cursor("SELECT 1") as cursor:
+            # Of which psycopg makes five.
+            self.assert_row_calls(13, read)

@@ -605,9 +605,14 @@ class SessionTests(SqliteTestCase):
         class Cursor(sqlite3.Cursor):
             answer = 42
 
-        cursor = self.connect().cursor(cursor_factory=Cursor)
-        cursor.execute("SELECT 1")
-        self.assertEqual(cursor.answer, 42)
+        connection = self.connect()
+        for cursor in (
+            connection.cursor(cursor_factory=Cursor),
+            connection.cursor(factory=Cursor),
+            connection.cursor(Cursor),
+        ):
+            cursor.execute("SELECT 1")
+            self.assertEqual(cursor.answer, 42)
 
     def test_a_cursor_class_of_a_plain_connection(self):
         def plain(factory):
