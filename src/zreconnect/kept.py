@@ -35,13 +35,22 @@ def rows_of(raw: Any) -> list[Any]:
         return []
     rownumber = raw.rownumber
     try:
-        raw.scroll(0, "absolute")
-        rows = raw.fetchall()
-        return rows if isinstance(rows, list) and len(rows) == raw.rowcount else []
+        rows = _read(raw)
     except Exception:
-        return []
+        # It is the rows' own if it comes again, and else that of a signal's handler.
+        try:
+            _read(raw)
+        except Exception:
+            return []
+        raise
     finally:
         raw.scroll(rownumber, "absolute")
+    return rows if isinstance(rows, list) and len(rows) == raw.rowcount else []
+
+
+def _read(raw: Any) -> Any:
+    raw.scroll(0, "absolute")
+    return raw.fetchall()
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from zreconnect import DisconnectionError
 from zreconnect.link import FEW_ROWS
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests.base import DatabaseTestCase, LineTestCase, needs_mysqlclient, on_mariadb
+from zreconnect.tests.interrupts import Alarm
 from zreconnect.tests.test_mysql import MysqlTestCase
 
 NUMBERS = (
@@ -311,6 +312,25 @@ class Psycopg2Tests(PostgresTests, DatabaseTestCase):
                         request()
                     connection.rollback()
                     self.assertEqual(cursor.fetchall(), ROWS[1:])
+
+    def test_an_interrupt_while_they_are_kept(self):
+        interrupts = [Alarm()]
+
+        class Interrupted(extensions.cursor):
+            def fetchall(self):
+                rows = super().fetchall()
+                if interrupts:
+                    raise interrupts.pop()
+                return rows
+
+        connection = self.connect()
+        cursor = connection.cursor(cursor_factory=Interrupted)
+        cursor.execute(NUMBERS)
+        with self.assertRaises(Alarm):
+            connection.commit()
+        connection.rollback()
+        self.lose_while_idle(connection)
+        self.assertEqual(cursor.fetchall(), ROWS)
 
     def test_of_a_statement_that_a_function_executes(self):
         connection = self.connect()
