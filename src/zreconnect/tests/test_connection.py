@@ -1215,6 +1215,18 @@ class DriverAttributeTests(DatabaseTestCase):
         identifier = sql.Identifier('a"b')
         self.assertEqual(identifier.as_string(connection.driver_connection), '"a""b"')
 
+    def test_what_an_error_in_the_wait_callback_leaves(self):
+        connection = self.connect()
+        connection.begin()
+        self.addCleanup(psycopg2.extensions.set_wait_callback, None)
+        psycopg2.extensions.set_wait_callback(lambda raw: 1 // 0)
+        with self.assertRaises(ZeroDivisionError):
+            connection.cursor().execute("SELECT 1")
+        psycopg2.extensions.set_wait_callback(None)
+        self.assertEqual(connection.closed, 2)
+        connection.rollback()
+        connection.cursor().execute("SELECT 1")
+
     def test_an_encoding_that_a_statement_has_set(self):
         connection = self.connect()
         connection.cursor().execute("SET client_encoding TO LATIN1")
