@@ -26,7 +26,7 @@ from zreconnect.link import Link
 from zreconnect.options import Options, Witness
 from zreconnect.overrides import end_by_class
 from zreconnect.policy import PERSIST, Patience, RetryPolicy
-from zreconnect.proxies import Guarded, LargeObject, guarded_attribute, guarded_block, no_attribute
+from zreconnect.proxies import Guarded, guarded_attribute, guarded_block, no_attribute
 from zreconnect.retry import check_function, check_patience, run_unit_of_work
 from zreconnect.savepoint import Savepoint
 from zreconnect.server import Server, server_from_dsn, server_from_factory
@@ -141,6 +141,8 @@ class ReconnectingConnection(DriverCalls):
                 self.guard.end_forgotten()
             if self.work.state is not State.IDLE:
                 self.work.ask(Request.BEGIN, "begin()")
+            elif self.work.link.settings.autocommit:
+                self.refuse_if_begun_by_statement("begin()")
             self.guard.begin(explicit=True)
         finally:
             if self.work.state is not State.ACTIVE:
@@ -169,7 +171,7 @@ class ReconnectingConnection(DriverCalls):
                 self.work.ask(Request.LOOK)
                 raise self.work.link.driver.module.ProgrammingError(self.work.member.commit_refused)
             if self.work.state is State.IDLE:
-                self.refuse_commit_of_statement()
+                self.refuse_if_begun_by_statement("commit()")
             if hasattr(self.work.link.session.raw, "zreconnect_overridden"):
                 end_by_class(self.guard, "commit", self.guard.commit)
             else:
@@ -258,6 +260,8 @@ class ReconnectingConnection(DriverCalls):
             if not work.turn.is_mine():
                 self.guard.take_turn()
             work.ask(Request.LOOK)
+            if work.link.settings.autocommit:
+                self.refuse_if_begun_by_statement("A with block")
             if work.block:
                 raise work.link.driver.module.ProgrammingError(
                     "The connection is already inside a with block"
@@ -326,8 +330,10 @@ class ReconnectingConnection(DriverCalls):
         if self.work.turn.is_mine():
             self.guard.end_forgotten()
             self.work.ask(Request.BEGIN, "begin()")
+        if self.work.link.settings.autocommit:
+            self.refuse_if_begun_by_statement("begin()")
 
-    # Cursors and large objects
+    # Cursors
 
     def cursor(
         self, name: str | None = None, cursor_factory: Any = None, **options: Any
@@ -378,15 +384,6 @@ class ReconnectingConnection(DriverCalls):
             (self.guard.need_live_session if is_idle else self.guard.need_transaction)()
         with guarded_block(self.guard, self.work.link.session.raw.pipeline()) as pipeline:
             yield Guarded(self.guard, pipeline, in_block=True)
-
-    def lobject(self, *args: Any, **keywords: Any) -> Any:
-        """A large object, as the driver has it; it lives as long as the transaction."""
-        with self.guard.in_turn():
-            self.guard.need_transaction()
-            with self.guard.asking():
-                raw = self.work.link.session.raw
-                self.work.link.driver.own_transaction(raw)
-                return LargeObject(self.guard, raw.lobject(*args, **keywords))
 
     # Everything else that the driver's connection has
 

@@ -9,6 +9,7 @@ from zreconnect import commits
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.documented import documented_by
 from zreconnect.interfaces import IReconnectingConnection
+from zreconnect.proxies import LargeObject
 from zreconnect.states import Moment, State
 from zreconnect.tpc import TwoPhaseCalls
 
@@ -20,6 +21,15 @@ class DriverCalls(TwoPhaseCalls):
     """The part of a `ReconnectingConnection` that hands the driver's own objects out."""
 
     __slots__ = ()
+
+    def lobject(self, *args: Any, **keywords: Any) -> Any:
+        """A large object, as the driver has it; it lives as long as the transaction."""
+        with self.guard.in_turn():
+            self.guard.need_transaction()
+            with self.guard.asking():
+                raw = self.work.link.session.raw
+                self.work.link.driver.own_transaction(raw)
+                return LargeObject(self.guard, raw.lobject(*args, **keywords))
 
     def call_driver(
         self, function: Callable[..., Result], *args: Any, **keywords: Any

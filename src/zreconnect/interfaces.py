@@ -101,6 +101,10 @@ class IDriver(Interface):
     committing_methods = Attribute(
         "The names of methods of the raw connection and its cursors that commit what came before."
     )
+    choosing_methods = Attribute(
+        "The names of methods of the raw connection that choose something for the session, which "
+        "`keep` and `restore` bring over to the next one."
+    )
     may_chain = Attribute(
         "Whether ``chains()`` is to be asked about a string without semicolons: a function of C's, "
         "such as a pattern's ``match``."

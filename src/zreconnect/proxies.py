@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Generator, Iterator
+from functools import partial
 from typing import Any
 
 from zreconnect import commits
@@ -166,6 +167,8 @@ def guarded_attribute(
             return (owner if row is wrapped else row for row in rows)
         return owner if result is wrapped else result
 
+    if is_connection and name in driver.choosing_methods:
+        return partial(owner.choose, name, call)
     return call
 
 

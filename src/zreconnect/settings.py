@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from zreconnect.documented import documented_by
 from zreconnect.guard import Guard
@@ -11,6 +12,8 @@ from zreconnect.interfaces import IReconnectingConnection
 from zreconnect.session import NO_SESSION
 from zreconnect.states import Moment, Request, State
 from zreconnect.work import Work
+
+Result = TypeVar("Result")
 
 
 class DriverAttribute:
@@ -208,10 +211,28 @@ class SettingsOfSessions:
                 link.session.raw, encoding
             ):
                 work.ask(Request.SETTINGS, "set_client_encoding()")
-                work.need_session()
-                with self.guard.asking():
-                    link.driver.set_client_encoding(link.session.raw, encoding)
+                self._set_up(lambda raw: link.driver.set_client_encoding(raw, encoding))
             link.settings.client_encoding = encoding
+
+    def choose(self, method: str, inside: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        """Call one of the driver's ``choosing_methods``. inside: what does so in a transaction."""
+        driver = self.work.link.driver
+        with self.guard.in_turn():
+            if self.work.state is not State.IDLE:
+                return inside(*args, **keywords)
+            return self._set_up(lambda raw: driver.attribute(raw, method)(*args, **keywords))
+
+    def _set_up(self, request: Callable[[Any], Result]) -> Result:
+        """Have a request set up the session; or the next, if this is lost between transactions."""
+        link = self.work.link
+        self.guard.need_live_session()
+        # Statements of the program's may have begun one.
+        is_inside = link.driver.in_transaction(link.session.raw)
+        with self.guard.asking(Moment.STATEMENT if is_inside else Moment.OURS):
+            return request(link.session.raw)
+        self.work.need_session()
+        with self.guard.asking():
+            return request(link.session.raw)
 
     def is_begun_by_statement(self) -> bool:
         """Whether a transaction is under way that a statement has begun in autocommit mode, and of
@@ -223,12 +244,12 @@ class SettingsOfSessions:
             and bool(link.driver.in_transaction(link.session.raw))
         )
 
-    def refuse_commit_of_statement(self) -> None:
-        """Raise the driver's ProgrammingError if ``commit()`` would be for such a transaction."""
+    def refuse_if_begun_by_statement(self, request: str) -> None:
+        """Raise the driver's ProgrammingError if a request is made inside such a transaction."""
         if self.is_begun_by_statement():
             raise self.work.link.driver.module.ProgrammingError(
-                "commit() of a transaction that a statement has begun in autocommit mode: end it "
-                "by a statement, too, or begin it with begin()"
+                f"{request} inside a transaction that a statement has begun in autocommit mode: "
+                "end it by a statement, too, or begin it with begin()"
             )
 
     def ping(self, reconnect: bool = False) -> None:
@@ -261,6 +282,7 @@ class SettingsOfSessions:
         link = self.work.link
         with self.guard.in_turn():
             self.work.ask(Request.SETTINGS, "Changing the session's settings")
+            self.refuse_if_begun_by_statement("Changing the session's settings")
             link.settings = replace(link.settings, **changes)
             if link.session is not NO_SESSION:
                 with self.guard.asking(Moment.OURS):

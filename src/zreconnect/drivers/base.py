@@ -134,6 +134,7 @@ class BaseDriver:
     calls_autocommit = False
     refused_methods: frozenset[str] = frozenset()
     committing_methods: frozenset[str] = frozenset()
+    choosing_methods: frozenset[str] = frozenset()
     # Nothing matches it.
     may_chain = re.compile("(?!)").match
     rollback_request: Any = ()

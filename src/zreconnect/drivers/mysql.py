@@ -33,8 +33,15 @@ from zreconnect.drivers.base import (
     redirect_to_null,
     set_own_default,
 )
-from zreconnect.drivers.mysqlchoices import MULTI_STATEMENTS, ChoosingDriver, quoted
-from zreconnect.drivers.mysqltext import CHOOSING, READING, SWITCHING, is_committing, may_commit
+from zreconnect.drivers.mysqlchoices import MULTI_STATEMENTS, QUESTION, ChoosingDriver, quoted
+from zreconnect.drivers.mysqltext import (
+    CHOOSING,
+    READING,
+    SWITCHING,
+    is_committing,
+    is_inside,
+    may_commit,
+)
 from zreconnect.exceptions import DisconnectionError, ExceptionInfo
 from zreconnect.interfaces import IDriver, Meaning
 
@@ -277,7 +284,7 @@ class MysqlDriver(ChoosingDriver):
             )
         raw.zreconnect_longest = limit - BYTES_OF_PACKET
         raw.autocommit(True)
-        raw.zreconnect_begun = raw.zreconnect_committed = False
+        raw.zreconnect_begun = raw.zreconnect_committed = raw.zreconnect_own = False
         self.choose_nothing(raw)
         _keep_alive(self.fileno(raw))
 
@@ -347,9 +354,8 @@ class MysqlDriver(ChoosingDriver):
 
     def commit(self, raw: Any, rider: str = "") -> None:
         statements = [rider] if rider else []
-        statements += [f"RELEASE SAVEPOINT {MARK}", "COMMIT", "SET autocommit = 1"]
         try:
-            self._execute_all(raw, statements)
+            self._end(raw, [*statements, f"RELEASE SAVEPOINT {MARK}", "COMMIT"])
         except self.module.Error as error:
             number = errno(error)
             if number in UNDECIDED:
@@ -362,11 +368,19 @@ class MysqlDriver(ChoosingDriver):
             elif number in ENDS_TRANSACTION:
                 self._roll_back_too(raw)
             raise
-        raw.zreconnect_begun = raw.zreconnect_committed = False
 
     def rollback(self, raw: Any) -> None:
-        self._execute_all(raw, ["ROLLBACK", "SET autocommit = 1"])
+        self._end(raw, ["ROLLBACK"])
+
+    def _end(self, raw: Any, statements: list[str]) -> None:
+        """End the transaction, and ask along with it what is not known of choices."""
+        is_asked = raw.zreconnect_unsure
+        answer = self._execute_all(
+            raw, [*statements, "SET autocommit = 1", *([QUESTION] if is_asked else [])]
+        )
         raw.zreconnect_begun = raw.zreconnect_committed = False
+        if is_asked:
+            self.note_answer(raw, answer)
 
     def _roll_back_too(self, raw: Any) -> None:
         """The server has rolled back: have the session know it, so that what follows is refused."""
@@ -379,7 +393,9 @@ class MysqlDriver(ChoosingDriver):
         return bool(raw.open) and not getattr(raw, "zreconnect_busy", False)
 
     def in_transaction(self, raw: Any) -> bool:
-        return bool(raw.open) and not raw.get_autocommit()
+        return bool(raw.open) and (
+            not raw.get_autocommit() or getattr(raw, "zreconnect_own", False)
+        )
 
     def autocommit_mode(self, query: Any) -> bool | None:
         text = query.decode(errors="replace") if isinstance(query, bytes) else query
@@ -461,8 +477,14 @@ class MysqlDriver(ChoosingDriver):
             self._check_length(raw, statement)
         are_several = bool(raw.client_flag & MULTI_STATEMENTS)
         if not raw.zreconnect_begun:
-            with self.asking(raw):
-                result = execute(statement)
+            try:
+                with self.asking(raw):
+                    result = execute(statement)
+            except self.module.Error as error:
+                if errno(error) in ENDS_TRANSACTION:
+                    raw.zreconnect_own = False
+                raise
+            raw.zreconnect_own = self.is_inside_own(raw, text)
             if are_several or CHOOSING.match(text):
                 self.note_choices(raw, cursor)
             return result
@@ -487,6 +509,14 @@ class MysqlDriver(ChoosingDriver):
         if are_several or CHOOSING.match(text):
             self.note_choices(raw, cursor)
         return result
+
+    def is_inside_own(self, raw: Any, text: str) -> bool:
+        """Whether the program is in a transaction that a statement has begun in autocommit mode.
+
+        text: that of the last statement.
+        """
+        are_several = bool(raw.client_flag & MULTI_STATEMENTS)
+        return is_inside(text, are_several, raw.zreconnect_own)
 
     def _check_length(self, raw: Any, statement: Any) -> None:
         """Raise the server's error for a statement that it would end the session for."""

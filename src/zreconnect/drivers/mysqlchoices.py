@@ -2,8 +2,8 @@
 
 That is the selected database, the character set, and mysqlclient's ``set_sql_mode()``. No module
 tells what the session tracker of a server says, so it has to show in the methods that are called
-and in the text of statements. Where it does not, the server is asked, after a statement that may
-have chosen something. Whatever else a statement sets is for ``on_connect``.
+and in the text of statements. Where it does not, the server is asked: along with the end of the
+transaction, or at once, if there is none. Whatever else a statement sets is for ``on_connect``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ MULTI_STATEMENTS = 1 << 16
 METHODS = {"select_db": "database", "set_character_set": "encoding", "set_sql_mode": "mode"}
 OLD_NAMES = {"set_charset": "set_character_set"}
 CHARACTER_SETS = ("character_set_client", "character_set_results", "collation_connection")
+#: What is asked, for `ChoosingDriver.note_answer`.
+QUESTION = f"SELECT DATABASE(), {', '.join(f'@@{name}' for name in CHARACTER_SETS)}"
 # What a program sets on a connection itself; the modules have a copy of the converters for each.
 ATTRIBUTES = ("cursorclass", "encoders", "decoders", "converter")
 
@@ -34,16 +36,18 @@ class ChoosingDriver(BaseDriver):
     """The part of the drivers for MySQL that knows what was chosen.
 
     Of a raw connection, ``zreconnect_choices`` has what was chosen by what it is about, the last
-    one last, as what chooses it again: a statement, or a function of the raw connection.
-    ``zreconnect_due`` has that of the session before, until it is chosen again.
+    one last, as what chooses it again: a statement, a function of the raw connection, or None for
+    no database. ``zreconnect_due`` has that of the session before, until it is chosen again.
+    ``zreconnect_unsure`` says whether something else may have been chosen since.
     """
 
     query: Callable[..., list[Any]]
     asking: Callable[[Any], AbstractContextManager[None]]
+    choosing_methods = frozenset({*METHODS, *OLD_NAMES})
 
     def choose_nothing(self, raw: Any) -> None:
         """For a new raw connection."""
-        raw.zreconnect_choices, raw.zreconnect_due = {}, {}
+        raw.zreconnect_choices, raw.zreconnect_due, raw.zreconnect_unsure = {}, {}, False
 
     def keep(self, raw: Any) -> Any:
         attributes = {name: getattr(raw, name, None) for name in ATTRIBUTES}
@@ -77,34 +81,42 @@ class ChoosingDriver(BaseDriver):
         return choose
 
     def _choose(self, raw: Any, subject: str, again: Any) -> None:
-        if isinstance(again, str):
+        if again is None:
+            self._select_nothing(raw)
+        elif isinstance(again, str):
             self.query(raw, again)
         else:
             with self.asking(raw):
                 again(raw)
         _note(raw, subject, again)
 
+    def _select_nothing(self, raw: Any) -> None:
+        """Have no database selected in which names would lead to what is not meant."""
+        if self.query(raw, "SELECT DATABASE()") != [(None,)]:
+            # Nothing takes a selection back. This one is on each server, and nobody's own.
+            self.query(raw, "USE information_schema")
+
     def note_choices(self, raw: Any, cursor: Any) -> None:
         """Note what the statement that a cursor has executed has chosen."""
-        found = choices(cursor.zreconnect_sent, bool(raw.client_flag & MULTI_STATEMENTS))
-        # What returns rows, which wait to be read, has chosen nothing.
-        if found is None and cursor.description is None:
-            found = self._ask_for_choices(raw)
+        text = cursor.zreconnect_sent
+        found = choices(text, bool(raw.client_flag & MULTI_STATEMENTS))
         for subject, again in (found or {}).items():
             _note(raw, subject, again)
+        raw.zreconnect_unsure |= found is None
+        # Results that wait to be read are left alone.
+        is_last = cursor.description is None and ";" not in text.rstrip("; \t\r\n")
+        if raw.zreconnect_unsure and not raw.zreconnect_begun and is_last:
+            self.note_answer(raw, self.query(raw, QUESTION)[0])
 
-    def _ask_for_choices(self, raw: Any) -> dict[str, str]:
-        variables = ", ".join(f"@@{name}" for name in CHARACTER_SETS)
-        ((database, *values),) = self.query(raw, f"SELECT DATABASE(), {variables}")
+    def note_answer(self, raw: Any, answer: Any) -> None:
+        """Note what the server has answered to `QUESTION`."""
+        database, *values = answer
         sets = zip(CHARACTER_SETS, values, strict=True)
         assignments = ", ".join(f"{name} = {value or 'NULL'}" for name, value in sets)
-        found = {"names": f"SET {assignments}"}
-        if database is None:
-            # The one that was selected is dropped.
-            raw.zreconnect_choices.pop("database", None)
-        else:
-            found["database"] = f"USE {quoted(database)}"
-        return found
+        _note(raw, "names", f"SET {assignments}")
+        # None is selected if it was dropped.
+        _note(raw, "database", None if database is None else f"USE {quoted(database)}")
+        raw.zreconnect_unsure = False
 
 
 def _note(raw: Any, subject: str, again: Any) -> None:

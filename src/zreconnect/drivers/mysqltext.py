@@ -11,6 +11,7 @@ import re
 # Comments may stand before a statement. The server executes one with an exclamation mark.
 COMMENT = r"--\s[^\n]*\n|#[^\n]*\n|/\*(?!M?!)(?:(?!\*/).)*\*/"
 BLANK = rf"(?:\s|{COMMENT})*"
+GAP = rf"(?:\s|{COMMENT})+"
 EXECUTABLE = r"/\*M?!\d*"
 # https://mariadb.com/kb/en/sql-statements/
 HARMLESS = re.compile(
@@ -42,8 +43,9 @@ SETTING_MODE = re.compile(BLANK + r"SET\b.*\bAUTOCOMMIT\b", re.IGNORECASE | re.D
 # What may choose a database or a character set for the session; and one that says which.
 CHOOSING = re.compile(
     rf"(?:\s|{COMMENT}|{EXECUTABLE})*"
-    r"(?:USE|SET|EXECUTE|BEGIN|IF|CASE|LOOP|WHILE|REPEAT|FOR|DROP\s+(?:DATABASE|SCHEMA))\b",
-    re.IGNORECASE,
+    r"(?:USE|SET|CALL|EXECUTE|BEGIN|IF|CASE|LOOP|WHILE|REPEAT|FOR"
+    rf"|(?:DROP|CREATE{GAP}OR{GAP}REPLACE){GAP}(?:DATABASE|SCHEMA))\b",
+    re.IGNORECASE | re.DOTALL,
 )
 CHOICE = re.compile(
     BLANK + r"(?:(?P<database>USE\s+(?:`(?:[^`]|``)+`|[\w$]+))"
@@ -51,11 +53,21 @@ CHOICE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 CHOSEN = re.compile(
-    r"\b(?:USE|DATABASE|SCHEMA|NAMES|CHARSET|CHARACTER|character_set_\w+|collation_connection)\b",
+    r"\b(?:USE|CALL|EXECUTE|DATABASE|SCHEMA|NAMES|CHARSET|CHARACTER|character_set_\w+"
+    r"|collation_connection)\b",
     re.IGNORECASE,
 )
 # Between semicolons, when other quotes are gone.
 PART = re.compile(r"(?:`[^`]*`|[^;`])+")
+# What begins a transaction, and what ends one, in autocommit mode.
+BEGINNING = re.compile(
+    rf"(?:\s|{COMMENT}|{EXECUTABLE})*(?:START{GAP}TRANSACTION|BEGIN(?!{GAP}NOT\b))\b",
+    re.IGNORECASE | re.DOTALL,
+)
+ROLLING_BACK = re.compile(
+    rf"(?:\s|{COMMENT}|{EXECUTABLE})*ROLLBACK\b(?!.*\bTO\b)", re.IGNORECASE | re.DOTALL
+)
+CHAINING = re.compile(r"\bAND\s+CHAIN\b", re.IGNORECASE)
 SWITCHING = re.compile(
     BLANK + r"SET\s+(?:(?:SESSION|LOCAL)\s+|@@(?:(?:session|local)\s*\.\s*)?)?autocommit"
     r"\s*:?=\s*(?:(1|ON|TRUE)|0|OFF|FALSE)[\s;]*\Z",
@@ -98,19 +110,37 @@ def choices(text: str, are_several: bool) -> dict[str, str] | None:
 
     None if that does not show, and the server is to be asked. are_several: as for `may_commit`.
     """
-    parts = [text]
-    if are_several and ";" in text:
-        parts = PART.findall(QUOTED.sub(_identifier, text))
-        parts = [part for part in parts if part.strip()]
-    found = {}
+    parts, found = _parts(text, are_several), {}
     for part in parts:
         if CHOOSING.match(part):
-            choice = CHOICE.match(part if len(parts) > 1 else text)
+            whole = part if len(parts) > 1 else text
+            choice = CHOICE.match(whole)
             if choice is not None:
                 found[choice.lastgroup or ""] = choice[choice.lastgroup or 0]
-            elif len(parts) == 1 and CHOSEN.search(text):
+            elif CHOSEN.search(whole):
                 return None
     return found
+
+
+def is_inside(text: str, are_several: bool, before: bool) -> bool:
+    """Whether a transaction is under way after a statement of autocommit mode.
+
+    Not seen is what a procedure or a compound statement does. are_several: as for `may_commit`.
+    before: whether one was under way before the statement.
+    """
+    for part in _parts(text, are_several):
+        if BEGINNING.match(part):
+            before = True
+        elif COMMITTING.match(part) or ROLLING_BACK.match(part):
+            before = CHAINING.search(part) is not None
+    return before
+
+
+def _parts(text: str, are_several: bool) -> list[str]:
+    """The statements in a string, without what is quoted if they are several."""
+    if not are_several or ";" not in text:
+        return [text]
+    return [part for part in PART.findall(QUOTED.sub(_identifier, text)) if part.strip()]
 
 
 def _identifier(quoted: re.Match[str]) -> str:

@@ -213,6 +213,7 @@ class PostgresqlDriver:
     calls_autocommit = False
     refused_methods: frozenset[str] = frozenset()
     committing_methods: frozenset[str] = frozenset()
+    choosing_methods: frozenset[str] = frozenset()
     rollback_request: Any = ()
     quote = '"'
     may_chain = re.compile(BLANK + ENDS, re.IGNORECASE).match

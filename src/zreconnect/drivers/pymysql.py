@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import pymysql
 from pymysql import cursors
 from pymysql.charset import charset_by_name
+from pymysql.constants import SERVER_STATUS
 
 from zreconnect.documented import implements
 from zreconnect.drivers.base import AT_HAND, addresses
@@ -96,9 +97,14 @@ class PymysqlDriver(MysqlDriver):
     def close(self, raw: Any) -> None:
         super().close(raw)
         result = getattr(raw, "_result", None)
-        if result is not None:
-            # Else it would want to read its rest when it is deleted.
+        if result is not None and result.unbuffered_active:
+            # Else it would want to read its rest when it is deleted, and then, to whom reads it,
+            # seem to be at its end.
             result.unbuffered_active = False
+            result._read_rowdata_packet_unbuffered = _refuse_to_read
+
+    def is_inside_own(self, raw: Any, text: str) -> bool:
+        return bool(raw.server_status & SERVER_STATUS.SERVER_STATUS_IN_TRANS)
 
     def is_at_rest(self, raw: Any) -> bool:
         # The rows of a server-side cursor are read one by one.
@@ -123,6 +129,10 @@ class PymysqlDriver(MysqlDriver):
             raise pymysql.InterfaceError("The connection is closed")
         number: int = raw._sock.fileno()
         return number
+
+
+def _refuse_to_read() -> NoReturn:
+    raise pymysql.InterfaceError("The connection was closed before all rows were read")
 
 
 def _refuse_to_connect(sock: Any = None) -> NoReturn:

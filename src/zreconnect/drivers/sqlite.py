@@ -236,8 +236,6 @@ class SqliteDriver(BaseDriver):
     # Transactions
 
     def begin(self, raw: Any, settings: SessionSettings, rider: str = "") -> Any:
-        if raw.in_transaction:
-            raise sqlite3.ProgrammingError("A statement of yours has begun a transaction already")
         self._set_read_only(raw, settings)
         try:
             for statement in BEGIN_TO_READ if settings.readonly else BEGIN_TO_WRITE:

@@ -52,6 +52,7 @@ FOREIGN_NAMES = {
     ("drivers.psycopg", "_pipeline"): "what says that a connection is in a pipeline",
     ("drivers.pymysql", "_read_timeout"): "PyMySQL takes it before connecting only",
     ("drivers.pymysql", "_result"): "the rest of which would be read at its deletion",
+    ("drivers.pymysql", "_read_rowdata_packet_unbuffered"): "what reads it, row by row",
     ("drivers.pymysql", "_sock"): "PyMySQL has no fileno()",
     ("integrations.sqlalchemy", "_pre_ping"): "what a pool was told of pre-pings",
     ("integrations.sqlobject", "_connection"): "that of an SQLObject, as its manual has it",

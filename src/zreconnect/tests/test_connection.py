@@ -262,6 +262,38 @@ class StatementsInAutocommitModeTests(DatabaseTestCase):
                 connection.execute("SELECT 1")
         self.assertEqual(self.names(), ["0", "1"])
 
+    def test_what_statements_have_begun_is_not_mixed_with_a_transaction_of_ours(self):
+        """Else the half of it that was lost with its session would be missed by nobody."""
+        for driver in ("psycopg2", "psycopg", "sqlite"):
+            dsn = "sqlite://" if driver == "sqlite" else self.dsn
+            connection = zreconnect.connect(dsn, driver)
+            self.addCleanup(connection.close)
+            connection.autocommit = True
+            connection.execute("CREATE TABLE IF NOT EXISTS item (name text)")
+
+            def in_block():
+                with connection:  # noqa: B023
+                    connection.execute("INSERT INTO item VALUES ('never')")  # noqa: B023
+
+            for request in (
+                connection.begin,
+                lambda: connection.run(connection.execute, "SELECT 1"),  # noqa: B023
+                in_block,
+                lambda: setattr(connection, "autocommit", False),  # noqa: B023
+                lambda: setattr(connection, "readonly", True),  # noqa: B023
+            ):
+                with self.subTest(driver):
+                    connection.execute("BEGIN")
+                    connection.execute("INSERT INTO item VALUES ('one')")
+                    with self.assertRaisesRegex(
+                        connection.ProgrammingError, "a statement has begun"
+                    ):
+                        request()
+                    rows = connection.execute("SELECT name FROM item").fetchall()
+                    self.assertEqual([tuple(row) for row in rows], [("one",)])
+                    connection.execute("ROLLBACK")
+            connection.run(connection.execute, "SELECT 1")
+
     def test_ping(self):
         connection = self.connect()
         connection.ping()

@@ -836,6 +836,79 @@ class Tests(MysqlTestCase):
         self.insert(connection)
         self.assertEqual(self.names(), ["one"])
 
+    def test_what_statements_have_begun_in_autocommit_mode_is_not_committed_by_mistake(self):
+        connection = self.connect()
+        connection.autocommit = True
+        cursor = connection.cursor()
+
+        def in_block():
+            with connection:
+                self.insert(connection, "never")
+
+        for begin in ("START TRANSACTION", "/* own */ BEGIN", "COMMIT AND CHAIN"):
+            for request in (
+                connection.begin,
+                connection.commit,
+                lambda: connection.run(self.insert, connection, "never"),
+                in_block,
+                lambda: connection.autocommit(False),
+            ):
+                cursor.execute(begin)
+                self.insert(connection)
+                with self.assertRaisesRegex(self.module.ProgrammingError, "a statement has begun"):
+                    request()
+                self.assertEqual(self.names(), [])
+                cursor.execute("SELECT name FROM item")
+                self.assertEqual([tuple(row) for row in cursor.fetchall()], [("one",)])
+                cursor.execute("ROLLBACK")
+                connection.commit()
+        cursor.execute("BEGIN")
+        self.insert(connection)
+        connection.rollback()
+        connection.run(self.insert, connection, "two")
+        self.assertEqual(self.names(), ["two"])
+
+    def test_a_block_inside_what_statements_have_begun_is_a_savepoint(self):
+        connection = self.connect()
+        connection.autocommit = True
+        cursor = connection.cursor()
+        cursor.execute("START TRANSACTION")
+        self.insert(connection)
+        with contextlib.suppress(ZeroDivisionError), connection.transaction():
+            self.insert(connection, "never")
+            _ = 1 / 0
+        with connection.transaction():
+            self.insert(connection, "two")
+        self.assertEqual(self.names(), [])
+        cursor.execute("COMMIT")
+        self.assertEqual(self.names(), ["one", "two"])
+
+    def test_what_statements_have_begun_is_not_continued_in_another_session(self):
+        connection = self.connect()
+        connection.autocommit = True
+        for lost in (
+            lambda: self.insert(connection, "second half"),
+            lambda: connection.select_db("test"),
+        ):
+            connection.cursor().execute("START TRANSACTION")
+            self.insert(connection, "first half")
+            self.lose(connection)
+            wait_until(lambda: not connection.work.link.session.watch.is_quiet())
+            with self.assertRaises(DisconnectionError):
+                lost()
+        self.insert(connection)
+        self.assertEqual(self.names(), ["one"])
+
+    def test_a_deadlock_ends_what_statements_have_begun(self):
+        self.query("INSERT INTO test.item VALUES ('a', 0), ('b', 0)")
+        connection = self.connect()
+        connection.autocommit = True
+        connection.cursor().execute("START TRANSACTION")
+        with self.assertRaises(TransientError):
+            self.deadlock(connection)
+        connection.run(self.insert, connection)
+        self.assertEqual(self.names(), ["a", "b", "one"])
+
     # Statements that are too long
 
     def limited(self, limit):
@@ -1086,15 +1159,130 @@ class Tests(MysqlTestCase):
             self.query("DELETE FROM test.item")
             self.lose(connection)
 
-    def test_a_database_that_was_dropped_is_forgotten(self):
+    def test_a_prepared_statement_or_a_procedure_chooses(self):
+        self.customer()
+        self.query("CREATE PROCEDURE test.enter() EXECUTE IMMEDIATE 'USE customer'")
+        self.query(
+            "CREATE PROCEDURE test.tell() BEGIN EXECUTE IMMEDIATE 'USE customer'; SELECT 1; END"
+        )
+        self.query("CREATE PROCEDURE test.encode_results() SET character_set_results = latin1")
+        latin1_results = [UTF8[0], "latin1", UTF8[2]]
+        for autocommit in (False, True):
+            for statements, database, sets in (
+                (["CALL enter()"], "customer", UTF8),
+                (["CALL tell()"], "customer", UTF8),
+                (["CALL encode_results()"], "test", latin1_results),
+                (["SET STATEMENT max_statement_time = 9 FOR CALL enter()"], "customer", UTF8),
+                (["PREPARE p FROM 'USE customer'", "EXECUTE p"], "customer", UTF8),
+                (["SET @s = 'SET NAMES latin1'", "EXECUTE IMMEDIATE @s"], "test", LATIN1),
+            ):
+                with self.subTest(statements, autocommit=autocommit):
+                    connection = self.connect()
+                    connection.autocommit = autocommit
+                    cursor = connection.cursor()
+                    for statement in statements:
+                        cursor.execute(statement)
+                    cursor.close()
+                    connection.commit()
+                    if statements == ["CALL tell()"]:
+                        # Its rows may still be read when it could be asked.
+                        connection.run(lambda: None)
+                    self.assert_chosen_again(connection, database, sets)
+
+    def test_what_is_asked_travels_with_the_end_of_the_transaction(self):
+        self.query("CREATE PROCEDURE test.work() INSERT INTO item VALUES ('one', 1)")
+        connection = self.connect()
+
+        def work(end):
+            connection.cursor().execute("CALL work()")
+            end()
+
+        work(connection.rollback)
+        for end in (connection.rollback, connection.commit):
+            self.assertEqual(self.round_trips(lambda: work(end)), 3)  # noqa: B023
+        self.assertEqual(self.names(), ["one"])
+
+    def test_what_a_lost_transaction_may_have_chosen_is_left_out(self):
         self.customer()
         connection = self.connect()
-        connection.select_db("customer")
-        connection.cursor().execute("DROP DATABASE customer")
-        connection.rollback()
-        self.assertIsNone(self.selected(connection)[0])
+        connection.cursor().execute("EXECUTE IMMEDIATE 'USE customer'")
         self.lose(connection)
+        with self.assertRaises(CommitOutcomeUnknown):
+            connection.cursor().execute("SELECT 1")
+        connection.rollback()
         self.assertEqual(self.selected(connection)[0], "test")
+
+    def test_a_database_that_was_dropped_leaves_none_selected(self):
+        for statement in (
+            "DROP DATABASE customer",
+            "DROP /* all */ SCHEMA IF EXISTS customer",
+            "CREATE OR REPLACE DATABASE customer",
+            "EXECUTE IMMEDIATE 'DROP DATABASE customer'",
+        ):
+            for dsn, safe in zip(self.dsns(), ("information_schema", None), strict=True):
+                with self.subTest(statement):
+                    self.customer()
+                    connection = self.connect(dsn, witness=None)
+                    connection.select_db("customer")
+                    connection.cursor().execute(statement)
+                    connection.rollback()
+                    self.assertIsNone(self.selected(connection)[0])
+                    for _ in range(2):
+                        self.lose(connection)
+                        # What was meant for the customer does not go to anybody else.
+                        with self.assertRaises(self.module.Error):
+                            self.insert(connection, "customer's")
+                        connection.rollback()
+                        self.assertEqual(self.selected(connection)[0], safe)
+                    connection.select_db("test")
+                    self.assert_chosen_again(connection, "test")
+        self.assertEqual(self.names(), [])
+
+    def test_choosing_in_a_session_that_was_lost_meanwhile(self):
+        self.customer()
+        connection = self.connect(policy=FAIL_FAST)
+        for autocommit in (False, True):
+            connection.autocommit = autocommit
+            for lose in (
+                self.server.restart,
+                self.forward.drop,
+                # Seen only when nothing comes back.
+                lambda: self.forward.cut("to_server", after=0),
+                lambda: self.forward.cut("to_client", after=0),
+            ):
+                for choose, database, sets in (
+                    (lambda: connection.select_db("customer"), "customer", UTF8),
+                    (lambda: connection.select_db("test"), "test", UTF8),
+                    (lambda: connection.set_character_set("latin1"), "test", LATIN1),
+                    (lambda: connection.set_client_encoding("utf8mb4"), "test", UTF8),
+                ):
+                    raw = connection.driver_connection
+                    lose()
+                    choose()
+                    self.assertIsNot(connection.driver_connection, raw)
+                    self.assertEqual(connection.state, "idle")
+                    self.assertEqual(self.selected(connection), (database, sets))
+
+    def test_a_choice_that_is_refused_is_not_made_again(self):
+        connection = self.connect()
+        for lose in (lambda: None, self.forward.drop, lambda: self.forward.cut("to_server", 0)):
+            connection.ping()
+            lose()
+            with self.assertRaisesRegex(self.module.OperationalError, "nowhere"):
+                connection.select_db("nowhere")
+            connection.begin()
+            connection.rollback()
+
+    def test_choosing_inside_a_transaction_that_is_lost(self):
+        connection = self.connect()
+        self.insert(connection)
+        self.lose(connection)
+        with self.assertRaises(DisconnectionError):
+            connection.select_db("test")
+        self.assertEqual(connection.state, "doomed")
+        with self.assertRaises(DisconnectionError):
+            connection.select_db("test")
+        connection.rollback()
 
     def test_a_database_that_somebody_else_has_dropped_is_an_error(self):
         self.customer()
@@ -1204,6 +1392,27 @@ class Tests(MysqlTestCase):
         connection.rollback()
         connection.run(self.insert, connection)
         self.assertEqual(self.names(), ["one"])
+
+    def test_rows_on_the_server_are_gone_with_their_session(self):
+        for read in (
+            lambda cursor: cursor.fetchone(),
+            lambda cursor: cursor.fetchmany(2),
+            lambda cursor: cursor.fetchall(),
+            list,
+        ):
+            connection = self.connect()
+            cursor = connection.cursor("numbers")
+            cursor.execute("SELECT seq FROM seq_1_to_1000000")
+            cursor.fetchone()
+            self.lose(connection)
+            connection.rollback()
+            for _ in range(2):
+                with self.assertRaisesRegex(self.module.InterfaceError, "are gone"):
+                    read(cursor)
+                connection.run(lambda: None)
+            cursor.execute("SELECT 1")
+            self.assertEqual(list(cursor.fetchall()), [(1,)])
+            connection.rollback()
 
     def test_a_forked_child_leaves_the_session_to_its_parent(self):
         connection = self.connect()
@@ -1498,6 +1707,17 @@ class PymysqlTests(Tests, LineTestCase):
             connection = self.connect(dsn, policy=FAIL_FAST)
             connection.run(self.insert, connection)
         self.assertEqual(connection.driver_connection.host, "mariadb")
+
+    def test_rows_on_the_server_that_are_read_to_the_end_stay_so(self):
+        connection = self.connect()
+        cursor = connection.cursor("numbers")
+        cursor.execute("SELECT seq FROM seq_1_to_3")
+        self.assertEqual(len(cursor.fetchall()), 3)
+        connection.rollback()
+        self.lose(connection)
+        connection.run(lambda: None)
+        self.assertIsNone(cursor.fetchone())
+        self.assertEqual(list(cursor.fetchall()), [])
 
     def test_one_place(self):
         for dsn in ("mysql://127.0.0.1/db", "mysql://localhost/db?unix_socket=/s"):

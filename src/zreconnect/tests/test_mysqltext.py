@@ -2,7 +2,14 @@
 
 import unittest
 
-from zreconnect.drivers.mysqltext import READING, SWITCHING, choices, is_committing, may_commit
+from zreconnect.drivers.mysqltext import (
+    READING,
+    SWITCHING,
+    choices,
+    is_committing,
+    is_inside,
+    may_commit,
+)
 
 COMMITTING = """
 CREATE TEMPORARY SEQUENCE numbers
@@ -138,6 +145,11 @@ class ChoicesTests(unittest.TestCase):
             "SET collation_connection = @saved",
             "DROP DATABASE customer",
             "drop schema customer",
+            "DROP /* a\nb */ SCHEMA customer",
+            "CREATE OR REPLACE DATABASE customer",
+            "CALL enter('customer')",
+            "EXECUTE entering",
+            "SET STATEMENT max_statement_time = 1 FOR CALL enter()",
         ):
             with self.subTest(text):
                 self.assertIsNone(choices(text, are_several=False))
@@ -146,10 +158,41 @@ class ChoicesTests(unittest.TestCase):
         for text, expected in {
             "SELECT 1; USE a; USE `b;c`": {"database": "USE `b;c`"},
             "INSERT INTO item VALUES ('; USE a'); SET NAMES latin1;": {"names": "SET NAMES latin1"},
-            "USE a; SET CHARSET latin1": {"database": "USE a"},
+            "USE a; SET CHARSET latin1": None,
+            "USE a; CALL enter()": None,
         }.items():
             with self.subTest(text):
                 self.assertEqual(choices(text, are_several=True), expected)
+
+
+class InsideTests(unittest.TestCase):
+    def test_what_begins_a_transaction_and_what_ends_it(self):
+        for text, before, after in (
+            ("SELECT 1", False, False),
+            ("SELECT 1", True, True),
+            ("START /* own */ TRANSACTION READ ONLY", False, True),
+            ("-- own\nbegin work", False, True),
+            ("BEGIN", False, True),
+            ("BEGIN NOT ATOMIC SELECT 1; END", False, False),
+            ("COMMIT", True, False),
+            ("rollback work", True, False),
+            ("ROLLBACK TO SAVEPOINT a", True, True),
+            ("ROLLBACK AND CHAIN", True, True),
+            ("COMMIT AND NO CHAIN", True, False),
+            ("CREATE TABLE item (number int)", True, False),
+            ("CREATE TEMPORARY TABLE item (number int)", True, True),
+        ):
+            with self.subTest(text):
+                self.assertEqual(is_inside(text, are_several=False, before=before), after)
+
+    def test_several_in_one(self):
+        for text, before, after in (
+            ("SELECT 1; BEGIN; INSERT INTO item VALUES ('; COMMIT')", False, True),
+            ("INSERT INTO item VALUES (1); COMMIT;", True, False),
+            ("COMMIT; BEGIN", True, True),
+        ):
+            with self.subTest(text):
+                self.assertEqual(is_inside(text, are_several=True, before=before), after)
 
 
 class SwitchingTests(unittest.TestCase):

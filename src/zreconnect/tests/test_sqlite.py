@@ -548,6 +548,7 @@ class ErrorTests(SqliteTestCase):
         connection.cursor().execute("INSERT INTO item VALUES ('a')")
         with self.assertRaises(sqlite3.ProgrammingError):
             connection.begin()
+        connection.rollback()
         self.assertEqual(self.names(), [])
         connection.begin()
         connection.cursor().execute("INSERT INTO item VALUES ('b')")
