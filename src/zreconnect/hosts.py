@@ -6,13 +6,13 @@ share is not given up: the next one is tried beside it, and whichever comes firs
 
 from __future__ import annotations
 
-import contextlib
-import queue
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from zreconnect.answers import Answers
 from zreconnect.interfaces import Meaning
 
 Open = Callable[[Mapping[str, Any], float], Any]
@@ -57,8 +57,7 @@ class _Race:
         self._deadline = time.monotonic() + timeout
         self._open_session = open_session
         # A place with its connection, or with the error that there is none.
-        self._outcomes: queue.SimpleQueue[tuple[Any, Any, BaseException | None]]
-        self._outcomes = queue.SimpleQueue()
+        self._outcomes: Answers[tuple[Any, Any, BaseException | None]] = Answers()
         self._errors: list[BaseException] = []
         self.is_over = threading.Event()
 
@@ -100,24 +99,21 @@ class _Race:
 
     def _close_late(self) -> None:
         """Close the connections that came too late, all that there are by now."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                _, raw, error = self._outcomes.get(block=False)
-                if error is None:
-                    self._driver.close(raw)
+        while (outcome := self._outcomes.get(-math.inf)) is not None:
+            _, raw, error = outcome
+            if error is None:
+                self._driver.close(raw)
 
     def _first(self, until: float, started: int, place: Any = None) -> Any:
         """The first connection until then; None as soon as ``place``, or all, have failed."""
-        while True:
-            try:
-                found, raw, error = self._outcomes.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                return None
+        while (outcome := self._outcomes.get(until)) is not None:
+            found, raw, error = outcome
             if error is None:
                 return raw
             self._errors.append(error)
             if found is place or len(self._errors) == started:
-                return None
+                break
+        return None
 
     def _refusal(self) -> BaseException | None:
         for error in self._errors:

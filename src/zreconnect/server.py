@@ -12,7 +12,7 @@ than one would. They wait for its next success, and now and then see whether it 
 The door has no lock, which an interrupt could leave locked. Each step that has to be whole is one
 call of a built-in method: neither another thread nor the handler of a signal comes in between.
 Which attempt follows upon another one is decided by a dict's setdefault(), who gets a connection
-by a SimpleQueue's get().
+by that of a SimpleQueue.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import queue
 import threading
 import time
 import weakref
@@ -30,6 +29,7 @@ from typing import Any, NoReturn
 
 from zreconnect import dsn as dsn_module
 from zreconnect import hosts
+from zreconnect.answers import Answers
 from zreconnect.drivers.base import load_driver
 from zreconnect.interfaces import Meaning
 from zreconnect.threads import start_thread
@@ -55,7 +55,6 @@ class AttemptFailed(Exception):
 
 # A connection, or the error that there is none; for those who share an attempt, only the latter.
 Outcome = tuple[Any, BaseException | None]
-Answers = queue.SimpleQueue[Outcome | None]
 
 
 class _Attempt:
@@ -68,8 +67,8 @@ class _Attempt:
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
         self._has_ended = False
-        self._answer: Answers = queue.SimpleQueue()
-        self._answers_to_others: list[Answers] = []
+        self._answer: Answers[Outcome | None] = Answers()
+        self._answers_to_others: list[Answers[Outcome | None]] = []
         # Held while its maker waits.
         self._presence = threading.Lock()
         self._presence.acquire()
@@ -84,16 +83,16 @@ class _Attempt:
 
     def outcome(self, until: float) -> Outcome | None:
         """For its maker: what has come of it by then."""
-        return _received(self._answer, until)
+        return self._answer.get(until)
 
     def shared_outcome(self, until: float) -> Outcome | None:
         """For the others: what has come of it by the deadline or until then."""
-        answers: Answers = queue.SimpleQueue()
+        answers: Answers[Outcome | None] = Answers()
         self._answers_to_others.append(answers)
         # In this order; `end` has the other one.
         if self._has_ended:
             return None
-        return _received(answers, min(until, self.deadline))
+        return answers.get(min(until, self.deadline))
 
     def end(self, outcome: Outcome | None) -> None:
         """Give the outcome, or that there is none, to all who wait for it."""
@@ -112,14 +111,7 @@ class _Attempt:
         """After the end: whether its maker has taken the outcome; nobody can take it any more."""
         # Until the deadline, because an interrupt may have kept the maker from leaving.
         self._presence.acquire(timeout=max(0.0, self.deadline - time.monotonic()))
-        return _received(self._answer, -math.inf) is None
-
-
-def _received(answers: Answers, until: float) -> Outcome | None:
-    try:
-        return answers.get(timeout=max(0.0, until - time.monotonic()))
-    except queue.Empty:
-        return None
+        return self._answer.get(-math.inf) is None
 
 
 class Server:
@@ -186,12 +178,12 @@ class Server:
 
     def _watch(self, until: float) -> None:
         """Wait until then, or until another thread's attempt succeeds."""
-        answers: Answers = queue.SimpleQueue()
+        answers: Answers[None] = Answers()
         watching = self._watching
         watching.append(answers)
         # In this order; `_note` has the other one.
         if self._failure is not None:
-            _received(answers, until)
+            answers.get(until)
         with contextlib.suppress(ValueError):
             watching.remove(answers)
 
@@ -251,7 +243,7 @@ class Server:
         self._is_up = False
         # When the latest attempt has failed, and how; None unless it has, and a later one may not.
         self._failure: tuple[float, BaseException] | None = None
-        self._watching: list[Answers] = []
+        self._watching: list[Answers[None]] = []
         # One that is over: the next one follows upon it.
         self._latest = _Attempt(-math.inf)
 
