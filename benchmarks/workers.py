@@ -94,7 +94,7 @@ def _serve(name: str, address: Address, options: dict[str, Any], pipe: Connectio
     while True:
         try:
             function, arguments = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             break
         try:
             if peer is None:
