@@ -23,14 +23,14 @@ from benchmarks.waiting import Success, success
 from benchmarks.workers import Worker
 from zreconnect.testing import PortForward
 
-THREADS = (1, 20, 200)
+THREADS = 1, 20, 200
 PROCESSES = 50
 #: Seconds before the outage, of it, and after it.
 BEFORE, AWAY, AFTER = 2, 12, 3
 #: So many seconds after its beginning the loss of the sessions itself is over.
 LOST = 3
 MOST_CONNECTIONS = 900
-OURS, POLLING, POOL = "zreconnect", "psycopg2, each second", "psycopg_pool"
+OURS, POLLING, POOL = "zreconnect", "psycopg2, each second", "psycopg_pool of one"
 #: The peer's name, and whether the threads share it.
 KINDS = {
     OURS: ("connect-psycopg2-xid", False),
@@ -83,8 +83,12 @@ def fork(peer: Peer, name: str, address: Address, processes: int) -> None:
     for _ in range(processes):
         ours, theirs = socket.socketpair()
         if os.fork():
+            theirs.close()
             _children.append(ours)
             continue
+        # So that the end of the worker is noticed.
+        for inherited in (ours, *_children):
+            inherited.close()
         other = PEERS[name].make(address)
         while True:
             made = success(other, address, 1.0)
@@ -214,15 +218,15 @@ def measure(options: Options) -> Outcome:
         PortForward(server.host, server.port) as gate,
     ):
         make = partial(group, server=server, gate=gate)
-        with ExitStack() as stack:
-            groups = [
-                stack.enter_context(
-                    make(kind, f"{threads} threads", gathered=_with_threads(threads))
-                )
-                for threads in THREADS
-                for kind in KINDS
-            ]
-            seen += outage(gate, groups, wait)
+        for threads in THREADS:
+            with ExitStack() as stack:
+                groups = [
+                    stack.enter_context(
+                        make(kind, f"{threads} threads", gathered=_with_threads(threads))
+                    )
+                    for kind in KINDS
+                ]
+                seen += outage(gate, groups, wait)
         with ExitStack() as stack:
             groups = [
                 stack.enter_context(make(kind, f"{PROCESSES} processes", gathered=_with_processes))
