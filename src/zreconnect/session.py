@@ -43,10 +43,10 @@ class Session:
             # PyMySQL's connection that was interrupted takes itself for closed, and is not.
             self.watch.hang_up()
 
-    def __del__(self) -> None:
+    def __del__(self, suppress: Any = contextlib.suppress) -> None:
         # An interrupt can have come before anybody knew of it. What SQLite has locked stays locked
-        # until it is closed.
-        with contextlib.suppress(AttributeError):
+        # until it is closed. At the interpreter's end, the names of this module may be None.
+        with suppress(AttributeError):
             if self.raw is not None and self.process == os.getpid():
                 self.end()
 

@@ -235,9 +235,10 @@ class Watch:
         except IndexError:
             return []
 
-    def __del__(self) -> None:
-        # An interrupt may have ended __init__() before there was a socket.
-        with contextlib.suppress(AttributeError):
+    def __del__(self, suppress: Any = contextlib.suppress) -> None:
+        # An interrupt may have ended __init__() before there was a socket. At the interpreter's
+        # end, the names of this module may be None.
+        with suppress(AttributeError):
             self.close()
 
 

@@ -1,12 +1,13 @@
 """A reconnected session is the same session."""
 
+from contextlib import ExitStack
 from unittest import mock
 
 import psycopg2
 import psycopg2.extensions
 import psycopg2.extras
 
-from zreconnect import CommitOutcomeUnknown, ReconnectTimeout
+from zreconnect import CommitOutcomeUnknown, ReconnectTimeout, session, watchdog
 from zreconnect.events import ConnectionAttemptFailed, ConnectionLost, Reconnected
 from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until
 
@@ -317,3 +318,16 @@ class OnConnectTests(DatabaseTestCase):
         self.connect(on_connect=in_another_mode).begin()
         with self.assertRaisesRegex(self.module.ProgrammingError, "inside a transaction"):
             self.connect(on_connect=in_a_transaction).begin()
+
+
+class EndOfTheInterpreterTests(DatabaseTestCase):
+    def test_nothing_is_raised_when_the_names_of_modules_are_gone(self):
+        connection = self.connect()
+        connection.begin()
+        left = connection.work.link.session
+        names = [(session, "contextlib"), (session, "os"), (watchdog, "contextlib")]
+        with ExitStack() as stack:
+            for module, name in names:
+                stack.enter_context(mock.patch.object(module, name, None))
+            left.__del__()
+            left.watch.__del__()
