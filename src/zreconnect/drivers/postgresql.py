@@ -103,7 +103,9 @@ LONGEST_KNOWN = 2000
 # by a statement that follows it in the same string.
 # A comment can stand between the function's name and its arguments.
 WRITING = re.compile(rb"--|\*/\s*\(|;\s*\S|\b(?:insert|update|delete|merge|execute)\b")
-CALLED = re.compile(rb'([\w$."\x80-\xff]+)\s*\(')
+# A word without a parenthesis is found, too: else a long one, such as a value in hexadecimal, would
+# be tried again in each of its parts.
+WORDS = re.compile(rb'([\w$."\x80-\xff]+)\s*(\(?)')
 # Words before a parenthesis that are no functions, and functions that do nothing but compute.
 HARMLESS = frozenset(
     b"""
@@ -525,7 +527,8 @@ def looks_like_reading(tag: str | None, text: bytes | None) -> bool:
 def _has_known(text: bytes) -> bool:
     """Whether the text has none but words and functions that are known to do nothing but read."""
     text = text.lower()
-    return WRITING.search(text) is None and HARMLESS.issuperset(CALLED.findall(text))
+    called = {word for word, parenthesis in WORDS.findall(text) if parenthesis}
+    return HARMLESS.issuperset(called) and WRITING.search(text) is None
 
 
 def plain_encoding(name: str) -> str:

@@ -65,6 +65,12 @@ class RoundTripTests(BeginAlongTestCase):
                 self.assertEqual(connection.state, "active")
                 connection.rollback()
 
+    def test_a_long_value(self):
+        cursor = self.ready().cursor()
+        # Its hexadecimal form is one word, which nothing may try again from each of its letters.
+        cursor.execute("SELECT length(%s)", (b"x" * 500_000,))
+        self.assertEqual(cursor.fetchone(), (500_000,))
+
     def test_classes_of_cursors(self):
         class Own(extensions.cursor):
             def execute(self, query, vars=None):
