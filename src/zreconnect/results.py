@@ -32,7 +32,7 @@ class Results(KeepsRows):
     # The rows that an iteration has fetched last, and those of them that it has not given yet.
     _run: list[Any]
     _ahead: Iterator[Any] | None
-    # Whether there are no more than those.
+    # Whether there are no more than those; False without any.
     _has_last_run: bool
 
     def _raw_cursor(self) -> Any:
@@ -50,7 +50,8 @@ class Results(KeepsRows):
         size = self.arraysize if size is None else size
         if self._ahead is None:
             return self._answer("fetchmany", size)
-        rows = self._take_ahead(size)
+        # psycopg2 takes a negative number for all that are left.
+        rows = self._take_ahead(size if size >= 0 else None)
         if len(rows) == size or self._has_last_run:
             return rows
         return [*rows, *self._answer("fetchmany", size - len(rows))]
@@ -68,6 +69,29 @@ class Results(KeepsRows):
         result = self._answer("scroll", value - ahead if mode == "relative" else value, mode)
         self._forget_rows_ahead()
         return result
+
+    @IfThere
+    def nextset(self) -> Any:
+        """As in PEP 249; sqlite3 has none."""
+        result = self._answer("nextset")
+        if result:
+            self._forget_rows_ahead()
+        return result
+
+    @IfThere
+    def set_result(self, index: int) -> Any:
+        """As in psycopg 3."""
+        self._answer("set_result", index)
+        self._forget_rows_ahead()
+        return self
+
+    @IfThere
+    def results(self) -> Iterator[Any]:
+        """As in psycopg 3."""
+        if self._raw_cursor().pgresult is not None:
+            yield self
+            while self.nextset():
+                yield self
 
     def __iter__(self) -> Iterator[Any]:
         # Most rows cost no Python frame.
@@ -138,27 +162,29 @@ class Results(KeepsRows):
     def _runs(self) -> Iterator[Iterator[Any]]:
         """The rows that were not fetched, as many at a time as are at hand."""
         raw = rows = None
-        while not (raw is not None and self._has_last_run):
+        while True:
             if raw is None or self._raw is not raw:
                 rows = self._answer("__iter__")
                 raw = self._raw
-            run = self._take_ahead(None) or self._next_run(raw, rows)
-            if not run:
-                return
-            # One iterator for both: the loop does not give rows that are fetched inside it.
-            self._run, self._ahead = run, iter(run)
-            yield self._ahead
+            if not operator.length_hint(self._ahead or ()):
+                if self._has_last_run:
+                    return
+                self._fetch_run(raw, rows)
+                if not self._run:
+                    return
+            # One iterator for all loops, which do not give rows that were fetched inside another.
+            yield self._ahead  # type: ignore[misc]
 
-    def _next_run(self, raw: Any, rows: Any) -> list[Any]:
+    def _fetch_run(self, raw: Any, rows: Any) -> None:
         size = self._work.link.driver.rows_at_hand(raw)
         if size > 1:
             run = list(self._answer("fetchmany", size))
-            self._has_last_run = len(run) < size
-            return run
-        try:
-            return [self._answer("__next__", of=rows)]
-        except StopIteration:
-            return []
+        else:
+            try:
+                run = [self._answer("__next__", of=rows)]
+            except StopIteration:
+                run = []
+        self._run, self._ahead, self._has_last_run = run, iter(run), len(run) < size
 
     def _take_ahead(self, size: int | None) -> list[Any]:
         """So many of the rows that an iteration has fetched and not given yet."""
@@ -167,7 +193,7 @@ class Results(KeepsRows):
         with self._guard.in_turn():
             self._work.ask(Request.LOOK)
         rows = list(islice(self._ahead, size))
-        if size is None or len(rows) < size:
+        if (size is None or len(rows) < size) and not self._has_last_run:
             self._ahead = None
         return rows
 

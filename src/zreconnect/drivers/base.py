@@ -9,7 +9,7 @@ import re
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, TypeAlias
 
@@ -85,6 +85,15 @@ class Evidence:
 
 #: How many rows that have arrived an iteration fetches at a time. More gain nothing.
 AT_HAND = 100
+# The methods that give rows, any of which an iteration may be made of.
+WAYS_TO_READ = ("__iter__", "__next__", "fetchone", "fetchmany")
+
+
+@cache
+def reads_as(kind: type[Any], plain: type[Any]) -> bool:
+    """Whether a class of cursors gives rows as the module's own class does, from which it is
+    derived."""
+    return all(getattr(kind, way, None) is getattr(plain, way, None) for way in WAYS_TO_READ)
 
 
 # A transaction that has begun along with its first statement: what the rider has returned, and what

@@ -9,12 +9,10 @@ import MySQLdb
 from MySQLdb import connections, cursors
 
 from zreconnect.documented import implements
-from zreconnect.drivers.base import AT_HAND, addresses
+from zreconnect.drivers.base import AT_HAND, addresses, reads_as
 from zreconnect.drivers.mysql import CR_SSL_CONNECTION_ERROR, MysqlDisconnectionError, MysqlDriver
 from zreconnect.interfaces import IDriver
 
-# Before mysqlclient 2.3, that of each of its classes.
-PLAIN_ITERATION = cursors.Cursor.__iter__
 # The option of a DSN, and the key that mysqlclient has for it.
 TLS_FILES = {"ssl_ca": "ca", "ssl_cert": "cert", "ssl_key": "key"}
 
@@ -42,8 +40,7 @@ class MysqlclientDriver(MysqlDriver):
     )
 
     def rows_at_hand(self, raw_cursor: Any) -> int:
-        is_stored = isinstance(raw_cursor, cursors.CursorStoreResultMixIn)
-        return AT_HAND if is_stored and type(raw_cursor).__iter__ is PLAIN_ITERATION else 1
+        return AT_HAND if reads_as(raw_cursor.__class__, cursors.Cursor) else 1
 
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
         # The library gives each address of a name the whole time. "localhost" is no name for it.

@@ -27,7 +27,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import tuple_row
 
 from zreconnect.documented import implements
-from zreconnect.drivers.base import AT_HAND, Begun, SessionSettings
+from zreconnect.drivers.base import AT_HAND, Begun, SessionSettings, reads_as
 from zreconnect.drivers.conninfo import connect_keywords
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
@@ -272,9 +272,9 @@ class PsycopgDriver(PostgresqlDriver):
         )
 
     def rows_at_hand(self, raw_cursor: Any) -> int:
-        if type(raw_cursor).__iter__ is psycopg.ServerCursor.__iter__:
+        if reads_as(raw_cursor.__class__, psycopg.ServerCursor):
             return int(raw_cursor.itersize)
-        return AT_HAND if type(raw_cursor).__iter__ is psycopg.Cursor.__iter__ else 1
+        return AT_HAND if reads_as(raw_cursor.__class__, psycopg.Cursor) else 1
 
     def looks_like_reading(self, raw_cursor: Any) -> bool:
         query = raw_cursor._last_query

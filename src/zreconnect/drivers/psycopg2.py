@@ -21,7 +21,7 @@ import psycopg2.errors
 from psycopg2 import extensions, sql
 
 from zreconnect.documented import implements
-from zreconnect.drivers.base import AT_HAND, Begun, SessionSettings
+from zreconnect.drivers.base import AT_HAND, Begun, SessionSettings, reads_as
 from zreconnect.drivers.conninfo import connect_keywords
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
@@ -301,7 +301,7 @@ class Psycopg2Driver(PostgresqlDriver):
         raw.cursor_factory = factory
 
     def rows_at_hand(self, raw_cursor: Any) -> int:
-        if type(raw_cursor).__iter__ is not extensions.cursor.__iter__:
+        if not reads_as(raw_cursor.__class__, extensions.cursor):
             return 1
         return AT_HAND if raw_cursor.name is None else int(raw_cursor.itersize)
 

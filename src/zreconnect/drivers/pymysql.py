@@ -15,7 +15,7 @@ from pymysql.charset import charset_by_name
 from pymysql.constants import SERVER_STATUS
 
 from zreconnect.documented import implements
-from zreconnect.drivers.base import AT_HAND, addresses
+from zreconnect.drivers.base import AT_HAND, addresses, reads_as
 from zreconnect.drivers.mysql import CHARSET, MysqlDisconnectionError, MysqlDriver
 from zreconnect.interfaces import IDriver
 
@@ -59,7 +59,7 @@ class PymysqlDriver(MysqlDriver):
         return found if len(found) > 1 else [parameters]
 
     def rows_at_hand(self, raw_cursor: Any) -> int:
-        return AT_HAND if type(raw_cursor).__iter__ is cursors.Cursor.__iter__ else 1
+        return AT_HAND if reads_as(raw_cursor.__class__, cursors.Cursor) else 1
 
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
         # Its connect_timeout does not hold for a server that accepts and says nothing.

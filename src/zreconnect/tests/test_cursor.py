@@ -44,6 +44,26 @@ class CursorTests(DatabaseTestCase):
         with self.assertRaises(StopIteration):
             next(self.cursor)
 
+    def test_fetching_after_an_iteration(self):
+        for size, number in ((2, 2), (-1, 4), (9, 4), (0, 0)):
+            self.cursor.execute("SELECT generate_series(1, 5)")
+            self.assertEqual(next(iter(self.cursor)), (1,))
+            self.assertEqual(self.cursor.fetchmany(size), [(n + 2,) for n in range(number)])
+
+    def test_an_iteration_is_that_of_the_cursors_class(self):
+        class Next(psycopg2.extensions.cursor):
+            def __next__(self):
+                return ("next", *super().__next__())
+
+        class Many(psycopg2.extensions.cursor):
+            def fetchmany(self, size):
+                return [("many", *row) for row in super().fetchmany(size)]
+
+        for factory, row in ((Next, ("next", 1)), (Many, (1,))):
+            cursor = self.connection.cursor(cursor_factory=factory)
+            cursor.execute("SELECT 1")
+            self.assertEqual(list(cursor), [row])
+
     def test_named_parameters_and_executemany(self):
         self.cursor.execute("CREATE TEMPORARY TABLE number (n int)")
         self.cursor.executemany("INSERT INTO number VALUES (%(n)s)", [{"n": 1}, {"n": 2}])

@@ -97,6 +97,27 @@ class SharedTests:
             rows.append(row)
         self.assertEqual(rows, ROWS)
 
+    def test_they_can_be_iterated_after_others_were(self):
+        connection = self.connect()
+        cursor = connection.cursor()
+        cursor.execute(NUMBERS)
+        self.assertEqual(list(cursor), ROWS)
+        self.assertIsNone(cursor.fetchone())
+        cursor.execute(NUMBERS)
+        connection.commit()
+        self.lose_while_idle(connection)
+        self.assertEqual(list(cursor), ROWS)
+
+    def test_several_iterations_share_them(self):
+        connection = self.connect()
+        cursor = connection.cursor()
+        cursor.execute(NUMBERS)
+        pairs = [(row, next(iter(cursor), None)) for row in cursor]
+        self.assertEqual(pairs, [(ROWS[0], ROWS[1]), (ROWS[2], ROWS[3]), (ROWS[4], None)])
+        cursor.execute(NUMBERS)
+        one, other = iter(cursor), iter(cursor)
+        self.assertEqual([next(each) for each in (one, other, one, other, one)], ROWS)
+
     def test_what_is_known_of_them_is_known_afterwards(self):
         connection = self.connect()
         cursor = self.numbers_after_commit(connection)

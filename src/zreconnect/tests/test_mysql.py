@@ -1639,6 +1639,32 @@ class Tests(MysqlTestCase):
             with self.subTest(each):
                 self.assertIs(self.driver.connect_meaning(each, {}), expected)
 
+    def test_several_results_and_iterations(self):
+        connection = self.connect()
+        cursor = connection.cursor()
+        cursor.execute(
+            "CREATE PROCEDURE two_results() BEGIN"
+            " SELECT 1 UNION SELECT 2; SELECT 3 UNION SELECT 4; END"
+        )
+        for read in (list, lambda cursor: next(iter(cursor))):
+            cursor.callproc("two_results")
+            read(cursor)
+            self.assertTrue(cursor.nextset())
+            self.assertEqual(list(cursor.fetchall()), [(3,), (4,)])
+            while cursor.nextset():
+                pass
+        cursor.execute("DROP PROCEDURE two_results")
+
+    def test_an_iteration_is_that_of_the_cursors_class(self):
+        class Own(import_module(f"{self.module.__name__}.cursors").Cursor):
+            def fetchone(self):
+                row = super().fetchone()
+                return None if row is None else ("one", *row)
+
+        cursor = self.connect().cursor(cursor_factory=Own)
+        cursor.execute("SELECT 1 UNION SELECT 2")
+        self.assertEqual(list(cursor), [("one", 1), ("one", 2)])
+
     def test_a_factorys_connection(self):
         parameters = self.driver.parse(self.dsn)
         connection = ReconnectingConnection(

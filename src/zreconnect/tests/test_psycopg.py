@@ -553,6 +553,23 @@ class CursorTests(Psycopg, DatabaseTestCase):
         self.assertEqual([each.fetchone() for each in self.cursor.results()], [(1,), (2,), (3,)])
         self.assertIsNone(self.cursor.nextset())
 
+    def test_several_results_and_iterations(self):
+        two = "VALUES (1), (2); VALUES (3), (4)"
+        self.cursor.execute(two)
+        self.assertEqual(
+            [list(each) for each in self.cursor.results()], [[(1,), (2,)], [(3,), (4,)]]
+        )
+        self.cursor.set_result(0)
+        self.assertEqual(list(self.cursor), [(1,), (2,)])
+        self.cursor.nextset()
+        self.assertEqual(self.cursor.fetchall(), [(3,), (4,)])
+        self.cursor.execute(two)
+        rows = iter(self.cursor)
+        self.assertEqual(next(rows), (1,))
+        self.cursor.nextset()
+        self.assertEqual(list(rows), [(3,), (4,)])
+        self.assertEqual(list(self.connection.cursor().results()), [])
+
     def test_executemany(self):
         self.cursor.executemany(
             "INSERT INTO item VALUES (%s) RETURNING name", [("one",), ("two",)], returning=True
