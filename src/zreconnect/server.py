@@ -38,6 +38,9 @@ from zreconnect.threads import start_thread
 # makes none. It is as long as the pauses of threads that come back at about the same time: the
 # next one of these has time for an attempt that is worth it.
 SHORTEST_ATTEMPT = 0.5
+# An attempt whose thread has not begun within so many seconds is taken for one that nobody makes:
+# an interrupt has kept its maker from starting it.
+TIME_TO_BEGIN = 0.5
 # So many threads look each for itself, after a pause, whether another one still knocks at the door.
 # The more there are, the more seldom each of them does.
 WATCHERS = 10
@@ -66,13 +69,17 @@ class _Attempt:
 
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
-        self._has_ended = False
+        self._has_begun = self._has_ended = False
         self._answer: Answers[Outcome | None] = Answers()
         self._answers_to_others: list[Answers[Outcome | None]] = []
         # Held while its maker waits.
         self._presence = threading.Lock()
         self._presence.acquire()
         self._next: dict[None, _Attempt] = {}
+
+    def begin(self) -> None:
+        """For its thread."""
+        self._has_begun = True
 
     def is_over(self) -> bool:
         return self._has_ended or time.monotonic() >= self.deadline
@@ -92,7 +99,14 @@ class _Attempt:
         # In this order; `end` has the other one.
         if self._has_ended:
             return None
-        return answers.get(min(until, self.deadline))
+        until = min(until, self.deadline)
+        if not self._has_begun:
+            outcome = answers.get(min(until, time.monotonic() + TIME_TO_BEGIN))
+            if outcome is not None:
+                return outcome
+            if not self._has_begun:
+                self._has_ended = True
+        return None if self._has_ended else answers.get(until)
 
     def end(self, outcome: Outcome | None) -> None:
         """Give the outcome, or that there is none, to all who wait for it."""
@@ -290,6 +304,7 @@ class Server:
             raise AttemptFailed(error) from error
 
     def _connect_in_thread(self, attempt: _Attempt) -> None:
+        attempt.begin()
         try:
             # Never 0, which means for ever to libpq.
             timeout = max(SHORTEST_ATTEMPT, attempt.deadline - time.monotonic())

@@ -14,6 +14,7 @@ from unittest import mock
 import psycopg2
 
 from zreconnect import server as server_module
+from zreconnect.answers import Answers
 from zreconnect.server import AttemptFailed, server_from_dsn, server_from_factory
 from zreconnect.tests.base import PATIENCE, DatabaseTestCase, wait_until
 from zreconnect.tests.steps import interrupted, moments
@@ -164,6 +165,17 @@ class OutcomeTests(DoorTestCase):
             self.server.connect(PATIENCE)
         self.assertIs(raised.exception, error)
 
+    def test_an_interrupt_before_it_is_started(self):
+        """Nobody waits for what never began."""
+        self.make()
+        with (
+            mock.patch.object(threading.Thread, "start", side_effect=KeyboardInterrupt),
+            self.assertRaises(KeyboardInterrupt),
+        ):
+            self.server.connect(10 * PATIENCE)
+        self.assertIsNotNone(self.server.connect(PATIENCE))
+        self.assertEqual(self.attempts.begun, 1)
+
 
 class PostgresTests(DatabaseTestCase):
     def test_outcomes(self):
@@ -305,6 +317,24 @@ class SharingTests(DoorTestCase):
             second = Call(self.server.connect, PATIENCE)
             self.assertIsInstance(first.end().raised, AttemptFailed)
             self.assertIsNotNone(second.end().returned)
+
+    def test_who_waits_for_one_that_has_not_begun_has_its_outcome(self):
+        """Before the time for that is over, and after it."""
+        for seconds, times in ((PATIENCE, 1), (0.1, 2)):
+            get = mock.Mock(wraps=Answers.get)
+            with (
+                self.subTest(seconds),
+                mock.patch.object(server_module, "TIME_TO_BEGIN", seconds),
+                mock.patch.object(Answers, "get", lambda *args, get=get: get(*args)),
+            ):
+                attempt = server_module._Attempt(math.inf)
+                call = Call(attempt.shared_outcome, time.monotonic() + PATIENCE)
+                wait_until(lambda get=get: get.call_count == 1)
+                attempt.begin()
+                wait_until(lambda get=get, times=times: get.call_count == times)
+                outcome = None, ConnectionError()
+                attempt.end(outcome)
+                self.assertEqual(call.end().returned, outcome)
 
     def test_a_late_failure_is_old_news(self):
         hanging = self.hanging()
