@@ -65,8 +65,18 @@ class Branch:
         return cls(global_id, int(number), int(system_identifier), timeline, int(xid), database)
 
 
-def is_prepared(driver: Any, raw: Any, gid: str) -> bool:
-    return bool(driver.query(raw, "SELECT gid FROM pg_prepared_xacts WHERE gid = %s", (gid,)))
+def is_prepared(driver: Any, raw: Any, gid: str, xid: int | None = None) -> bool:
+    """Whether that name is prepared. xid: the id of the only transaction that is meant by it."""
+    # A column of type xid has the lower half of its 64 bits.
+    low = None if xid is None else str(xid % 2**32)
+    return bool(
+        driver.query(
+            raw,
+            "SELECT gid FROM pg_prepared_xacts"
+            " WHERE gid = %s AND transaction::text = coalesce(%s, transaction::text)",
+            (gid, low),
+        )
+    )
 
 
 def decided(driver: Any, raw: Any, branch: Branch) -> Outcome:

@@ -96,6 +96,15 @@ class OwnBranch(TwoPhaseDataManager):
                 f"later, with tpc_rollback({branch.gid!r}). The driver said: {one_line(problem)}"
             ) from problem
 
+    def _is_there(self, raw: Any, branch: Branch) -> bool:
+        return is_prepared(self._driver, raw, branch.gid, branch.xid)
+
+    def _end_in_session(self, raw: Any, branch: Branch, wanted: Outcome) -> Outcome:
+        # In another session than it was prepared in, the name can be that of somebody else's.
+        if raw is not self._link.session.raw and not self._is_there(raw, branch):
+            return self._outcome_without(raw, branch, wanted)
+        return super()._end_in_session(raw, branch, wanted)
+
     def _outcome_without(self, raw: Any, branch: Branch, wanted: Outcome) -> Outcome:
         if wanted is Outcome.ABORTED and not self._is_finishing:
             return wanted

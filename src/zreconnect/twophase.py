@@ -161,7 +161,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
 
         def first_use(raw: Any) -> None:
             nonlocal found
-            found = is_prepared(self._driver, raw, branch.gid)
+            found = self._is_there(raw, branch)
 
         try:
             self.work.open(first_use, self.work.patience.policy)
@@ -176,6 +176,10 @@ class TwoPhaseDataManager(ConnectionDataManager):
             self.branch = None
         if not found:
             self._raise_unprepared(branch, found, error)
+
+    def _is_there(self, raw: Any, branch: Branch) -> bool:
+        """Whether it is prepared, as another session shows it."""
+        return is_prepared(self._driver, raw, branch.gid)
 
     def _raise_unprepared(
         self, branch: Branch, found: bool | None, error: BaseException

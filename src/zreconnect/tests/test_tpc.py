@@ -266,6 +266,53 @@ class TwoPhaseCallsTests:
         self.connection.tpc_rollback()
         self.check_idle(0)
 
+    def prepare_another(self):
+        """As a program that was ended has left it."""
+        another = zreconnect.connect(self.database.dsn, driver=self.driver)
+        self.addCleanup(another.close)
+        another.tpc_begin(self.gid)
+        another.cursor().execute("INSERT INTO item VALUES ('another')")
+        another.tpc_prepare()
+        another.reset()
+
+    def test_prepare_does_not_arrive_and_its_name_is_that_of_another(self):
+        self.prepare_another()
+        self.begin()
+        with (
+            self.at("prepare_transaction", self.database.lose_request),
+            self.assertRaises(DisconnectionError),
+        ):
+            self.connection.tpc_prepare()
+        self.connection.tpc_rollback()
+        self.check(0, prepared=1)
+
+    def test_an_interrupt_at_prepare_and_its_name_is_that_of_another(self):
+        self.prepare_another()
+        self.begin()
+
+        def interrupted(raw, gid):
+            raw.close()
+            raise Alarm
+
+        driver = self.connection.work.link.driver
+        with (
+            mock.patch.object(driver, "prepare_transaction", interrupted),
+            self.assertRaises(Alarm),
+        ):
+            self.connection.tpc_prepare()
+        self.connection.tpc_rollback()
+        self.check(0, prepared=1)
+
+    def test_commit_is_lost_and_its_name_is_used_again(self):
+        self.prepare()
+
+        def lose_answer():
+            self.database.lose_answer(then=self.prepare_another)
+
+        with self.at_end(lose_answer):
+            self.connection.tpc_commit()
+        self.check(1, prepared=1)
+
     def test_whether_it_is_prepared_is_unknown(self):
         self.begin()
         lose = lambda: self.database.lose_answer(then=self.vanish)  # noqa: E731
