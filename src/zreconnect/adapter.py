@@ -249,7 +249,7 @@ class ReconnectingDatabaseAdapter:
         self._dsn = dsn
 
     def connect(self) -> None:
-        _ = self._connection().driver_connection
+        _ = self._connection().raw_connection
 
     def disconnect(self) -> None:
         self._model = self._new_model(self._dsn)

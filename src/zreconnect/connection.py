@@ -30,7 +30,6 @@ from zreconnect.proxies import Guarded, guarded_attribute, guarded_block, no_att
 from zreconnect.retry import check_function, check_patience, run_unit_of_work
 from zreconnect.savepoint import Savepoint
 from zreconnect.server import Server, server_from_dsn, server_from_factory
-from zreconnect.session import NO_SESSION
 from zreconnect.settings import DriverAttribute
 from zreconnect.states import Request, State
 from zreconnect.turn import Turn
@@ -118,13 +117,6 @@ class ReconnectingConnection(DriverCalls):
     @property
     def server(self) -> str:
         return self.work.link.server.address
-
-    @property
-    def driver_connection(self) -> Any:
-        if self.work.state is State.PREPARED:
-            self.work.ask(Request.LOOK)
-        self._need_session()
-        return self.work.link.session.raw
 
     @property
     def data_manager_class(self) -> type[ConnectionDataManager]:
@@ -397,15 +389,7 @@ class ReconnectingConnection(DriverCalls):
             raise no_attribute(self, name)
         if name in DBAPI_EXCEPTIONS:
             return getattr(self.work.link.driver.module, name)
-        self._need_session()
-        return guarded_attribute(self.guard, self.work.link.session.raw, name, self)
-
-    def _need_session(self) -> None:
-        if self.work.state is State.CLOSED:
-            self.work.ask(Request.LOOK)
-        if self.work.link.session is NO_SESSION:
-            with self.guard.in_turn():
-                self.work.need_session()
+        return guarded_attribute(self.guard, self.raw_in_session(), name, self)
 
 
 def connect(

@@ -10,7 +10,8 @@ from zreconnect.cursor import ReconnectingCursor
 from zreconnect.documented import documented_by
 from zreconnect.interfaces import IReconnectingConnection
 from zreconnect.proxies import LargeObject
-from zreconnect.states import Moment, State
+from zreconnect.session import NO_SESSION
+from zreconnect.states import Moment, Request, State
 from zreconnect.tpc import TwoPhaseCalls
 
 Result = TypeVar("Result")
@@ -21,6 +22,28 @@ class DriverCalls(TwoPhaseCalls):
     """The part of a `ReconnectingConnection` that hands the driver's own objects out."""
 
     __slots__ = ()
+
+    @property
+    def driver_connection(self) -> Any:
+        raw = self.raw_connection
+        self.work.link.observer.handed_out()
+        return raw
+
+    @property
+    def raw_connection(self) -> Any:
+        """The `driver_connection`, for whoever does not hand it to the program."""
+        if self.work.state is State.PREPARED:
+            self.work.ask(Request.LOOK)
+        return self.raw_in_session()
+
+    def raw_in_session(self) -> Any:
+        """The raw connection, for an attribute of it, in a prepared transaction too."""
+        if self.work.state is State.CLOSED:
+            self.work.ask(Request.LOOK)
+        if self.work.link.session is NO_SESSION:
+            with self.guard.in_turn():
+                self.work.need_session()
+        return self.work.link.session.raw
 
     def lobject(self, *args: Any, **keywords: Any) -> Any:
         """A large object, as the driver has it; it lives as long as the transaction."""

@@ -501,6 +501,10 @@ class IObserver(Interface):
     def began(row):
         """The transaction has begun. row: what the rider returned, or None."""
 
+    def handed_out():
+        """The program has got the session's raw connection, and what it executes with it from now
+        on is not seen."""
+
     def executed(raw_cursor):
         """A statement of the transaction was executed; None if it is not known which."""
 

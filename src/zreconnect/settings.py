@@ -27,10 +27,10 @@ class DriverAttribute:
         )
 
     def __get__(self, connection: Any, owner: type) -> Any:
-        return self if connection is None else getattr(connection.driver_connection, self._name)
+        return self if connection is None else getattr(connection.raw_connection, self._name)
 
     def __set__(self, connection: Any, value: Any) -> None:
-        setattr(connection.driver_connection, self._name, value)
+        setattr(connection.raw_connection, self._name, value)
 
 
 class _Switch(int):

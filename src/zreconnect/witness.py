@@ -129,6 +129,9 @@ class NoObserver:
     def began(self, row: Any) -> None:
         """Nothing is recorded."""
 
+    def handed_out(self) -> None:
+        """Nothing is recorded."""
+
     def executed(self, raw_cursor: Any) -> None:
         """Nothing is recorded."""
 
@@ -178,10 +181,17 @@ class SessionObserver(NoObserver):
         self._goes_along = False
         # Until when its orphan is waited for.
         self._deadline: float | None = None
+        # Whether the program has the raw connection.
+        self._is_handed_out = False
         self.may_have_written = False
 
     def began(self, row: Any) -> None:
         self._began = time.monotonic()
+
+    def handed_out(self) -> None:
+        self._is_handed_out = True
+        if self.watches_statements:
+            self.executed(None)
 
     def executed(self, raw_cursor: Any) -> None:
         if raw_cursor is None or not self._driver.looks_like_reading(raw_cursor):
@@ -245,6 +255,8 @@ class SessionObserver(NoObserver):
         self.watches_statements = self._knows_ids and not (
             self._session.is_standby or (self.may_have_written and not self._asks_at_commit)
         )
+        if self._is_handed_out:
+            self.handed_out()
 
     def _describe_session(self) -> str:
         assert self._session is not None
@@ -258,7 +270,7 @@ class SessionObserver(NoObserver):
         session: ServerSession = self._driver.identify(raw)
         self._session = session
         self._knows_ids = self._driver.has_transaction_ids(raw)
-        self._is_under_way = False
+        self._is_under_way = self._is_handed_out = False
         self._deadline = None
         return session
 

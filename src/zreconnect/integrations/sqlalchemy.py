@@ -205,7 +205,7 @@ class _Registration:
         self._parameters.update(known)
         set_up = _SessionSetUp(self._engine, self._driver, record, self._noted)
         connection = PooledConnection(self._server, on_connect=set_up, **self._options)
-        raw = connection.driver_connection
+        raw = connection.raw_connection
         record.info[KEY] = connection, set_up
         # As the driver makes it.
         raw.autocommit = False

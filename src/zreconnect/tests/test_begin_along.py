@@ -71,6 +71,36 @@ class RoundTripTests(BeginAlongTestCase):
         cursor.execute("SELECT length(%s)", (b"x" * 500_000,))
         self.assertEqual(cursor.fetchone(), (500_000,))
 
+    def test_commit_asks_for_the_id_where_it_cannot_see_what_was_done(self):
+        connection = self.ready()
+        cursor = connection.cursor()
+
+        def trips(*statements):
+            cursor.execute("SELECT 1")
+            for statement in statements:
+                cursor.execute(statement)
+            return self.round_trips(connection.commit)
+
+        self.assertEqual(trips("DECLARE one CURSOR FOR SELECT 1"), 1)
+        self.assertEqual(trips("DECLARE two CURSOR WITH HOLD FOR SELECT 1"), 2)
+        self.assertEqual(trips(), 1)
+        # Whoever has it can notify with it, at any time.
+        raw = connection.driver_connection
+        for _ in range(2):
+            self.assertEqual(trips(), 2)
+        cursor.execute("SELECT 1")
+        self.forward.drop()
+        with self.assertRaises(DisconnectionError):
+            connection.commit()
+        connection.rollback()
+        connection.begin()
+        self.assertIsNot(connection.raw_connection, raw)
+        connection.rollback()
+        self.assertEqual(trips(), 1)
+        cursor.execute("SELECT 1")
+        connection.driver_connection.cursor().execute("NOTIFY one")
+        self.assertEqual(self.round_trips(connection.commit), 2)
+
     def test_classes_of_cursors(self):
         class Own(extensions.cursor):
             def execute(self, query, vars=None):
