@@ -154,7 +154,7 @@ class KeepsRows:
         return True
 
     def leave_session(self) -> None:
-        """The session ends: from now on its rows are those that were kept."""
+        """The session ends: from now on its rows are those that were kept, if there are any."""
         if self._kept:
             kept = KeptRows(self._raw, self._kept)
             self._raw, self._session, self._kept = kept, KEPT, None

@@ -37,7 +37,7 @@ class Link:
     observer: the `IObserver` of the present session and, if that is lost, of its last transaction;
     another one in another process.
     readers: refer to the cursors that have rows which would be lost with the session.
-    keepers: the cursors that have kept them.
+    keepers: the cursors that have kept them, or have fetched some that they have not given yet.
     """
 
     def __init__(self, server: Server, options: Options) -> None:

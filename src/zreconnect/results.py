@@ -166,7 +166,10 @@ class Results(KeepsRows):
             if raw is None or self._raw is not raw:
                 rows = self._answer("__iter__")
                 raw = self._raw
-            if not operator.length_hint(self._ahead or ()):
+            if operator.length_hint(self._ahead or ()):
+                with self._guard.in_turn():
+                    self._work.ask(Request.LOOK)
+            else:
                 if self._has_last_run:
                     return
                 self._fetch_run(raw, rows)
@@ -185,6 +188,8 @@ class Results(KeepsRows):
             except StopIteration:
                 run = []
         self._run, self._ahead, self._has_last_run = run, iter(run), len(run) < size
+        if len(run) > 1:
+            self._work.link.keepers.add(self)
 
     def _take_ahead(self, size: int | None) -> list[Any]:
         """So many of the rows that an iteration has fetched and not given yet."""
@@ -196,6 +201,15 @@ class Results(KeepsRows):
         if (size is None or len(rows) < size) and not self._has_last_run:
             self._ahead = None
         return rows
+
+    def leave_session(self) -> None:
+        super().leave_session()
+        run, left = self._run, operator.length_hint(self._ahead or ())
+        if left:
+            self._run = run[-left:]
+            self._ahead = iter(self._run)
+            # A loop comes to an end of these, and asks before it gives the others.
+            run.clear()
 
     def _forget_rows_ahead(self) -> None:
         # A loop that goes on has the next result.
