@@ -33,10 +33,9 @@ def watch_commits() -> bool:
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 
-    if not event.contains(Engine, "commit", _before_commit):
-        event.listen(Engine, "commit", _before_commit)
-        event.listen(Engine, "commit_twophase", _before_commit)
-        event.listen(Engine, "before_cursor_execute", _before_statement)
+    if not event.contains(Engine, *LISTENERS[-1]):
+        for each in LISTENERS:
+            event.listen(Engine, *each)
     return True
 
 
@@ -93,3 +92,11 @@ def _is_autocommit(connection: Any) -> bool:
     # In the modules for MySQL, ``autocommit`` is a method.
     get_autocommit = getattr(raw, "get_autocommit", None)
     return bool(get_autocommit() if get_autocommit else getattr(raw, "autocommit", True))
+
+
+#: The names of the events, and who listens to them.
+LISTENERS = (
+    ("commit", _before_commit),
+    ("commit_twophase", _before_commit),
+    ("before_cursor_execute", _before_statement),
+)

@@ -12,12 +12,14 @@ import unittest
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from unittest import mock
 
 import psycopg
 import transaction
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.engine import Engine
 
-from zreconnect import ReconnectingDatabaseAdapter, initZopeless
+from zreconnect import ReconnectingDatabaseAdapter, engines, initZopeless
 from zreconnect.integrations.sqlalchemy import register
 from zreconnect.tests.base import DatabaseTestCase
 
@@ -177,6 +179,17 @@ class TransactionManagerTests(CallsTestCase):
 
 
 class SqlalchemyTests(CallsTestCase):
+    def setUp(self):
+        super().setUp()
+        # Other tests have the engines of the process watched, which takes calls of its own.
+        for each in engines.LISTENERS:
+            if event.contains(Engine, *each):
+                event.remove(Engine, *each)
+        # SQLAlchemy notes that there were listeners, for good.
+        no_events = mock.patch.object(Engine, "_has_events", False)
+        no_events.start()
+        self.addCleanup(no_events.stop)
+
     def test_an_engine(self):
         engine = create_engine(self.dsn.replace("postgresql:", "postgresql+psycopg2:"))
         register(engine)
