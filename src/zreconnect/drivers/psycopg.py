@@ -239,7 +239,10 @@ class PsycopgDriver(PostgresqlDriver):
                 return (answer.get_value(0, 0).decode(),) if answer.ntuples else None, error
             if self.in_transaction(raw):
                 self.rollback(raw)
-            return None
+            if error is None or isinstance(error, psycopg.Error):
+                return None
+            # It need not come again: it can be an interrupt.
+            return self.begin(raw, settings, rider), error
         finally:
             # Its traceback refers to this frame.
             del error

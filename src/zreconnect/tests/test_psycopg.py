@@ -41,6 +41,7 @@ from zreconnect.tests import (
     test_witness,
 )
 from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until
+from zreconnect.tests.interrupts import Alarm, AtLines
 
 # Passed on: they begin and end nothing, and execute nothing outside a transaction of their own.
 PASSED_ON_BY_CONNECTION = {
@@ -1436,6 +1437,20 @@ class BeginWithStatementTests(Psycopg, DatabaseTestCase):
         self.insert(connection)
         connection.commit()
         self.assertEqual(len(self.names()), 1)
+
+    def test_an_interrupt_at_every_line_of_a_first_statement(self):
+        connection = self.ready()
+        number, interrupt = 0, None
+        while interrupt is None or interrupt.places:
+            connection.execute("SELECT 1")
+            connection.rollback()
+            number += 1
+            interrupt = AtLines([number], [Alarm()])
+            with contextlib.suppress(Alarm), interrupt():
+                connection.execute("SELECT 1")
+                self.assertTrue(interrupt.is_unraisable or not interrupt.places, interrupt.place)
+            interrupt.forget()
+            connection.rollback()
 
     def test_an_interrupt_while_it_waits(self):
         connection = self.ready()
