@@ -134,7 +134,7 @@ def iterate(test, **options):
     cursor.execute("SELECT 1 UNION ALL SELECT 2")
     rows = iter(cursor)
     next(rows)
-    test.left += [rows.close, cursor.close]
+    test.left += [partial(next, rows), cursor.close]
 
 
 SITUATIONS = {

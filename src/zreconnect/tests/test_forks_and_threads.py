@@ -185,6 +185,8 @@ class SharedTests:
 
     def commit_silently(self):
         """Insert a row and commit, with an answer that does not arrive."""
+        # The witness has nothing to ask for before COMMIT then.
+        self.connection.begin()
         self.insert("row")
         self.forward.silence("to_client")
         self.commit()
