@@ -96,15 +96,22 @@ def begin_along(
     )
     if driver.answers_begin:
         wait = session.watch.awaiting(limit_of_begin(work, work.patience.begins(work.waited)))
+
+        def answered(row: Any) -> None:
+            # At once: it may be all that is heard of the transaction.
+            link.observer.began(row)
+            wait.renew(limit)
+
         with wait:
-            begun = send(partial(wait.renew, limit))
+            begun = send(answered)
     else:
         begun = send() if limit is None else session.watch.call(limit, send)
     if begun is None:
         work.note(Event.NOT_BEGUN)
         return False, None
     try:
-        link.observer.began(begun[0])
+        if not driver.answers_begin:
+            link.observer.began(begun[0])
         if "target_session_attrs" in link.server.parameters:
             link.server.check(session.raw)
         work.note(Event.BEGUN)

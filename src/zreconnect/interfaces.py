@@ -455,7 +455,8 @@ class IPipeliningDriver(IDriver):
 
         rider: as in `begin`; if it fails, the statement must not be executed.
         arguments, options: those of the raw cursor's ``execute()``.
-        answered: to be called when BEGIN is answered; None if ``answers_begin`` is false.
+        answered: to be called with what the rider has returned, or None, when it is answered; None
+        if ``answers_begin`` is false.
 
         Returns what the rider has returned, or None, and what the statement has raised, or None;
         None instead of both if BEGIN or its rider has failed, so that the server has not
@@ -490,7 +491,7 @@ class IObserver(Interface):
     def record_session(raw, settings):
         """Record the session. Raises the driver's errors."""
 
-    needs_row = Attribute("Whether `began` has to be told what the rider has returned.")
+    needs_row = Attribute("Whether `began` has to be told at once what the rider has returned.")
 
     def rider(raw, settings, along=False):
         """The statement that goes along with BEGIN, or an empty string.

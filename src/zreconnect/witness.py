@@ -269,6 +269,8 @@ class SessionObserver(NoObserver):
     def _identify(self, raw: Any) -> ServerSession:
         session: ServerSession = self._driver.identify(raw)
         self._session = session
+        # Behind a pooler only the transaction itself knows which process it is in.
+        self.needs_row = session.is_pooled
         self._knows_ids = self._driver.has_transaction_ids(raw)
         self._is_under_way = self._is_handed_out = False
         self._deadline = None
@@ -294,8 +296,6 @@ class XidObserver(SessionObserver):
 
     def record_session(self, raw: Any, settings: SessionSettings) -> None:
         session = self._identify(raw)
-        # Behind a pooler only the transaction itself knows which process it is in.
-        self.needs_row = session.is_pooled and self._knows_ids
         self._history = None
         if self._knows_ids and not session.is_standby:
             self._history = self._present_history(raw)
@@ -306,7 +306,8 @@ class XidObserver(SessionObserver):
         self._note_begin(raw, settings, along)
         self._xid, self._marks = None, ()
         if self._asks_at_commit:
-            return ASSIGNED_ID if self.needs_row and not self.waits else ""
+            is_asked = self.needs_row and self._knows_ids and not self.waits
+            return ASSIGNED_ID if is_asked else ""
         # An id is given to every transaction that asks, and there are but 2**31 before a vacuum.
         return ID if self.may_have_written and self._knows_ids else ""
 

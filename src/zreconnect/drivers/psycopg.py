@@ -218,7 +218,7 @@ class PsycopgDriver(PostgresqlDriver):
         rider: str,
         arguments: tuple[Any, ...],
         options: Mapping[str, Any],
-        answered: Callable[[], object] | None = None,
+        answered: Any = None,
     ) -> Begun | None:
         begin = _begin(raw, settings)
         statements = (begin, rider) if rider else (begin,)
@@ -235,14 +235,14 @@ class PsycopgDriver(PostgresqlDriver):
             ):
                 raise error
             if len(trip.answers) == len(statements):
-                answer = trip.answers[-1]
-                return (answer.get_value(0, 0).decode(),) if answer.ntuples else None, error
+                return None, error
             if self.in_transaction(raw):
                 self.rollback(raw)
             if error is None or isinstance(error, psycopg.Error):
                 return None
             # It need not come again: it can be an interrupt.
-            return self.begin(raw, settings, rider), error
+            answered(self.begin(raw, settings, rider))
+            return None, error
         finally:
             # Its traceback refers to this frame.
             del error
@@ -343,11 +343,12 @@ class _SharedTrip(psycopg.Pipeline):
 
     psycopg's own sends each statement by itself, which costs a system call and a packet each.
 
-    statements: those of ours, which go first. answered: called when they begin to be answered.
+    statements: those of ours, which go first. answered: called with the row, or None, that the last
+    one returns, if all of them are executed.
     """
 
     def __init__(
-        self, raw: Any, statements: tuple[str, ...], answered: Callable[[], object] | None
+        self, raw: Any, statements: tuple[str, ...], answered: Callable[[Any], object]
     ) -> None:
         super().__init__(raw)
         self._answered = answered
@@ -395,12 +396,13 @@ class _SharedTrip(psycopg.Pipeline):
                 if queued is not _OURS:
                     self._process_results(queued, results)
                     continue
-                if self._answered is not None:
-                    self._answered()
                 if results[0].status == pq.ExecStatus.FATAL_ERROR:
                     raise psycopg.errors.error_from_result(results[0])
                 if results[0].status != pq.ExecStatus.PIPELINE_ABORTED:
                     self.answers.append(results[0])
+                    if len(self.answers) == len(self._ours):
+                        row = results[0].get_value(0, 0) if results[0].ntuples else None
+                        self._answered(row and (row.decode(),))
             except Exception as problem:
                 # Also that of a row factory: what is answered after it has to be read all the same.
                 error = error or problem

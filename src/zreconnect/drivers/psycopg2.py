@@ -181,7 +181,7 @@ class Psycopg2Driver(PostgresqlDriver):
         rider: str,
         arguments: tuple[Any, ...],
         options: Mapping[str, Any],
-        answered: Callable[[], object] | None = None,
+        answered: Callable[[Any], object] | None = None,
     ) -> Begun | None:
         query, *parameters = arguments
         first_line = f"{_begin(raw, settings)};{rider}; -- zreconnect\n"

@@ -191,6 +191,16 @@ class FencingTests:
             self.assertNotIn(orphan, self.sessions())
             self.assertEqual(self.names(), [])
 
+    def test_the_same_behind_a_pooler(self):
+        """What BEGIN was answered is known, or BEGIN goes by itself."""
+        identify = self.driver_object.identify
+
+        def behind_a_pooler(raw):
+            return replace(identify(raw), pid=0, is_pooled=True)
+
+        with mock.patch.object(self.driver_object, "identify", behind_a_pooler):
+            self.test_one_whose_begin_has_travelled_along_with_a_statement()
+
     def test_nothing_is_done_if_nothing_was_under_way(self):
         for connection in self.connections():
             for end in (connection.commit, connection.rollback):

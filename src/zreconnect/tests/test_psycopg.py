@@ -49,8 +49,7 @@ PASSED_ON_BY_CONNECTION = {
     "connect", "fileno", "info", "remove_notice_handler", "remove_notify_handler", "wait", "xid",
 }  # fmt: skip
 PASSED_ON_BY_CURSOR = {
-    "adapters", "nextset", "pgresult", "results", "rownumber", "set_result",
-    "setinputsizes", "setoutputsize", "statusmessage",
+    "adapters", "pgresult", "setinputsizes", "setoutputsize", "statusmessage",
 }  # fmt: skip
 
 
@@ -1502,6 +1501,7 @@ class RoundTripTests(Psycopg, test_round_trips.RoundTripTests):
     test_either_witness_costs_none = None
     test_a_server_side_cursor_costs_one_more = None
     test_reconnecting_sends_begin_once_more = None
+    trips_of_writing = 2
 
     def test_a_server_side_cursor(self):
         connection = self.connect()
