@@ -65,9 +65,11 @@ class OwnCommits:
 
     def sending(self) -> None:
         """A COMMIT is about to be sent."""
-        self._sent = _watched.get()
-        for commits in self._sent:
+        watched_by = _watched.get()
+        for commits in watched_by:
             commits.sent += 1
+        # Last: what an interrupt has left uncounted is not to be withdrawn.
+        self._sent = watched_by
 
     def withdraw(self) -> None:
         """The COMMIT that was sent last has committed nothing, whoever has sent it, and when."""

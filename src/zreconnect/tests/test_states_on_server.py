@@ -391,7 +391,7 @@ class Interrupts:
         with commits.watched() as watched:
             commits.note()
             with (
-                mock.patch.object(commits, "note", interrupt),
+                mock.patch.object(commits.OwnCommits, "sending", lambda own: interrupt()),
                 self.assertRaises(KeyboardInterrupt),
             ):
                 connection.commit()
