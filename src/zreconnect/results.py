@@ -193,11 +193,9 @@ class Results(KeepsRows):
 
     def _take_ahead(self, size: int | None) -> list[Any]:
         """So many of the rows that an iteration has fetched and not given yet."""
-        if self._ahead is None:
-            return []
         with self._guard.in_turn():
             self._work.ask(Request.LOOK)
-        rows = list(islice(self._ahead, size))
+        rows = list(islice(self._ahead or (), size))
         if (size is None or len(rows) < size) and not self._has_last_run:
             self._ahead = None
         return rows

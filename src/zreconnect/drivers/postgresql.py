@@ -102,7 +102,7 @@ LONGEST_KNOWN = 2000
 # A SELECT can write all the same: in a WITH, as a prepared statement, by a function that it calls,
 # by a statement that follows it in the same string, as a cursor WITH HOLD inside COMMIT.
 # A comment can stand between the function's name and its arguments.
-WRITING = re.compile(rb"--|\*/\s*\(|;\s*\S|\b(?:insert|update|delete|merge|execute|hold)\b")
+WRITING = re.compile(rb"--|\*/\s*\(|;\s*\S|\b(?:insert|update|delete|merge|execute|with\s+hold)\b")
 # A word without a parenthesis is found, too: else a long one, such as a value in hexadecimal, would
 # be tried again in each of its parts.
 WORDS = re.compile(rb'([\w$."\x80-\xff]+)\s*(\(?)')

@@ -209,6 +209,22 @@ class HiddenTests(BeginAlongTestCase):
             connection.cursor().execute("SELECT 1 / 0")
         self.assertEqual(connection.state, "active")
 
+    def test_an_interrupt_while_parameters_are_adapted(self):
+        class Interrupting:
+            def getquoted(self):
+                raise KeyboardInterrupt
+
+            def __conform__(self, protocol):
+                return self
+
+        connection = self.ready()
+        with self.assertRaises(KeyboardInterrupt):
+            connection.cursor().execute("SELECT %s", (Interrupting(),))
+        connection.rollback()
+        self.insert(connection)
+        connection.commit()
+        self.assertEqual((self.executions(), self.names()), (1, ["one1"]))
+
     def test_parameters_that_are_wrong(self):
         class Unspeakable:
             def getquoted(self):
@@ -233,6 +249,26 @@ class HiddenTests(BeginAlongTestCase):
             self.assertEqual(cursor.fetchone(), (1,))
             connection.rollback()
         self.assertEqual(self.executions(), 0)
+
+
+class RunsOfRowsTests(DatabaseTestCase):
+    def test_what_is_left_of_a_run_comes_first(self):
+        cursor = self.connect().cursor()
+        cursor.execute("SELECT generate_series(1, 250)")
+        for (number,) in cursor:
+            if number == 95:
+                break
+        self.assertEqual((next(cursor), cursor.fetchone()), ((96,), (97,)))
+        self.assertEqual(cursor.fetchmany(10), [(each,) for each in range(98, 108)])
+        self.assertEqual([number for (number,) in cursor], list(range(108, 251)))
+
+    def test_a_server_side_cursor_that_only_reads_and_is_asked_about_at_commit(self):
+        connection = self.connect(witness=XidWitness(at_commit=True))
+        cursor = connection.cursor("numbers")
+        cursor.execute("SELECT generate_series(1, 3)")
+        self.assertEqual(len(list(cursor)), 3)
+        connection.commit()
+        self.assertEqual(connection.state, "idle")
 
 
 class LossTests(BeginAlongTestCase):

@@ -784,6 +784,14 @@ class CopyTests(Psycopg, DatabaseTestCase):
         # The id, and COMMIT.
         self.assertEqual(self.round_trips(connection.commit), 2)
 
+    def test_what_psycopg_refuses_to_write_leaves_the_session_alone(self):
+        with (
+            self.assertRaises(TypeError),
+            self.cursor.copy("COPY number FROM STDIN") as copy,
+        ):
+            copy.write(5)
+        self.assertEqual(self.connection.state, "active")
+
     def test_an_error_of_the_users_ends_it(self):
         with self.assertRaises(LookupError), self.cursor.copy("COPY number FROM STDIN") as copy:
             copy.write_row((1, "one"))
@@ -1201,6 +1209,15 @@ class BeginWithStatementTests(Psycopg, DatabaseTestCase):
         with self.assertRaises(TypeError):
             connection.execute(5)
         self.assertEqual(connection.state, "active")
+
+    def test_an_interrupt_before_anything_is_sent(self):
+        connection = self.ready()
+        with (
+            mock.patch.object(psycopg_driver._SharedTrip, "__enter__", side_effect=TimeoutError),
+            self.assertRaises(TimeoutError),
+        ):
+            self.insert(connection)
+        self.assertEqual((self.executions(), connection.state), (0, "active"))
 
     def test_prepared_statements(self):
         connection = self.ready()

@@ -319,22 +319,28 @@ class SharingTests(DoorTestCase):
             self.assertIsNotNone(second.end().returned)
 
     def test_who_waits_for_one_that_has_not_begun_has_its_outcome(self):
-        """Before the time for that is over, and after it."""
-        for seconds, times in ((PATIENCE, 1), (0.1, 2)):
-            get = mock.Mock(wraps=Answers.get)
-            with (
-                self.subTest(seconds),
-                mock.patch.object(server_module, "TIME_TO_BEGIN", seconds),
-                mock.patch.object(Answers, "get", lambda *args, get=get: get(*args)),
-            ):
-                attempt = server_module._Attempt(math.inf)
-                call = Call(attempt.shared_outcome, time.monotonic() + PATIENCE)
-                wait_until(lambda get=get: get.call_count >= 1)
+        attempt, outcome = server_module._Attempt(math.inf), (None, ConnectionError())
+        call = Call(attempt.shared_outcome, time.monotonic() + PATIENCE)
+        wait_until(lambda: attempt._answers_to_others)
+        attempt.end(outcome)
+        self.assertEqual(call.end().returned, outcome)
+
+    def test_who_has_waited_for_one_to_begin_goes_on(self):
+        attempt, outcome = server_module._Attempt(math.inf), (None, ConnectionError())
+
+        class SlowAnswers(Answers):
+            def get(self, until):
+                if attempt._has_begun:
+                    return super().get(until)
+                # Just before the time for that is over.
                 attempt.begin()
-                wait_until(lambda get=get, times=times: get.call_count >= times)
-                outcome = None, ConnectionError()
-                attempt.end(outcome)
-                self.assertEqual(call.end().returned, outcome)
+                return None
+
+        with mock.patch.object(server_module, "Answers", SlowAnswers):
+            call = Call(attempt.shared_outcome, time.monotonic() + PATIENCE)
+            wait_until(lambda: attempt._has_begun)
+            attempt.end(outcome)
+            self.assertEqual(call.end().returned, outcome)
 
     def test_a_late_failure_is_old_news(self):
         hanging = self.hanging()
