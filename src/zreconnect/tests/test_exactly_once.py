@@ -55,11 +55,14 @@ AFTER_LOST_COMMIT = "look-up, COMMIT lost"
 # Bytes from one cut to the next of the same kind, by the part and whether the server crashes; 1 if
 # not there. The cuts by RST lie in the middle between those by FIN.
 STEPS = {
-    (TRANSACTION, True): 6,
-    (AFTER_LOST_ANSWER, False): 12,
-    (AFTER_LOST_COMMIT, False): 12,
+    # Every byte, by FIN and by RST in turn.
+    (TRANSACTION, False): 2,
+    (TRANSACTION, True): 12,
+    (COMMIT, True): 3,
+    (AFTER_LOST_ANSWER, False): 24,
+    (AFTER_LOST_COMMIT, False): 24,
 }
-VARIANT_STEPS = {(TRANSACTION, False): 2, (COMMIT, True): 6}
+VARIANT_STEPS = {(TRANSACTION, False): 6, (COMMIT, True): 18}
 # By so many bytes a conversation may be longer than the same one before, because a number in it has
 # got another digit.
 DIGITS = 8

@@ -22,8 +22,7 @@ from zreconnect.tests.test_exactly_once import (
 )
 
 STEPS = {
-    # Every byte, by FIN and by RST in turn.
-    (TRANSACTION, False): 2,
+    (TRANSACTION, False): 6,
     (TRANSACTION, True): 90,
     (COMMIT, True): 24,
     (AFTER_LOST_ANSWER, False): 48,
