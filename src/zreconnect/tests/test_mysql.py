@@ -1404,7 +1404,8 @@ class Tests(MysqlTestCase):
             cursor = connection.cursor("numbers")
             cursor.execute("SELECT seq FROM seq_1_to_1000000")
             cursor.fetchone()
-            self.lose(connection)
+            # A server that is told to end a session may have sent all rows before.
+            self.forward.drop()
             connection.rollback()
             for _ in range(2):
                 with self.assertRaisesRegex(self.module.InterfaceError, "are gone"):
