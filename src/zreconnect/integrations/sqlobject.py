@@ -17,7 +17,7 @@ from transaction.interfaces import ISynchronizer, TransientError
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.documented import implements
 from zreconnect.exceptions import DisconnectionError
-from zreconnect.integrations import needs
+from zreconnect.integrations import check_scheme, needs
 from zreconnect.options import Options, Witness
 from zreconnect.policy import PERSIST, RetryPolicy
 from zreconnect.server import server_from_dsn
@@ -142,15 +142,7 @@ def register(
 
     Raises TypeError or ValueError, naming the argument, for one that makes no sense.
     """
-    if not isinstance(scheme, str):
-        raise TypeError(f"scheme must be a string, not {scheme!r}")
-    if not scheme or ":" in scheme:
-        raise ValueError(f"scheme must be what stands before the colon of a URI, not {scheme!r}")
-    if scheme in OTHER_BACKENDS:
-        raise ValueError(
-            f"scheme must not be {scheme!r}, which is another database of SQLObject's: only "
-            "PostgreSQL is supported"
-        )
+    check_scheme(scheme, OTHER_BACKENDS, "SQLObject")
 
     class Registered(ReconnectingPostgres):
         options = Options(policy, witness, on_connect, response_timeout)

@@ -15,7 +15,7 @@ from typing import Any
 from transaction import Transaction
 from transaction.interfaces import TransientError
 
-from zreconnect.integrations import needs
+from zreconnect.integrations import check_scheme, needs
 
 with needs(__name__, "zreconnect[storm]"):
     import storm.exceptions
@@ -254,15 +254,7 @@ def register(
     def create_from_uri(uri: URI) -> ReconnectingPostgres:
         return ReconnectingPostgres(uri, policy, witness, on_connect, response_timeout)
 
-    if not isinstance(scheme, str):
-        raise TypeError(f"scheme must be a string, not {scheme!r}")
-    if not scheme or ":" in scheme:
-        raise ValueError(f"scheme must be what stands before the colon of a URI, not {scheme!r}")
-    if scheme in OTHER_BACKENDS:
-        raise ValueError(
-            f"scheme must not be {scheme!r}, which is another database of Storm's: only PostgreSQL "
-            "is supported"
-        )
+    check_scheme(scheme, OTHER_BACKENDS, "Storm")
     # Checks the other arguments.
     create_from_uri(URI("postgres:postgres"))
     register_scheme(scheme, create_from_uri)

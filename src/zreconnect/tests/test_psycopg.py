@@ -33,6 +33,7 @@ from zreconnect import (
 from zreconnect.drivers import psycopg as psycopg_driver
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests import (
+    test_begin_along,
     test_connection,
     test_round_trips,
     test_session,
@@ -1109,36 +1110,15 @@ class TransactionManagerTests(Psycopg, DatabaseTestCase):
 # BEGIN along with a statement.
 
 
-class BeginWithStatementTests(Psycopg, DatabaseTestCase):
+class BeginWithStatementTests(Psycopg, test_begin_along.BeginAlongTestCase):
     """A transaction begins along with its first statement."""
 
     witnesses = ("xid", XidWitness(at_commit=True), Ledger(), None)
-
-    def setUp(self):
-        super().setUp()
-        self.make_table()
-        # It counts what is executed, in transactions that are rolled back too.
-        self.query("CREATE SEQUENCE executions")
-
-    def ready(self, **keywords):
-        """A connection with a session, and without a transaction."""
-        connection = self.connect(**keywords)
-        connection.begin()
-        connection.rollback()
-        return connection
 
     def insert(self, connection, name="one"):
         return connection.execute(
             "INSERT INTO item SELECT %s || nextval('executions') RETURNING name", (name,)
         )
-
-    def executions(self):
-        """How often `insert` was executed since it was asked last."""
-        ((count,),) = self.query(
-            "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM executions"
-        )
-        self.query("SELECT setval('executions', 1, false)")
-        return count
 
     def test_the_witness_knows_the_id_of_the_transaction(self):
         connection = self.ready()
