@@ -192,6 +192,11 @@ class RunningTests(unittest.TestCase):
             "    def test_fails_in_part(self):\n"
             "        with self.subTest(): self.fail()\n"
             "        with self.subTest(): pass\n"
+            "class Unsupported(unittest.TestCase):\n"
+            "    def run(self, result):\n"
+            "        result.startTest(self)\n"
+            "        result.addSkip(self, '')\n"
+            "    def test_is_not_supported(self): pass\n"
         )
         self.assertEqual(
             {name.rpartition("test_")[2]: outcome for name, (outcome, _) in outcomes.items()},
@@ -203,10 +208,11 @@ class RunningTests(unittest.TestCase):
                 "is_expected_to_fail": "skipped",
                 "is_expected_to_fail_and_does_not": "failed",
                 "fails_in_part": "failed",
+                "is_not_supported": "skipped",
             },
         )
         self.assertIn("for a reason", outcomes["imaginary_tests.T.test_fails"][1])
-        self.assertEqual(printed, "imaginary, bare: 7 tests\n")
+        self.assertEqual(printed, "imaginary, bare: 8 tests\n")
 
     def test_what_hangs_is_named_and_ended(self):
         outcomes, printed = self.run_tests(
