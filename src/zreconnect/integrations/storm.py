@@ -27,7 +27,6 @@ from zreconnect.connection import ReconnectingConnection
 from zreconnect.drivers.psycopg2 import Psycopg2DisconnectionError
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.interfaces import PREPARED
-from zreconnect.link import Link
 from zreconnect.options import Witness
 from zreconnect.policy import PERSIST, RetryPolicy
 from zreconnect.server import server_from_dsn
@@ -56,16 +55,23 @@ class StormTransientError(storm.exceptions.OperationalError, TransientError):
 class StoreBranch(TwoPhaseDataManager):
     """The part that one store has in a two-phase commit.
 
-    global_id: the same for all stores that take part, and for nothing else.
+    global_id: the same for all stores that take part, and for nothing else under way.
     """
 
     # zstorm ends each store but once.
     tells_in_abort = False
 
+    transaction: Transaction
+
     def __init__(self, connection: StoreConnection, global_id: str) -> None:
-        with _lock:
-            self.transaction = _global_transactions.setdefault(global_id, Transaction())
+        latest = _latest_branches.get(global_id)
+        if latest is None or not latest.is_present():
+            # What has ended is no part of another transaction with its id.
+            self.transaction = Transaction()
+        else:
+            self.transaction = latest.transaction
         super().__init__(connection, self.transaction)
+        _latest_branches[global_id] = self
 
     def tpc_finish(self, transaction: Transaction) -> None:
         """Commit what is prepared.
@@ -83,8 +89,7 @@ class StoreBranch(TwoPhaseDataManager):
 
 
 _lock = threading.Lock()
-# What the branches of one transaction share; they keep it.
-_global_transactions: weakref.WeakValueDictionary[str, Transaction] = weakref.WeakValueDictionary()
+_latest_branches: weakref.WeakValueDictionary[str, StoreBranch] = weakref.WeakValueDictionary()
 
 
 class StoreConnection(ReconnectingConnection):
@@ -95,12 +100,7 @@ class StoreConnection(ReconnectingConnection):
     the ``xid`` that it was begun with.
     """
 
-    __slots__ = ("_branch",)
-
-    def _start(self, link: Link) -> None:
-        super()._start(link)
-        # Here, as a transaction has its data managers.
-        self._branch: StoreBranch | None = None
+    __slots__ = ()
 
     def xid(self, format_id: int | None, gtrid: str, bqual: str | None) -> Xid:
         """PEP 249's transaction id. Without a ``format_id``, ``gtrid`` is the name that the server
@@ -118,8 +118,8 @@ class StoreConnection(ReconnectingConnection):
                 raise self.ProgrammingError("tpc_begin() was called already")
             if self.autocommit:
                 raise self.ProgrammingError("tpc_begin() in autocommit mode")
-            self._branch = StoreBranch(self, xid[1])
-            self.work.become_part(self._branch)
+            with _lock:
+                self.work.become_part(StoreBranch(self, xid[1]))
 
     def tpc_prepare(self) -> None:
         """Prepare the transaction; see `TwoPhaseDataManager.tpc_vote`."""

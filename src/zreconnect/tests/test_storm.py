@@ -1025,8 +1025,8 @@ class TwoPhaseOfAStoreTests(TwoPhaseTestCase):
         uris = dict(self.zstorm.get_default_uris())
         return [uris[side.dbname] for side in self.sides]
 
-    def begin(self):
-        global_id = uuid.uuid4().hex
+    def begin(self, global_id=None):
+        global_id = global_id or uuid.uuid4().hex
         for number, store in enumerate(self.stores):
             store.begin(Xid(0, global_id, str(number)))
             store.add(Item("one"))
@@ -1050,6 +1050,16 @@ class TwoPhaseOfAStoreTests(TwoPhaseTestCase):
         for store in self.stores:
             store.rollback()
         self.check()
+
+    def test_the_same_id_again(self):
+        """It may be given again as soon as nothing is under way with it."""
+        for ends, names in (("commit", ["one"]), ("rollback", ["one"]), ("commit", ["one", "one"])):
+            self.begin("the same")
+            for store in self.stores:
+                store.prepare()
+            for store in self.stores:
+                getattr(store, ends)()
+            self.check(*names)
 
     def test_commit_without_prepare(self):
         self.begin()
