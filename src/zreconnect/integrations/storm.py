@@ -61,17 +61,17 @@ class StoreBranch(TwoPhaseDataManager):
     # zstorm ends each store but once.
     tells_in_abort = False
 
-    transaction: Transaction
-
     def __init__(self, connection: StoreConnection, global_id: str) -> None:
-        latest = _latest_branches.get(global_id)
-        if latest is None or not latest.is_present():
-            # What has ended is no part of another transaction with its id.
-            self.transaction = Transaction()
-        else:
-            self.transaction = latest.transaction
+        self._global_id = global_id
+        # What has ended is no part of another transaction with its id.
+        others = (
+            each.transaction
+            for each in _branches
+            if each._global_id == global_id and each.is_present()
+        )
+        self.transaction: Transaction = next(others, None) or Transaction()
         super().__init__(connection, self.transaction)
-        _latest_branches[global_id] = self
+        _branches.add(self)
 
     def tpc_finish(self, transaction: Transaction) -> None:
         """Commit what is prepared.
@@ -89,7 +89,7 @@ class StoreBranch(TwoPhaseDataManager):
 
 
 _lock = threading.Lock()
-_latest_branches: weakref.WeakValueDictionary[str, StoreBranch] = weakref.WeakValueDictionary()
+_branches: weakref.WeakSet[StoreBranch] = weakref.WeakSet()
 
 
 class StoreConnection(ReconnectingConnection):

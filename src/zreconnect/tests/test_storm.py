@@ -1061,6 +1061,21 @@ class TwoPhaseOfAStoreTests(TwoPhaseTestCase):
                 getattr(store, ends)()
             self.check(*names)
 
+    def test_a_store_that_begins_anew_is_part_of_what_goes_on(self):
+        self.begin("the same")
+        anew = self.stores[1]
+        anew.rollback()
+        anew.begin(Xid(0, "the same", "1"))
+        anew.add(Item("one"))
+        anew.flush()
+        for store in self.stores:
+            store.prepare()
+        with self.assertRaisesRegex(storm.exceptions.ProgrammingError, "prepared first"):
+            anew.commit()
+        for store in self.stores:
+            store.commit()
+        self.check("one")
+
     def test_commit_without_prepare(self):
         self.begin()
         self.sides[0].lose_answer()
