@@ -38,6 +38,8 @@ def begin(work: Work, explicit: bool, policy: RetryPolicy, statement: Any = None
     work.note(Event.BEGUN)
     if work.patience.is_shared:
         work.patience.has_begun()
+    if work.link.changes:
+        work.link.tell_changes()
     return True
 
 

@@ -17,9 +17,12 @@ logger = logging.getLogger("zreconnect")
 
 @dataclass(frozen=True)
 class Event:
-    """Common to all: ``level`` is that of the line in the log."""
+    """Common to all."""
 
-    level: ClassVar[int] = logging.WARNING
+    @property
+    def level(self) -> int:
+        """That of the line in the log."""
+        return logging.WARNING
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,28 @@ class CommitLookedUp(ConnectionEvent):
 
     def __str__(self) -> str:
         return f"The outcome of a COMMIT whose answer from {self.server} was lost: {self.outcome}"
+
+
+@dataclass(frozen=True)
+@implements(interfaces.IHistoryChanged)
+class HistoryChanged(ConnectionEvent):
+    evidence: str
+    is_missing: bool | None
+
+    @property
+    def level(self) -> int:
+        return {True: logging.ERROR, False: logging.INFO, None: logging.WARNING}[self.is_missing]
+
+    def __str__(self) -> str:
+        if self.is_missing:
+            return (
+                f"Acknowledged work is missing in {self.server}: {self.evidence}. Find out what "
+                "was committed shortly before the last failover, restore or crash, by any "
+                "connection, and do it again; a former primary has it until it is overwritten"
+            )
+        return f"The history of {self.server} has changed: {self.evidence}" + (
+            ". What was committed shortly before may be missing" if self.is_missing is None else ""
+        )
 
 
 @dataclass(frozen=True)

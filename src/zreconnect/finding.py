@@ -49,6 +49,7 @@ def find_out(work: Work, raw: Any, policy: RetryPolicy) -> Finding:
     def first_use(raw: Any) -> None:
         nonlocal outcome
         if outcome is None:
+            link.check_takes_writes(raw)
             outcome = link.observer.outcome(raw)
         link.record_session(raw)
 

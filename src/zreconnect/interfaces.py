@@ -403,7 +403,8 @@ class IDriver(Interface):
 
     def takes_writes(raw):
         """Whether the server takes writes, as far as it knows. One round trip, after a session was
-        lost by an error for which `is_refused_by_standby` is true."""
+        lost by an error for which `is_refused_by_standby` is true, and before it is asked what
+        became of a transaction."""
 
     def has_transaction_ids(raw):
         """Whether the server tells transactions' ids, and what became of them."""
@@ -487,9 +488,18 @@ class IObserver(Interface):
         "Whether nothing may go along with BEGIN, because the transaction's first statement must "
         "come first. Set before the transaction begins; `commit` then records what the rider would."
     )
+    is_replaced = Attribute(
+        "Whether a statement of the program's has ended the transaction, so that what is committed "
+        "is another one. Set before `commit`."
+    )
+    history = Attribute(
+        "The `zreconnect.history.History` of the last session whose server told one, or None."
+    )
 
     def record_session(raw, settings):
-        """Record the session. Raises the driver's errors."""
+        """Record the session. Returns a `zreconnect.history.Change` if the server goes on in
+        another history than that of the last session, or without what was acknowledged there; else
+        None. Raises the driver's errors."""
 
     needs_row = Attribute("Whether `began` has to be told at once what the rider has returned.")
 
@@ -511,6 +521,9 @@ class IObserver(Interface):
 
     def commit(raw):
         """Commit, after recording what is known only now. Raises the driver's errors."""
+
+    def acknowledged():
+        """The transaction is committed, by somebody else than `commit`."""
 
     def rollback(raw):
         """Roll back. Raises the driver's errors."""
@@ -1025,6 +1038,17 @@ class ICommitLookedUp(IConnectionEvent):
     """The answer to a COMMIT was lost, and the outcome was looked up."""
 
     outcome = Attribute("``committed``, ``aborted`` or ``unknown``.")
+
+
+class IHistoryChanged(IConnectionEvent):
+    """The server goes on in another history than that of the connection's last session, as after a
+    failover, or without what was acknowledged to the connection."""
+
+    evidence = Attribute("What shows it, in words.")
+    is_missing = Attribute(
+        "Whether something is missing that was acknowledged to the connection: True or False, if "
+        "that is proven, or None."
+    )
 
 
 class IGaveUp(IConnectionEvent):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,11 +12,14 @@ from typing import Any
 
 from zreconnect.documented import implements
 from zreconnect.drivers.base import Condition, Evidence, SessionSettings
+from zreconnect.history import Change, History
 from zreconnect.interfaces import IObserver, IWitness, Meaning
 from zreconnect.witness import Outcome, SessionObserver
 
 # How long a row of the ledger is kept that nobody has used.
 KEPT_DAYS = 30
+# For so many seconds after its last use none is removed, whatever the two clocks are like.
+KEPT_FOR_CERTAIN = (KEPT_DAYS - 1) * 24 * 60 * 60.0
 
 
 @implements(IWitness)
@@ -53,11 +57,45 @@ class LedgerObserver(SessionObserver):
         self._number = 0
         # Whether the last transaction has written it down.
         self._is_entered = False
+        # Whether there has been a row before the last transaction.
+        self._has_row = False
+        # When what was acknowledged last had begun.
+        self._used = 0.0
 
-    def record_session(self, raw: Any, settings: SessionSettings) -> None:
-        session = self._identify(raw)
-        if not session.is_standby and not self._driver.begins_read_only(raw, settings):
-            self._open_row(raw)
+    def record_session(self, raw: Any, settings: SessionSettings) -> Change | None:
+        session, before, row = self._identify(raw), self.history, self._id
+        if session.is_standby:
+            return None
+        evidence = session.history.difference(before) if session.history else ""
+        change = Change(evidence) if evidence else None
+        if not self._driver.begins_read_only(raw, settings):
+            change = self._change(evidence, self._open_row(raw))
+            if self._id != row:
+                self._acknowledged = None
+        # Last: what keeps us from coming here has the next session compared with the same.
+        self.history = session.history or before
+        return change
+
+    def _change(self, evidence: str, number: int | None) -> Change | None:
+        """What became of what was acknowledged, if anything did.
+
+        evidence: what shows that the history is another one, if it is. number: that in the row;
+        None if there is no row, and not above 0 if there was none in an attempt before.
+        """
+        acknowledged, found = self._acknowledged, number or 0
+        is_missing: bool | None = None
+        if acknowledged is not None and found > 0:
+            is_missing = found < acknowledged
+        elif acknowledged is not None and evidence:
+            # Unless it was removed because it was old.
+            is_missing = time.monotonic() - self._used < KEPT_FOR_CERTAIN or None
+        if is_missing or found <= 0:
+            self._acknowledged = None
+        if is_missing is None or not (evidence or is_missing):
+            return Change(evidence) if evidence else None
+        there = f"{self._table} has number {found}" if found > 0 else f"{self._table} has none"
+        known = f"of this connection's transactions number {acknowledged} was acknowledged, {there}"
+        return Change("; ".join(filter(None, (evidence, known))), is_missing)
 
     def rider(self, raw: Any, settings: SessionSettings, along: bool = False) -> str:
         self._note_begin(raw, settings, along)
@@ -72,7 +110,13 @@ class LedgerObserver(SessionObserver):
             if self._driver.query(raw, "SHOW transaction_read_only") == [("off",)]:
                 self._driver.query(raw, self._enter())
             self.may_have_written = True
-        super().commit(raw)
+        self._driver.commit(raw)
+        self._is_under_way = False
+        self.acknowledged()
+
+    def acknowledged(self) -> None:
+        if self._is_entered and not self.is_replaced:
+            self._acknowledged, self._used, self._has_row = self._number, self._sent, True
 
     def _is_to_enter(self) -> bool:
         """Whether the transaction is for the ledger. Where there was a standby, there is no row."""
@@ -86,27 +130,48 @@ class LedgerObserver(SessionObserver):
         return self._upsert(self._number, f"number = {self._number}, used = now()")
 
     def outcome(self, raw: Any) -> Outcome:
-        if not self._is_entered:
+        if not self._is_entered or self.is_replaced:
             return Outcome.UNKNOWN
         driver = self._driver
         limit = driver.limit_lock_waits(raw, self._patience_left())
+        number: int | None = -self._number
         try:
             # The transaction has the row locked until it has ended, whichever way, and also if
             # nobody else can see it yet. This COMMIT is as durable as that one would have been.
             with self._transaction(raw, self._upsert(-self._number, "used = now()")):
-                rows = driver.query(
+                ((number,),) = driver.query(
                     raw, f"SELECT number FROM {self._table} WHERE id = %s", (self._id,)
                 )
         except driver.module.Error as error:
-            if driver.condition(error) is not Condition.LOCK_NOT_AVAILABLE:
+            condition = driver.condition(error)
+            if condition is Condition.LOCK_NOT_AVAILABLE:
+                number = None
+            elif condition is not Condition.UNDEFINED_TABLE or not self._goes_on(raw, False):
                 raise
-            rows = [(-self._number,)]
         driver.limit_lock_waits(raw, limit)
-        ((number,),) = rows
-        if number == -self._number:
-            # Somebody had removed the row.
-            return Outcome.UNKNOWN
-        return Outcome.COMMITTED if number == self._number else Outcome.ABORTED
+        if number == self._number:
+            self.acknowledged()
+            return Outcome.COMMITTED
+        has_row = number != -self._number
+        is_aborted = number is not None and self._goes_on(raw, has_row)
+        return Outcome.ABORTED if is_aborted else Outcome.UNKNOWN
+
+    def _goes_on(self, raw: Any, has_row: bool) -> bool:
+        """Whether the server's history goes on, for good, without what is not in the row.
+
+        What a former primary, even one that lives on, commits after a standby's promotion never
+        gets there. Between two systems it may be on its way.
+
+        has_row: whether there is a row. If not, somebody may have removed it, unless the server
+        goes on from before it was made, or it was for the transaction to make it.
+        """
+        assert self._session is not None
+        before = self._session.history
+        is_certain = has_row or not self._has_row
+        if before is None:
+            return is_certain
+        now: History = self._driver.identify(raw).history or before
+        return now.is_of_system(before) and (is_certain or now.has_forked(before))
 
     def describe(self) -> str:
         if not self._is_entered:
@@ -153,10 +218,11 @@ class LedgerObserver(SessionObserver):
                 driver.rollback(raw)
             raise
 
-    def _open_row(self, raw: Any) -> None:
+    def _open_row(self, raw: Any) -> int | None:
+        """Have a row for the connection; returns the number in the one that it had, if any."""
         self._resolve_name(raw)
         try:
-            self._insert_row(raw)
+            return self._insert_row(raw)
         except self._driver.module.Error as error:
             condition = self._driver.condition(error)
             if condition is Condition.READ_ONLY_TRANSACTION:
@@ -168,7 +234,7 @@ class LedgerObserver(SessionObserver):
                 raise
             make_ledger(self._driver, raw, self._table)
             self._resolve_name(raw)
-            self._insert_row(raw)
+            return self._insert_row(raw)
 
     def _resolve_name(self, raw: Any) -> None:
         """Settle which table it is, once: what the session looks for by a name may change."""
@@ -176,14 +242,17 @@ class LedgerObserver(SessionObserver):
             self._own_table = self._driver.full_name(raw, self._table)
             self._table = self._own_table or self._table
 
-    def _insert_row(self, raw: Any) -> None:
+    def _insert_row(self, raw: Any) -> int | None:
         """Insert the connection's row, unless it is there from an earlier session and free, and
         remove those that nobody has used for long."""
         query, table = self._driver.query, self._table
         unused = f"used < now() - INTERVAL '{KEPT_DAYS}' DAY"
         with self._transaction(raw):
-            free = f"SELECT 1 FROM {table} WHERE id = %s {self._driver.ledger_free}"
-            if not query(raw, free, (self._id,)):
+            mine = f"SELECT number FROM {table} WHERE id = %s"
+            numbers = query(raw, f"{mine} {self._driver.ledger_free}", (self._id,))
+            if not numbers:
+                if self._acknowledged is not None:
+                    numbers = query(raw, mine, (self._id,))
                 # Whoever has it locked, for as long as he likes, has that one to himself.
                 self._id = str(uuid.uuid4())
                 query(raw, f"INSERT INTO {table} (id) VALUES (%s)", (self._id,))
@@ -192,6 +261,8 @@ class LedgerObserver(SessionObserver):
         # By their ids: MySQL's DELETE waits for the locks of those it passes by.
         for (identifier,) in rows:
             query(raw, f"DELETE FROM {table} WHERE id = %s AND {unused}", (str(identifier),))
+        self._has_row = True
+        return int(numbers[0][0]) if numbers else None
 
 
 def make_ledger(driver: Any, raw: Any, table: str) -> None:

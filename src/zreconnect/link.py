@@ -11,6 +11,7 @@ from typing import Any
 
 from zreconnect import events
 from zreconnect.drivers.base import SessionSettings
+from zreconnect.history import Change
 from zreconnect.options import Options
 from zreconnect.policy import LONGEST_ATTEMPT, RetryPolicy
 from zreconnect.server import AttemptFailed, Server
@@ -38,6 +39,7 @@ class Link:
     another one in another process.
     readers: refer to the cursors that have rows which would be lost with the session.
     keepers: the cursors that have kept them, or have fetched some that they have not given yet.
+    changes: of the server's history, that are to be told.
     """
 
     def __init__(self, server: Server, options: Options) -> None:
@@ -60,6 +62,7 @@ class Link:
         self.keepers: weakref.WeakSet[Any] = weakref.WeakSet()
         # Whether a server has refused a write since.
         self._was_refused = False
+        self.changes: list[Change] = []
 
     def fork(self) -> Link:
         """For another connection with the same settings."""
@@ -117,8 +120,8 @@ class Link:
                 # Until the orphan of the session before has ended, it can commit late, and holds
                 # locks.
                 self.observer.fence(raw)
-                if was_refused and self.needs_writes() and not self.driver.takes_writes(raw):
-                    raise AttemptFailed(self.driver.module.OperationalError(TAKES_NO_WRITES))
+                if was_refused and self.needs_writes():
+                    self.check_takes_writes(raw)
                 first_use(raw)
             except self.driver.module.Error as error:
                 if self.is_refused(error, raw):
@@ -131,11 +134,27 @@ class Link:
             return had_session
 
         open_session(self.server, policy, check, prepare, adopt)
+        self.tell_changes()
+
+    def check_takes_writes(self, raw: Any) -> None:
+        """Have an attempt fail if the server takes no writes. What is missing on a standby proves
+        nothing, and what is there may not be the last of it."""
+        if not self.driver.takes_writes(raw):
+            raise AttemptFailed(self.driver.module.OperationalError(TAKES_NO_WRITES))
 
     def record_session(self, raw: Any) -> None:
         """Have the observer know a new session. Raises the driver's errors."""
-        self.observer.record_session(raw, self.settings)
+        change = self.observer.record_session(raw, self.settings)
+        if change is not None:
+            self.changes.append(change)
         self.is_on_standby = self.driver.is_standby(raw)
+
+    def tell_changes(self) -> None:
+        """Announce what the sessions have shown of the server's history."""
+        while self.changes:
+            change = self.changes.pop(0)
+            address = self.server.address
+            events.announce(events.HistoryChanged(address, change.evidence, change.is_missing))
 
     def keep_rows(self, at_most: float = math.inf) -> None:
         """Have rows kept that would be lost with the session, of each cursor unless it has more."""
@@ -204,3 +223,9 @@ class Link:
         # In one step: no session is there without who knows it, nor this one with who knows it not.
         self.session, self.observer = NO_SESSION, observer
         self.end()
+
+    def replace_observer(self) -> None:
+        """As `renew_observer`, for the same process: it knows which history the server's was."""
+        history = self.observer.history
+        self.renew_observer()
+        self.observer.history = history

@@ -76,8 +76,10 @@ def recover(
         found.sort(key=lambda pair: not _decides(pair[1].gid))
         results: list[PreparedTransaction] = []
         for database, prepared in found:
-            to_be_rolled_back = () if settle else {each.gid for each in results}
-            outcome, reason = _decide(prepared.gid, databases, to_be_rolled_back)
+            to_be_rolled_back = {
+                each.gid for each in results if each.decision == "rollback" and not settle
+            }
+            outcome, reason = _decide(prepared.gid, database, databases, to_be_rolled_back)
             result = replace(prepared, decision=DECISIONS[outcome], reason=reason)
             if settle and outcome is not Outcome.UNKNOWN:
                 results += database.settle(result, outcome)
@@ -95,8 +97,12 @@ class _Database:
         self.address = server.address
         self.raw = server.connect_once(CONNECT_TIMEOUT)
         stack.callback(self.driver.close, self.raw)
-        ((self.system_identifier, _),) = self.driver.query(self.raw, CLUSTER)
+        ((self.system_identifier, self.timeline),) = self.driver.query(self.raw, CLUSTER)
         ((self.name,),) = self.driver.query(self.raw, "SELECT current_database()")
+
+    def went_back(self, branch: Branch) -> bool:
+        """Whether what was committed last may be lost, since that branch was prepared here."""
+        return bool(self.timeline != branch.timeline)
 
     def prepared(self, older_than: float) -> list[PreparedTransaction]:
         rows = self.driver.query(
@@ -128,14 +134,24 @@ def _decides(gid: str) -> bool:
 
 
 def _decide(
-    gid: str, databases: Sequence[_Database], to_be_rolled_back: Collection[str]
+    gid: str,
+    database: _Database,
+    databases: Sequence[_Database],
+    to_be_rolled_back: Collection[str],
 ) -> tuple[Outcome, str]:
-    """What is to become of a prepared transaction, and why."""
+    """What is to become of a prepared transaction, and why. database: the one where it is."""
     branch = Branch.from_gid(gid)
     if branch is None:
         return Outcome.UNKNOWN, "another version of zreconnect has named it"
-    if branch.number == 0:
+    if branch.number == 0 and not database.went_back(branch):
         return Outcome.ABORTED, "it is the deciding branch, and was not committed"
+    if branch.number == 0:
+        return Outcome.UNKNOWN, (
+            "it is the deciding branch, and was not committed as far as its cluster knows, which "
+            f"goes on in timeline {database.timeline} since a failover or a restore. It may have "
+            f"been in timeline {branch.timeline}: look whether the other databases have the "
+            "transaction's work, and end it by hand as they have it"
+        )
     there = f"the deciding branch, in the database {branch.database},"
     cluster = next(
         (each for each in databases if each.system_identifier == branch.system_identifier), None
@@ -150,12 +166,14 @@ def _decide(
         if branch.deciding.gid in to_be_rolled_back:
             return Outcome.ABORTED, f"{there} was not committed, and is rolled back first"
         return Outcome.UNKNOWN, (
-            f"{there} is still prepared: give its DSN, too, or wait until it is old enough"
+            f"{there} is still prepared: end that first, give its DSN, too, or wait until it is "
+            "old enough"
         )
     outcome = decided(cluster.driver, cluster.raw, branch)
     return outcome, {
         Outcome.COMMITTED: f"{there} was committed",
-        Outcome.ABORTED: f"{there} was not committed",
+        Outcome.ABORTED: f"{there} was not committed"
+        + (", or a failover has lost it" if cluster.went_back(branch) else ""),
         Outcome.UNKNOWN: f"{there} has no certain outcome: it is too long ago, or its cluster has "
         "failed over or been restored since; look there for the work of the transaction",
     }[outcome]

@@ -112,7 +112,7 @@ class OwnBranch(TwoPhaseDataManager):
 
     def let_go(self) -> None:
         """Leave what is prepared to whoever knows its name."""
-        self._link.renew_observer()
+        self._link.replace_observer()
         self._release()
 
 
@@ -263,9 +263,17 @@ class TwoPhaseCalls(SettingsOfSessions):
 
     def _is_still_prepared(self, gid: str) -> tuple[bool | None, BaseException | None]:
         """Whether that name is still there, or None and what has kept us from knowing."""
+        link = self.work.link
+        found: bool | None = None
+
+        def first_use(raw: Any) -> None:
+            nonlocal found
+            link.check_takes_writes(raw)
+            found = is_prepared(link.driver, raw, gid)
+            link.record_session(raw)
+
         try:
-            self.guard.need_live_session(asks=True)
-            with self.guard.asking():
-                return is_prepared(self.work.link.driver, self.work.link.session.raw, gid), None
+            self.work.open(first_use, self.work.patience.policy, self.work.check_open)
+            return found, None
         except lookup_errors(self.work) as problem:
-            return None, problem
+            return found, problem

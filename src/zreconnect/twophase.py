@@ -161,6 +161,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
 
         def first_use(raw: Any) -> None:
             nonlocal found
+            self._link.check_takes_writes(raw)
             found = self._is_there(raw, branch)
 
         try:
@@ -261,14 +262,15 @@ class TwoPhaseDataManager(ConnectionDataManager):
 
         def first_use(raw: Any) -> None:
             nonlocal outcome
-            outcome = self._end_in_session(raw, branch, wanted)
+            link.check_takes_writes(raw)
+            outcome = self._end_observed(raw, branch, wanted)
             link.record_session(raw)
 
         session = link.session
         if session is not NO_SESSION:
             try:
                 with session.watch.awaiting(options.response_timeout):
-                    outcome = self._end_in_session(session.raw, branch, wanted)
+                    outcome = self._end_observed(session.raw, branch, wanted)
             except BaseException as error:
                 if not self.guard.meet(error, Moment.END_BRANCH):
                     raise
@@ -285,6 +287,13 @@ class TwoPhaseDataManager(ConnectionDataManager):
         if outcome is not Outcome.UNKNOWN:
             self._release()
         return outcome, problem
+
+    def _end_observed(self, raw: Any, branch: Branch, wanted: Outcome) -> Outcome:
+        outcome = self._end_in_session(raw, branch, wanted)
+        if outcome is Outcome.COMMITTED:
+            # If a failover has lost this branch, the next record of a session tells.
+            self._link.observer.acknowledged()
+        return outcome
 
     def _end_in_session(self, raw: Any, branch: Branch, wanted: Outcome) -> Outcome:
         deadline = time.monotonic() + PATIENCE_WITH_ORPHANS
@@ -307,11 +316,8 @@ class TwoPhaseDataManager(ConnectionDataManager):
             return wanted
         outcome = decided(self._driver, raw, branch)
         if outcome is Outcome.UNKNOWN:
-            # After a failover a ledger knows more. Only this answer of its is final: a transaction
-            # that was not to write has no entry.
-            observed: Outcome = self._link.observer.outcome(raw)
-            if observed is Outcome.COMMITTED:
-                return observed
+            # After a failover a ledger knows more.
+            outcome = self._link.observer.outcome(raw)
         return outcome
 
     def _leave(self, branch: Branch, why: str, problem: BaseException | None = None) -> None:
@@ -326,7 +332,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
             error,
         )
         # Prepared, it has its ledger's row locked: the connection needs another one.
-        self._link.renew_observer()
+        self._link.replace_observer()
         self._release()
 
     def _release(self) -> None:

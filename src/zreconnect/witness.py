@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import enum
 import time
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 from zreconnect.documented import documented_by, implements
 from zreconnect.drivers.base import Evidence, Mark, ServerSession, SessionSettings
+from zreconnect.history import Change, History
 from zreconnect.interfaces import IObserver, IWitness
 
 # How long an orphaned server process that was told to end, or may not be told to, is waited for:
@@ -61,19 +61,6 @@ class Outcome(enum.Enum):
     UNKNOWN = "unknown"
 
 
-@dataclass(frozen=True)
-class History:
-    """What stays the same as long as a transaction id means the same transaction.
-
-    A crash of the server may hand out ids again whose WAL was not flushed; it resets the
-    statistics. A failover goes on in another timeline, a restored backup may be another system.
-    """
-
-    system_identifier: Any
-    timeline: str
-    stats_reset: Any
-
-
 @implements(IWitness)
 class XidWitness:
     """Records the transaction id, and asks the server what became of it.
@@ -114,14 +101,16 @@ class NoObserver:
     watches_statements = False
     waits = False
     needs_row = False
+    is_replaced = False
+    history: History | None = None
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver
         # Without a server no answer is lost: a connection that was closed has not committed.
         self.may_have_written = driver.has_sessions
 
-    def record_session(self, raw: Any, settings: SessionSettings) -> None:
-        """Nothing is recorded."""
+    def record_session(self, raw: Any, settings: SessionSettings) -> Change | None:
+        return None
 
     def rider(self, raw: Any, settings: SessionSettings, along: bool = False) -> str:
         return ""
@@ -137,6 +126,9 @@ class NoObserver:
 
     def commit(self, raw: Any) -> None:
         self._driver.commit(raw)
+
+    def acknowledged(self) -> None:
+        """Nothing is recorded."""
 
     def rollback(self, raw: Any) -> None:
         self._driver.rollback(raw)
@@ -184,6 +176,8 @@ class SessionObserver(NoObserver):
         # Whether the program has the raw connection.
         self._is_handed_out = False
         self.may_have_written = False
+        # What stands for the last transaction that was acknowledged, if any.
+        self._acknowledged: int | None = None
 
     def began(self, row: Any) -> None:
         self._began = time.monotonic()
@@ -196,10 +190,6 @@ class SessionObserver(NoObserver):
     def executed(self, raw_cursor: Any) -> None:
         if raw_cursor is None or not self._driver.looks_like_reading(raw_cursor):
             self._has_written = self.may_have_written = True
-
-    def commit(self, raw: Any) -> None:
-        self._driver.commit(raw)
-        self._is_under_way = False
 
     def rollback(self, raw: Any) -> None:
         self._driver.rollback(raw)
@@ -246,7 +236,7 @@ class SessionObserver(NoObserver):
         self._is_under_way = True
         self._sent, self._began = time.monotonic(), None
         self._goes_along = along
-        self._has_written = False
+        self._has_written = self.is_replaced = False
         # Behind a pooler another server may have taken the place of a standby.
         self.may_have_written = (
             not self._session.is_standby or self._session.is_pooled
@@ -292,13 +282,28 @@ class XidObserver(SessionObserver):
         self._xid: int | None = None
         # Those of the transaction, and of those in which it was looked up in vain.
         self._marks: tuple[Mark, ...] = ()
-        self._history: History | None = None
 
-    def record_session(self, raw: Any, settings: SessionSettings) -> None:
-        session = self._identify(raw)
-        self._history = None
-        if self._knows_ids and not session.is_standby:
-            self._history = self._present_history(raw)
+    def record_session(self, raw: Any, settings: SessionSettings) -> Change | None:
+        now, before = self._identify(raw).history, self.history
+        if now is None:
+            return None
+        change = self._change(raw, before, now) if before is not None and before != now else None
+        self.history = now
+        return change
+
+    def _change(self, raw: Any, before: History, now: History) -> Change | None:
+        """What became of what was acknowledged, if anything did."""
+        evidence, xid, outcome = now.difference(before), self._acknowledged, Outcome.UNKNOWN
+        if xid is not None and now.is_of_system(before):
+            # That it is committed proves nothing: the id may be another transaction's by now.
+            outcome = outcome_by_id(self._driver, raw, xid, believe=False)
+        is_missing = outcome is Outcome.ABORTED or None
+        if evidence or is_missing:
+            self._acknowledged = None
+        if is_missing:
+            lost = f"transaction {xid} was acknowledged, and is not committed"
+            evidence = "; ".join(filter(None, (evidence, lost)))
+        return Change(evidence, is_missing) if evidence else None
 
     def rider(self, raw: Any, settings: SessionSettings, along: bool = False) -> str:
         has_answer = not along or self._driver.answers_begin
@@ -333,6 +338,8 @@ class XidObserver(SessionObserver):
         else:
             self._commit_unless_written(raw)
         self._is_under_way = False
+        if self._xid is not None and not self.is_replaced:
+            self._acknowledged = self._xid
 
     def _commit_with_id(self, raw: Any, question: str) -> None:
         if not self._driver.in_failed_transaction(raw):
@@ -350,6 +357,10 @@ class XidObserver(SessionObserver):
             self._ask_id(raw, GO_ON + ASSIGNED_ID)
             self._driver.commit(raw)
 
+    def acknowledged(self) -> None:
+        if self._xid is not None and not self.is_replaced:
+            self._acknowledged = self._xid
+
     def _ask_id(self, raw: Any, question: str) -> None:
         # As long as no COMMIT is sent that has something to commit, losing the session rolls back.
         self.may_have_written = False
@@ -358,14 +369,17 @@ class XidObserver(SessionObserver):
         self.may_have_written = self._xid is not None
 
     def outcome(self, raw: Any) -> Outcome:
-        if self._xid is None:
+        assert self._session is not None
+        before = self._session.history
+        if self._xid is None or before is None:
             return Outcome.UNKNOWN
-        history = self._present_history(raw)
-        if not self._is_same_system(history):
+        now: History | None = self._driver.identify(raw).history
+        if now is None or not now.is_of_system(before):
             return Outcome.UNKNOWN
-        outcome = outcome_by_id(self._driver, raw, self._xid, believe=history == self._history)
+        outcome = outcome_by_id(self._driver, raw, self._xid, believe=now == before)
         if outcome is Outcome.COMMITTED:
             self._confirm(raw)
+            self._acknowledged = self._xid
         return outcome
 
     def _confirm(self, raw: Any) -> None:
@@ -377,13 +391,6 @@ class XidObserver(SessionObserver):
             self._marks += ((int(pid), start),)
         self._driver.commit(raw)
 
-    def _is_same_system(self, history: History | None) -> bool:
-        return (
-            history is not None
-            and self._history is not None
-            and history.system_identifier == self._history.system_identifier
-        )
-
     def describe(self) -> str:
         if self._xid is None:
             return f"{self._describe_session()} It had no transaction id."
@@ -392,18 +399,6 @@ class XidObserver(SessionObserver):
             f"SELECT pg_xact_status('{self._xid}'), which is only right if the server did not "
             "crash or fail over since."
         )
-
-    def _present_history(self, raw: Any) -> History | None:
-        try:
-            ((system_identifier, timeline, stats_reset),) = self._driver.query(
-                raw,
-                "SELECT system_identifier, substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8),"
-                " stats_reset FROM pg_control_system(), pg_stat_bgwriter",
-            )
-        except self._driver.module.ProgrammingError:
-            # Somebody took the right to ask away.
-            return None
-        return History(system_identifier, timeline, stats_reset)
 
 
 def outcome_by_id(driver: Any, raw: Any, xid: int, believe: bool) -> Outcome:

@@ -235,7 +235,8 @@ class Work:
         self.committing = session.raw
         self.own.sending()
         self.note(Event.COMMIT_LEAVES)
-        commit, limit = self.link.observer.commit, self.link.options.response_timeout
+        observer, limit = self.link.observer, self.link.options.response_timeout
+        observer.is_replaced, commit = self.link.was_ended, observer.commit
         if limit is None:
             commit(session.raw)
         else:
@@ -248,6 +249,7 @@ class Work:
         if self.savepoints:
             refuse(Answer.OPEN, self.link.driver, self.link.server.address)
         session = self.link.session
+        self.link.observer.is_replaced = self.link.was_ended
         self.note(Event.PREPARE_LEAVES)
         with session.watch.awaiting(self.link.options.response_timeout):
             self.link.driver.prepare_transaction(session.raw, gid)

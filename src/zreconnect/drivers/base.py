@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any, TypeAlias
 
 from zreconnect.documented import documented_by
+from zreconnect.history import History
 from zreconnect.interfaces import IDriver, Meaning
 
 __all__ = [
@@ -58,12 +59,14 @@ class ServerSession:
     start: what tells it from the others of that number.
     is_standby: whether the server takes no writes.
     is_pooled: whether a pooler lies in between, so that any transaction may be in another one.
+    history: that of the server; None if it is a standby, or does not tell.
     """
 
     pid: int
     start: Any
     is_standby: bool = False
     is_pooled: bool = False
+    history: History | None = None
 
 
 # A transaction as its server knows it: the number of its session, and its start there.

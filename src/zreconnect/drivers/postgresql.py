@@ -20,6 +20,7 @@ from zreconnect.drivers.base import (
     redirect_to_null,
     set_own_default,
 )
+from zreconnect.history import History
 from zreconnect.interfaces import IDriver, Meaning
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -177,6 +178,16 @@ FIRST_VERSION_WITH_XACT_STATUS = 130000
 # As the role that has logged in: after SET ROLE its other sessions may neither be seen nor ended.
 # Statements that are sent together are one transaction.
 AS_WHO_LOGGED_IN = "SET LOCAL SESSION AUTHORIZATION DEFAULT; SET LOCAL ROLE NONE; "
+# A standby has no timeline of its own.
+IDENTIFY = (
+    f"{AS_WHO_LOGGED_IN}SELECT pid, backend_start, pg_is_in_recovery(){{history}}"
+    " FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+)
+HISTORY = (
+    ", (SELECT system_identifier FROM pg_control_system()), CASE WHEN NOT pg_is_in_recovery()"
+    " THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END,"
+    " (SELECT stats_reset FROM pg_stat_bgwriter)"
+)
 # backend_xid has the lower half of a transaction id's 64 bits, as xmax has.
 # Who has been given the session, or the lock of our row, has it after our transaction's end.
 SINCE_BEGIN = "xact_start <= clock_timestamp() - make_interval(secs => %s)"
@@ -425,13 +436,15 @@ class PostgresqlDriver:
         return self.server_version(raw) >= FIRST_VERSION_WITH_XACT_STATUS
 
     def identify(self, raw: Any) -> ServerSession:
-        ((pid, start, is_standby),) = self.query(
-            raw,
-            f"{AS_WHO_LOGGED_IN}SELECT pid, backend_start, pg_is_in_recovery()"
-            " FROM pg_stat_activity WHERE pid = pg_backend_pid()",
-        )
+        try:
+            (row,) = self.query(raw, IDENTIFY.format(history=HISTORY))
+        except self.module.ProgrammingError:
+            # Somebody took the right to ask for the history away.
+            (row,) = self.query(raw, IDENTIFY.format(history=""))
+        pid, start, is_standby, *told = row
+        history = History(*told) if told and not is_standby else None
         # A pooler gives its clients numbers of its own, to cancel their requests.
-        return ServerSession(pid, start, is_standby, is_pooled=pid != raw.info.backend_pid)
+        return ServerSession(pid, start, is_standby, pid != raw.info.backend_pid, history)
 
     def end_session(self, raw: Any, session: ServerSession, evidence: Evidence) -> bool:
         seconds = max(0.0, time.monotonic() - evidence.began)

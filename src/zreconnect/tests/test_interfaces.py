@@ -85,6 +85,7 @@ class InterfaceTests(DatabaseTestCase):
                 events.ConnectionAttemptFailed("s", 1, 0.0, 0.0, error),
             ),
             (interfaces.ICommitLookedUp, events.CommitLookedUp("s", "committed")),
+            (interfaces.IHistoryChanged, events.HistoryChanged("s", "timeline", None)),
             (interfaces.IReconnected, events.Reconnected("s", 1, 0.0)),
             (interfaces.IGaveUp, events.GaveUp("s", 1, 0.0, error)),
             (interfaces.IRunAgain, events.RunAgain("f", 1, 0.0, 0.0, error)),

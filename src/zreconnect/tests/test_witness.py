@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import threading
+from dataclasses import replace
 from unittest import mock
 
 import psycopg
@@ -675,10 +676,9 @@ class XidTests(WitnessTestCase):
     def test_another_system_knows_nothing_of_it(self):
         connection = self.connect()
         self.insert(connection)
-        history = connection.work.link.observer._history
-        connection.work.link.observer._history = type(history)(
-            0, history.timeline, history.stats_reset
-        )
+        observer = connection.work.link.observer
+        history = replace(observer.history, system_identifier=0)
+        observer._session = replace(observer._session, history=history)
         self.forward.drop()
         with self.assertRaises(CommitOutcomeUnknown):
             connection.commit()
