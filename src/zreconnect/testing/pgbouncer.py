@@ -76,13 +76,20 @@ class EmbeddedPgBouncer(EmbeddedServer):
     def show(self, what: str) -> list[dict[str, Any]]:
         """What SHOW answers at PgBouncer's console, such as "pools" or "servers": a dictionary for
         each row. Raises psycopg2's errors."""
+        return self.command(f"SHOW {what}")
+
+    def command(self, statement: str) -> list[dict[str, Any]]:
+        """Have PgBouncer execute a command of its console, such as "PAUSE" or "KILL postgres".
+
+        Returns a dictionary for each row of the answer. Raises psycopg2's errors.
+        """
         with (
             closing(self._connect("pgbouncer", START_TIMEOUT)) as console,
             console.cursor() as cursor,
         ):
-            cursor.execute(f"SHOW {what}")
-            names = [column.name for column in cursor.description]
-            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+            cursor.execute(statement)
+            names = [column.name for column in cursor.description or ()]
+            return [dict(zip(names, row, strict=True)) for row in cursor] if names else []
 
     @staticmethod
     def _module() -> Any:
