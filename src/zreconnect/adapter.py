@@ -139,6 +139,7 @@ class ReconnectingDatabaseAdapter:
     response_timeout: seconds of silence after which a statement counts as a disconnect; None
     waits for ever.
     two_phase: commit in two phases, as for `connect`.
+    pooled: as for `connect`.
 
     It can be pickled; a copy has no connection.
 
@@ -154,6 +155,7 @@ class ReconnectingDatabaseAdapter:
         on_connect: Callable[[Any], object] | None = None,
         response_timeout: float | None = RESPONSE_TIMEOUT,
         two_phase: bool = False,
+        pooled: bool | None = None,
     ) -> None:
         self._driver_name = driver
         self._policy = FAIL_FAST
@@ -163,6 +165,7 @@ class ReconnectingDatabaseAdapter:
         self._on_connect = on_connect
         self._response_timeout = response_timeout
         self._two_phase = two_phase
+        self._pooled = pooled
         self._encoding: str | None = None
         self._dsn = dsn
         self._start()
@@ -180,6 +183,7 @@ class ReconnectingDatabaseAdapter:
             on_connect=self._on_connect,
             response_timeout=self._response_timeout,
             two_phase=self._two_phase,
+            pooled=self._pooled,
         )
         model.work.link.settings.client_encoding = self._encoding
         return model

@@ -77,6 +77,7 @@ def may_begin_along(work: Work) -> bool:
         # The answer to BEGIN tells whether a standby still is one.
         and not (link.is_on_standby and link.needs_writes())
         and (link.driver.answers_begin or not link.observer.needs_row)
+        and not link.observer.is_elsewhere
     )
 
 
@@ -145,7 +146,7 @@ def _send_begin(work: Work, raw: Any) -> None:
     link = work.link
     driver, observer, settings = link.driver, link.observer, link.settings
     observer.began(driver.begin(raw, settings, observer.rider(raw, settings)))
-    if link.is_on_standby and not driver.is_standby(raw):
+    if link.is_elsewhere(raw):
         # What was a standby takes writes, unwitnessed.
         observer.rollback(raw)
         link.record_session(raw)

@@ -59,6 +59,8 @@ class ReconnectingConnection(DriverCalls):
     two_phase: take part in the current transaction of ``transaction.manager``, and commit in two
     phases, so that the transaction can have a part in several databases. The servers must allow
     prepared transactions.
+    pooled: whether each transaction may have another server process, as behind PgBouncer with
+    ``pool_mode=transaction``; None finds out whether there is a pooler, and takes it for one.
 
     Raises TypeError or ValueError, naming the argument, for one that makes no sense.
     """
@@ -80,12 +82,13 @@ class ReconnectingConnection(DriverCalls):
         on_connect: Callable[[Any], object] | None = None,
         response_timeout: float | None = None,
         two_phase: bool = False,
+        pooled: bool | None = None,
     ) -> None:
         server = connection_factory
         if not isinstance(server, Server):
             server = server_from_factory(server, driver)
-        options = Options(policy, witness, on_connect, response_timeout, two_phase)
-        options.check(server.driver)
+        options = Options(policy, witness, on_connect, response_timeout, two_phase, pooled)
+        options.check(server.driver, server.parameters)
         self._start(Link(server, options))
         if two_phase:
             join_transactions(self, transaction.manager)
@@ -400,6 +403,7 @@ def connect(
     on_connect: Callable[[Any], object] | None = None,
     response_timeout: float | None = None,
     two_phase: bool = False,
+    pooled: bool | None = None,
 ) -> ReconnectingConnection:
     """A `ReconnectingConnection` to the server that ``dsn`` names.
 
@@ -417,6 +421,8 @@ def connect(
     two_phase: take part in the current transaction of ``transaction.manager``, and commit in two
     phases, so that the transaction can have a part in several databases. The servers must allow
     prepared transactions.
+    pooled: whether each transaction may have another server process, as behind PgBouncer with
+    ``pool_mode=transaction``; None finds out whether there is a pooler, and takes it for one.
 
     Raises TypeError or ValueError, naming the argument, for one that makes no sense; ImportError,
     which says what to install, if the driver's database module is missing.
@@ -428,4 +434,5 @@ def connect(
         on_connect=on_connect,
         response_timeout=response_timeout,
         two_phase=two_phase,
+        pooled=pooled,
     )

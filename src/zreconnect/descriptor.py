@@ -21,7 +21,7 @@ from zreconnect.server import server_from_dsn
 class ConnectionDescriptor:
     """See `IConnectionDescriptor`.
 
-    dsn, driver, policy, witness, on_connect, response_timeout: as for `connect`.
+    dsn, driver, policy, witness, on_connect, response_timeout, pooled: as for `connect`.
     transaction_manager: whose current transaction the connections take part in.
     implicit_begin: whether a statement outside a transaction begins one; if not, it raises the
     driver's ProgrammingError.
@@ -41,6 +41,7 @@ class ConnectionDescriptor:
         transaction_manager: Any = transaction.manager,
         implicit_begin: bool = True,
         two_phase: bool = False,
+        pooled: bool | None = None,
     ) -> None:
         # Made once to check the arguments, and never connected: each thread's is a fork of it.
         self._model = ReconnectingConnection(
@@ -50,6 +51,7 @@ class ConnectionDescriptor:
             on_connect=on_connect,
             response_timeout=response_timeout,
             two_phase=two_phase,
+            pooled=pooled,
         )
         self._transaction_manager = transaction_manager
         self._implicit_begin = implicit_begin

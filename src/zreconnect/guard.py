@@ -73,7 +73,7 @@ class Guard:
             moment = self._kind_of_statement(raw_cursor)
         if self._driver.is_transient(error) and not self._link.has_committed():
             make_transient(error)
-        found = verdict(error, link.server, link.session.raw, link.needs_writes())
+        found = verdict(error, link.server, link.session.raw, link.is_refused)
         # If the session goes on, an interrupt may have left a wait behind.
         link.session.watch.reset()
         event, keeping, then = CONSEQUENCES[moment][found]

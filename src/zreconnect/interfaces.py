@@ -90,6 +90,7 @@ class IDriver(Interface):
         "Whether rows that are in the client cannot be fetched any more when the session has ended."
     )
     supports_two_phase = Attribute("Whether transactions can be prepared.")
+    pooling = Attribute("What is to be minded behind a pooler, an `IPooling`; None if nothing is.")
     calls_autocommit = Attribute(
         "Whether the module's connections have ``autocommit`` as a method, and not as an attribute,"
         " and a statement can switch it."
@@ -389,10 +390,11 @@ class IDriver(Interface):
     def condition(error):
         """The `Condition` that an error of a statement of zreconnect's own tells, or None."""
 
-    def is_refused_by_standby(error, raw):
+    def is_refused_by_standby(error, raw, is_behind_pooler=False):
         """Whether ``error`` says that the server takes no writes, as one that was a primary.
 
-        Not if the connection was to lead to such a server.
+        Not if the connection was to lead to such a server. is_behind_pooler: whether what the
+        session has told of the server may be old news.
         """
 
     # After a loss. Without sessions, none of these is called.
@@ -430,10 +432,43 @@ class IDriver(Interface):
         """
 
     def limit_lock_waits(raw, limit):
-        """Limit how long statements of the session wait for locks; returns the limit before.
+        """Limit how long the statements of a transaction, which has begun, wait for locks.
 
-        limit: seconds, which may be rounded up, or what an earlier call has returned. What is not
-        given in time raises an error whose `condition` is LOCK_NOT_AVAILABLE.
+        limit: seconds, which may be rounded up. What is not given in time raises an error whose
+        `condition` is LOCK_NOT_AVAILABLE. Returns None if the limit ends with the transaction; else
+        the one before, with which the caller calls this again afterwards.
+        """
+
+
+class IPooling(Interface):
+    """What is to be minded behind a pooler, where others have the server's processes as well."""
+
+    def is_in_between(raw):
+        """Whether there is a pooler: it has given the session a number of its own, which is not
+        that of its server process. One that passes the server's on is not found out, and what only
+        forwards, as HAProxy does, has none of its own. One round trip."""
+
+    def share(raw):
+        """Have the module leave nothing by itself in the server processes of a new session. No
+        round trip."""
+
+    def check_parameters(parameters):
+        """Raise ValueError for connection parameters that a pooler has none of."""
+
+    def check_settings(settings):
+        """Raise the module's ProgrammingError for `SessionSettings` that would stay in a server
+        process."""
+
+    def check_statement(statement, options):
+        """Raise the module's ProgrammingError for a statement whose purpose is to stay there.
+
+        statement: as text or composed. options: those of its cursor.
+        """
+
+    def check_set_up(raw, pooled, what):
+        """Raise the module's ProgrammingError if others have the session's processes.
+
+        pooled: as for `connect`. what: what was to be set up in it.
         """
 
 
@@ -494,6 +529,14 @@ class IObserver(Interface):
     )
     history = Attribute(
         "The `zreconnect.history.History` of the last session whose server told one, or None."
+    )
+
+    takes_writes = Attribute(
+        "Whether the transaction that is under way has shown that its server takes writes."
+    )
+    is_elsewhere = Attribute(
+        "Whether the last transaction has shown another history than that of the session; then the "
+        "session is recorded again before the next one goes on."
     )
 
     def record_session(raw, settings):

@@ -63,7 +63,7 @@ class LedgerObserver(SessionObserver):
         self._used = 0.0
 
     def record_session(self, raw: Any, settings: SessionSettings) -> Change | None:
-        session, before, row = self._identify(raw), self.history, self._id
+        session, before, row = self._identify(raw, settings), self.history, self._id
         if session.is_standby:
             return None
         evidence = session.history.difference(before) if session.history else ""
@@ -100,7 +100,11 @@ class LedgerObserver(SessionObserver):
     def rider(self, raw: Any, settings: SessionSettings, along: bool = False) -> str:
         self._note_begin(raw, settings, along)
         self._is_entered = False
-        return self._enter() if self._is_to_enter() and not self.waits else ""
+        if self.waits:
+            return ""
+        if self._is_to_enter():
+            return self._enter()
+        return f"SELECT concat_ws(' ', {self._place})" if self.needs_row else ""
 
     def commit(self, raw: Any) -> None:
         if self.waits and self._is_to_enter() and not self._driver.in_failed_transaction(raw):
@@ -127,18 +131,22 @@ class LedgerObserver(SessionObserver):
         """What writes the transaction down."""
         self._is_entered = True
         self._number += 1
-        return self._upsert(self._number, f"number = {self._number}, used = now()")
+        update = f"number = {self._number}, used = now()"
+        if self.needs_row:
+            update += f" RETURNING concat_ws(' ', {self._place})"
+        return self._upsert(self._number, update)
 
     def outcome(self, raw: Any) -> Outcome:
         if not self._is_entered or self.is_replaced:
             return Outcome.UNKNOWN
-        driver = self._driver
-        limit = driver.limit_lock_waits(raw, self._patience_left())
+        driver, before = self._driver, None
         number: int | None = -self._number
         try:
-            # The transaction has the row locked until it has ended, whichever way, and also if
-            # nobody else can see it yet. This COMMIT is as durable as that one would have been.
-            with self._transaction(raw, self._upsert(-self._number, "used = now()")):
+            with self._transaction(raw):
+                before = driver.limit_lock_waits(raw, self._patience_left())
+                # The transaction has the row locked until it has ended, whichever way, and also if
+                # nobody else can see it yet. This COMMIT is as durable as that one would have been.
+                driver.query(raw, self._upsert(-self._number, "used = now()"))
                 ((number,),) = driver.query(
                     raw, f"SELECT number FROM {self._table} WHERE id = %s", (self._id,)
                 )
@@ -148,7 +156,8 @@ class LedgerObserver(SessionObserver):
                 number = None
             elif condition is not Condition.UNDEFINED_TABLE or not self._goes_on(raw, False):
                 raise
-        driver.limit_lock_waits(raw, limit)
+        if before is not None:
+            driver.limit_lock_waits(raw, before)
         if number == self._number:
             self.acknowledged()
             return Outcome.COMMITTED
@@ -185,8 +194,8 @@ class LedgerObserver(SessionObserver):
         self._driver.query(raw, f"DELETE FROM {self._table} WHERE id = %s", (self._id,))
 
     def _evidence(self, raw: Any, began: float) -> Evidence:
-        evidence, writer = Evidence(began), self._driver.ledger_writer
-        if writer is None or not self._is_entered:
+        evidence, writer = Evidence(began, self._marks), self._driver.ledger_writer
+        if writer is None or not self._is_entered or self._marks:
             return evidence
         # Without the row, or the right to read it, there is no evidence in it.
         with contextlib.suppress(self._driver.module.ProgrammingError), self._transaction(raw):
@@ -204,13 +213,13 @@ class LedgerObserver(SessionObserver):
         )
 
     @contextlib.contextmanager
-    def _transaction(self, raw: Any, rider: str = "") -> Iterator[None]:
+    def _transaction(self, raw: Any) -> Iterator[None]:
         """One in which others' changes of the ledger are no conflict, whatever is usual for the
         session."""
         driver = self._driver
         level = driver.isolation_level(driver.ledger_isolation or "DEFAULT")
         try:
-            driver.begin(raw, SessionSettings(isolation_level=level), rider)
+            driver.begin(raw, SessionSettings(isolation_level=level))
             yield
             driver.commit(raw)
         except driver.module.Error as error:

@@ -33,6 +33,7 @@ class Link:
     settings: what the user has set, and each later session gets, too. replaced: what the driver
     has replaced for that in the present session.
     is_on_standby: whether the server was a standby when the observer recorded the session.
+    is_behind_pooler: whether the present session has shown that there is a pooler in between.
     was_ended: whether a statement of the program's has ended the transaction, as COMMIT does.
     heard: the monotonic time at which the server has last said that a transaction has ended.
     observer: the `IObserver` of the present session and, if that is lost, of its last transaction;
@@ -47,7 +48,7 @@ class Link:
         self.driver = server.driver
         self.options = options
         self.session: Session = NO_SESSION
-        self.settings = SessionSettings()
+        self.settings = self._no_settings()
         self.replaced: dict[str, Any] = {}
         self.observer = options.observer(self.driver)
         # The one that was opened last, prepared or not: what an interrupt has left of it is ended.
@@ -55,7 +56,7 @@ class Link:
         # What the driver has kept of the last raw connection.
         self._kept: Any = None
         self._had_session = False
-        self.is_on_standby = False
+        self.is_on_standby = self.is_behind_pooler = False
         self.was_ended = False
         self.readers: set[weakref.ref[Any]] = set()
         self.heard = -math.inf
@@ -83,7 +84,21 @@ class Link:
 
     def is_refused(self, error: BaseException, raw: Any) -> bool:
         """Whether ``error`` says that the server takes no writes, and it is asked to."""
-        return self.needs_writes() and bool(self.driver.is_refused_by_standby(error, raw))
+        # It is the program that has begun a read-only transaction there, if the server does.
+        return not self.observer.takes_writes and self._is_from_standby(error, raw)
+
+    def _is_from_standby(self, error: BaseException, raw: Any) -> bool:
+        return self.needs_writes() and bool(
+            self.driver.is_refused_by_standby(error, raw, self.is_behind_pooler)
+        )
+
+    def is_elsewhere(self, raw: Any) -> bool:
+        """Whether a transaction that has begun shows that the server is another one than that which
+        was recorded, or what was a standby is none any more."""
+        if not self.settings.pooled:
+            return self.is_on_standby and not self.driver.is_standby(raw)
+        moved = self.observer.is_elsewhere
+        return bool(moved or (self.is_on_standby and self.observer.takes_writes))
 
     def has_committed(self) -> bool:
         """Whether a statement of the present transaction may have committed it."""
@@ -110,9 +125,10 @@ class Link:
             self._opened, before = session, self._opened
             if before is not NO_SESSION:
                 before.end()
-            if self._kept is not None:
-                self.driver.inherit(raw, self._kept)
             try:
+                self._share(raw)
+                if self._kept is not None:
+                    self.driver.inherit(raw, self._kept)
                 if self.options.on_connect is not None:
                     self.options.on_connect(raw)
                 self.replaced = {}
@@ -124,7 +140,7 @@ class Link:
                     self.check_takes_writes(raw)
                 first_use(raw)
             except self.driver.module.Error as error:
-                if self.is_refused(error, raw):
+                if self._is_from_standby(error, raw):
                     raise AttemptFailed(error) from error
                 raise
 
@@ -147,7 +163,25 @@ class Link:
         change = self.observer.record_session(raw, self.settings)
         if change is not None:
             self.changes.append(change)
-        self.is_on_standby = self.driver.is_standby(raw)
+        if self.settings.pooled:
+            self.is_on_standby = not self.driver.takes_writes(raw)
+        else:
+            self.is_on_standby = self.driver.is_standby(raw)
+
+    def _no_settings(self) -> SessionSettings:
+        return SessionSettings(pooled=bool(self.options.pooled))
+
+    def _share(self, raw: Any) -> None:
+        """Have the session used as befits, if others may have it as well."""
+        pooling = self.driver.pooling
+        if pooling is None:
+            return
+        self.is_behind_pooler = pooling.is_in_between(raw)
+        if self.options.pooled is None:
+            self.settings.pooled = self.is_behind_pooler
+        if self.settings.pooled:
+            self.is_behind_pooler = True
+            pooling.share(raw)
 
     def tell_changes(self) -> None:
         """Announce what the sessions have shown of the server's history."""
@@ -212,7 +246,7 @@ class Link:
 
     def reset(self) -> None:
         """End the present session, and forget what the user has set."""
-        self.settings = SessionSettings()
+        self.settings = self._no_settings()
         self.end()
         self._kept = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ class Options:
     on_connect: Callable[[Any], object] | None = None
     response_timeout: float | None = None
     two_phase: bool = False
+    pooled: bool | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, RetryPolicy):
@@ -39,12 +40,18 @@ class Options:
             raise TypeError(f"on_connect must be callable, not {self.on_connect!r}")
         if self.response_timeout is not None:
             check_number("response_timeout", self.response_timeout, at_least=0)
+        if self.pooled not in (None, True, False):
+            raise TypeError(f"pooled must be True, False or None, not {self.pooled!r}")
         object.__setattr__(self, "witness", choose_witness(self.witness))
 
-    def check(self, driver: Any) -> None:
-        """Raise ValueError for what is not possible with this `IDriver`."""
+    def check(self, driver: Any, parameters: Mapping[str, Any]) -> None:
+        """Raise ValueError for what is not possible with this `IDriver`, and these parameters."""
         if self.two_phase and not driver.supports_two_phase:
             raise ValueError(f"two_phase is not possible with the driver {driver.name}")
+        if self.pooled:
+            if driver.pooling is None:
+                raise ValueError(f"pooled=True is not possible with the driver {driver.name}")
+            driver.pooling.check_parameters(parameters)
 
     def observer(self, driver: Any) -> Any:
         """A new `IObserver` for one connection of one process."""

@@ -287,7 +287,10 @@ class SettingsOfSessions:
         with self.guard.in_turn():
             self.work.ask(Request.SETTINGS, "Changing the session's settings")
             self.refuse_if_begun_by_statement("Changing the session's settings")
-            link.settings = replace(link.settings, **changes)
+            settings = replace(link.settings, **changes)
+            if settings.pooled:
+                link.driver.pooling.check_settings(settings)
+            link.settings = settings
             if link.session is not NO_SESSION:
                 with self.guard.asking(Moment.OURS):
                     link.driver.restore(link.session.raw, link.settings, link.replaced)

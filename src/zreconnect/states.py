@@ -11,6 +11,7 @@ until it is known what became of it.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 from transaction.interfaces import TransientError
@@ -287,13 +288,16 @@ def leads_to_idle(event: Event, state: State) -> bool:
     return NEXT[event][state] is State.IDLE
 
 
-def verdict(error: BaseException, server: Any, raw: Any, needs_writes: bool) -> Verdict:
+def verdict(
+    error: BaseException, server: Any, raw: Any, is_refused: Callable[[BaseException, Any], bool]
+) -> Verdict:
     """What an error means that was raised while a raw connection was used.
 
     The driver's own transaction status decides first, asking for which takes no round trip.
 
     server: a `zreconnect.server.Server`. raw: the raw connection; None if its session has been
-    ended already. needs_writes: whether a server that takes none is of no use.
+    ended already. is_refused: whether an error of that raw connection says that the server takes no
+    writes, and is of no use.
     """
     driver = server.driver
     # One of ours can come from another connection, of which the driver has asked the program.
@@ -304,9 +308,7 @@ def verdict(error: BaseException, server: Any, raw: Any, needs_writes: bool) -> 
         return Verdict.INTERRUPTED
     if is_answer and driver.meaning(error, raw) is Meaning.DISCONNECT:
         return Verdict.LOST
-    if is_answer and (
-        server.is_missed_by(raw) or (needs_writes and driver.is_refused_by_standby(error, raw))
-    ):
+    if is_answer and (server.is_missed_by(raw) or is_refused(error, raw)):
         return Verdict.STANDBY
     if driver.in_transaction(raw):
         return Verdict.GOES_ON if is_answer else Verdict.INSIDE

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -19,6 +20,7 @@ from zreconnect.documented import documented_by, implements
 from zreconnect.drivers.base import Evidence, Mark, ServerSession, SessionSettings
 from zreconnect.history import Change, History
 from zreconnect.interfaces import IObserver, IWitness
+from zreconnect.marks import ASSIGNED_ID, ID, MARK, NO_ID, place
 
 # How long an orphaned server process that was told to end, or may not be told to, is waited for:
 # less than the longest attempt to connect, of which this is a part.
@@ -28,8 +30,6 @@ LONGEST_POLL_INTERVAL = 0.5
 # What has begun in the session within so many seconds after our BEGIN was sent is taken for ours,
 # if that had no answer.
 ARRIVAL = 1.0
-# What the server knows a transaction by: the process that it is in, and when it began.
-MARK = "pg_backend_pid(), extract(epoch FROM now())"
 # Something that COMMIT has to write, so that it waits for synchronous standbys, if there are any.
 # All that was committed before is there when it has its answer.
 CONFIRM = (
@@ -43,14 +43,6 @@ NOTHING_WRITTEN = (
     "SELECT ('written by ' || pg_current_xact_id_if_assigned()::text)::integer"
 )
 GO_ON = "ROLLBACK TO SAVEPOINT zreconnect_commit;"
-# Not everything that a transaction does has an id: a notification gets one inside COMMIT, and a
-# write to another server none. Who asks gets one that COMMIT then has, too.
-# On a standby, and it may be one behind a pooler that has changed servers, there are none.
-ID = (
-    f"SELECT concat_ws(' ', {MARK},"
-    " CASE WHEN NOT pg_is_in_recovery() THEN pg_current_xact_id() END)"
-)
-ASSIGNED_ID = f"SELECT concat_ws(' ', {MARK}, pg_current_xact_id_if_assigned())"
 
 
 class Outcome(enum.Enum):
@@ -100,7 +92,7 @@ class NoObserver:
 
     watches_statements = False
     waits = False
-    needs_row = False
+    needs_row = is_elsewhere = False
     is_replaced = False
     history: History | None = None
 
@@ -108,6 +100,10 @@ class NoObserver:
         self._driver = driver
         # Without a server no answer is lost: a connection that was closed has not committed.
         self.may_have_written = driver.has_sessions
+
+    @property
+    def takes_writes(self) -> bool:
+        return False
 
     def record_session(self, raw: Any, settings: SessionSettings) -> Change | None:
         return None
@@ -169,6 +165,12 @@ class SessionObserver(NoObserver):
         # When BEGIN was sent, and when it was answered.
         self._sent = 0.0
         self._began: float | None = None
+        # Those of the transaction, and of those in which it was looked up in vain.
+        self._marks: tuple[Mark, ...] = ()
+        # Whether the transaction has shown to be on a primary.
+        self._is_on_primary = False
+        # What is asked of each transaction, see `zreconnect.marks`.
+        self._place = MARK
         # Whether a statement of the program's has gone along.
         self._goes_along = False
         # Until when its orphan is waited for.
@@ -179,8 +181,27 @@ class SessionObserver(NoObserver):
         # What stands for the last transaction that was acknowledged, if any.
         self._acknowledged: int | None = None
 
+    @property
+    def takes_writes(self) -> bool:
+        return self._is_under_way and self._is_on_primary
+
     def began(self, row: Any) -> None:
         self._began = time.monotonic()
+        if row is not None:
+            pid, start, *more = row[0].split()
+            self._marks = ((int(pid), start),)
+            self._note_server(*more)
+
+    def _note_server(self, is_on_primary: str, *more: str) -> list[str]:
+        """Note where the transaction is; what else was answered is returned."""
+        assert self._session is not None
+        self._is_on_primary = is_on_primary == "t"
+        if self._session.history is None or not self._is_on_primary:
+            return list(more)
+        history = History(*more[:3])
+        self.is_elsewhere = history != self.history
+        self._session = replace(self._session, history=history)
+        return list(more[3:])
 
     def handed_out(self) -> None:
         self._is_handed_out = True
@@ -235,6 +256,7 @@ class SessionObserver(NoObserver):
         assert self._session is not None
         self._is_under_way = True
         self._sent, self._began = time.monotonic(), None
+        self._marks, self._is_on_primary = (), False
         self._goes_along = along
         self._has_written = self.is_replaced = False
         # Behind a pooler another server may have taken the place of a standby.
@@ -256,11 +278,13 @@ class SessionObserver(NoObserver):
             f"at {self._session.start}."
         )
 
-    def _identify(self, raw: Any) -> ServerSession:
+    def _identify(self, raw: Any, settings: SessionSettings) -> ServerSession:
         session: ServerSession = self._driver.identify(raw)
-        self._session = session
+        session = self._session = replace(session, is_pooled=settings.pooled)
         # Behind a pooler only the transaction itself knows which process it is in.
-        self.needs_row = session.is_pooled
+        self.needs_row = settings.pooled
+        self._place = place(settings.pooled, with_history=session.history is not None)
+        self.is_elsewhere = False
         self._knows_ids = self._driver.has_transaction_ids(raw)
         self._is_under_way = self._is_handed_out = False
         self._deadline = None
@@ -280,11 +304,14 @@ class XidObserver(SessionObserver):
         self._at_commit = at_commit
         self._reads_write = False
         self._xid: int | None = None
-        # Those of the transaction, and of those in which it was looked up in vain.
-        self._marks: tuple[Mark, ...] = ()
+        # What asks for a transaction's place, and its id.
+        self._questions: dict[str, str] = {}
 
     def record_session(self, raw: Any, settings: SessionSettings) -> Change | None:
-        now, before = self._identify(raw).history, self.history
+        now, before = self._identify(raw, settings).history, self.history
+        self._questions = {
+            xid: f"SELECT concat_ws(' ', {self._place}, {xid})" for xid in (ID, ASSIGNED_ID, NO_ID)
+        }
         if now is None:
             return None
         change = self._change(raw, before, now) if before is not None and before != now else None
@@ -309,20 +336,21 @@ class XidObserver(SessionObserver):
         has_answer = not along or self._driver.answers_begin
         self._asks_at_commit = self._at_commit or self.waits or not has_answer
         self._note_begin(raw, settings, along)
-        self._xid, self._marks = None, ()
-        if self._asks_at_commit:
-            is_asked = self.needs_row and self._knows_ids and not self.waits
-            return ASSIGNED_ID if is_asked else ""
+        self._xid = None
         # An id is given to every transaction that asks, and there are but 2**31 before a vacuum.
-        return ID if self.may_have_written and self._knows_ids else ""
+        if not self._asks_at_commit and self.may_have_written and self._knows_ids:
+            return self._questions[ID]
+        return self._questions[NO_ID] if self.needs_row and not self.waits else ""
 
     def began(self, row: Any) -> None:
         self._began = time.monotonic()
         if row is not None:
             pid, start, *xid = row[0].split()
             self._marks = ((int(pid), start),)
+            if self.needs_row:
+                xid = self._note_server(*xid)
             self._xid = int(xid[0]) if xid else None
-            if not self._asks_at_commit:
+            if self._knows_ids and not self._asks_at_commit:
                 self.may_have_written = self._xid is not None
 
     def _evidence(self, raw: Any, began: float) -> Evidence:
@@ -341,9 +369,9 @@ class XidObserver(SessionObserver):
         if self._xid is not None and not self.is_replaced:
             self._acknowledged = self._xid
 
-    def _commit_with_id(self, raw: Any, question: str) -> None:
+    def _commit_with_id(self, raw: Any, xid: str) -> None:
         if not self._driver.in_failed_transaction(raw):
-            self._ask_id(raw, question)
+            self._ask_id(raw, self._questions[xid])
         self._driver.commit(raw)
 
     def _commit_unless_written(self, raw: Any) -> None:
@@ -354,7 +382,7 @@ class XidObserver(SessionObserver):
             # A SELECT that locks rows, or reads from a view that writes. The server logs the error,
             # so that this connection does not try again.
             self._reads_write = True
-            self._ask_id(raw, GO_ON + ASSIGNED_ID)
+            self._ask_id(raw, GO_ON + self._questions[ASSIGNED_ID])
             self._driver.commit(raw)
 
     def acknowledged(self) -> None:

@@ -51,6 +51,7 @@ class ZopelessTransactionManager:
         on_connect: Callable[[Any], object] | None = None,
         response_timeout: float | None = None,
         two_phase: bool = False,
+        pooled: bool | None = None,
     ) -> None:
         if implicitBegin not in (None, True, False):
             raise TypeError(f"implicitBegin must be True, False or None, not {implicitBegin!r}")
@@ -64,6 +65,7 @@ class ZopelessTransactionManager:
             "on_connect": on_connect,
             "response_timeout": response_timeout,
             "two_phase": two_phase,
+            "pooled": pooled,
         }
         self._settings = (dsn, sqlClass, implicitBegin, timeout, isolation, options)
         #: Whose transactions its transactions are.
@@ -217,12 +219,13 @@ def initZopeless(
     on_connect: Callable[[Any], object] | None = None,
     response_timeout: float | None = None,
     two_phase: bool = False,
+    pooled: bool | None = None,
 ) -> ZopelessTransactionManager:
     """Install the process's `ZopelessTransactionManager` and return it.
 
     The server is first contacted when the first transaction begins.
 
-    dsn, driver, witness, on_connect, response_timeout, two_phase: as for `connect`.
+    dsn, driver, witness, on_connect, response_timeout, two_phase, pooled: as for `connect`.
     sqlClass: a class that gets the `ConnectionDescriptor` as ``_connection``; if it is one of
     SQLObject's, it gets a connection of SQLObject's that uses that.
     implicitBegin: False leaves it to ``begin()`` to begin transactions. None and True begin one
@@ -246,6 +249,7 @@ def initZopeless(
         on_connect,
         response_timeout,
         two_phase,
+        pooled,
     )
     with _lock:
         if _installed is not None:

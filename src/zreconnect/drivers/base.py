@@ -58,7 +58,7 @@ class ServerSession:
     pid: the server's number for it, which may be given again when it has ended.
     start: what tells it from the others of that number.
     is_standby: whether the server takes no writes.
-    is_pooled: whether a pooler lies in between, so that any transaction may be in another one.
+    is_pooled: whether any transaction may be in another one, see `SessionSettings`.
     history: that of the server; None if it is a standby, or does not tell.
     """
 
@@ -108,7 +108,8 @@ Begun: TypeAlias = tuple[Any, BaseException | None]
 class SessionSettings:
     """What the user set on a connection, and what its next session gets again.
 
-    None leaves a setting as the server has it.
+    None leaves a setting as the server has it. pooled: whether each transaction may be in another
+    server process, which others have in between: as the program says, or the session has shown.
     """
 
     autocommit: bool = False
@@ -117,6 +118,7 @@ class SessionSettings:
     deferrable: bool | None = None
     client_encoding: str | None = None
     cursor_factory: Any = None
+    pooled: bool = False
 
 
 def set_own_default(
@@ -143,6 +145,7 @@ class BaseDriver:
     has_sessions = True
     loses_rows = False
     supports_two_phase = False
+    pooling: Any = None
     calls_autocommit = False
     refused_methods: frozenset[str] = frozenset()
     committing_methods: frozenset[str] = frozenset()
@@ -211,7 +214,9 @@ class BaseDriver:
     def is_transient(self, error: BaseException) -> bool:
         return False
 
-    def is_refused_by_standby(self, error: BaseException, raw: Any) -> bool:
+    def is_refused_by_standby(
+        self, error: BaseException, raw: Any, is_behind_pooler: bool = False
+    ) -> bool:
         return False
 
     def is_standby(self, raw: Any) -> bool:

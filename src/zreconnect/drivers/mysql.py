@@ -561,7 +561,9 @@ class MysqlDriver(ChoosingDriver):
     def condition(self, error: BaseException) -> Condition | None:
         return CONDITIONS.get(errno(error) or 0)
 
-    def is_refused_by_standby(self, error: BaseException, raw: Any) -> bool:
+    def is_refused_by_standby(
+        self, error: BaseException, raw: Any, is_behind_pooler: bool = False
+    ) -> bool:
         number = errno(error)
         # The message quotes the option, in every language.
         return number in READ_ONLY or (

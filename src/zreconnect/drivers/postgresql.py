@@ -6,7 +6,7 @@ import contextlib
 import re
 import time
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 from zreconnect import dsn as dsn_module
@@ -20,8 +20,10 @@ from zreconnect.drivers.base import (
     redirect_to_null,
     set_own_default,
 )
+from zreconnect.drivers.pooling import Pooling
 from zreconnect.history import History
 from zreconnect.interfaces import IDriver, Meaning
+from zreconnect.marks import HISTORY
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 CONNECTION_EXCEPTION_CLASS = "08"
@@ -60,6 +62,8 @@ DISCONNECT_MESSAGES = (
     "SSL SYSCALL error",
     "connection already closed",
 )
+# PgBouncer's (client.c), which then hangs up. psycopg2 does not pass it on.
+REFUSES_TRANSACTIONS = "not allowed in statement pooling mode"
 # What may stand before a statement.
 BLANK = r"(?:\s|--[^\n]*(?:\n|\Z)|/\*(?:[^*]|\*(?!/))*\*/)*"
 # What the server takes before the transaction's first query only.
@@ -178,15 +182,9 @@ FIRST_VERSION_WITH_XACT_STATUS = 130000
 # As the role that has logged in: after SET ROLE its other sessions may neither be seen nor ended.
 # Statements that are sent together are one transaction.
 AS_WHO_LOGGED_IN = "SET LOCAL SESSION AUTHORIZATION DEFAULT; SET LOCAL ROLE NONE; "
-# A standby has no timeline of its own.
 IDENTIFY = (
     f"{AS_WHO_LOGGED_IN}SELECT pid, backend_start, pg_is_in_recovery(){{history}}"
     " FROM pg_stat_activity WHERE pid = pg_backend_pid()"
-)
-HISTORY = (
-    ", (SELECT system_identifier FROM pg_control_system()), CASE WHEN NOT pg_is_in_recovery()"
-    " THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END,"
-    " (SELECT stats_reset FROM pg_stat_bgwriter)"
 )
 # backend_xid has the lower half of a transaction id's 64 bits, as xmax has.
 # Who has been given the session, or the lock of our row, has it after our transaction's end.
@@ -208,6 +206,8 @@ HAS_WRITTEN = (
 )
 
 
+# What a session keeps for all of its transactions, others' included.
+LISTEN = re.compile(rf"{BLANK}LISTEN\b", re.IGNORECASE)
 # The value before is read before the new one is set.
 SET_DEFAULT = (
     "SELECT current_setting(name), set_config(name, %s, false) FROM (VALUES (%s)) AS _ (name)"
@@ -246,6 +246,10 @@ class PostgresqlDriver:
     # The names in SQL of the module's own constants.
     isolation_levels: Mapping[Any, str]
 
+    @cached_property
+    def pooling(self) -> Pooling:
+        return Pooling(self, LISTEN)
+
     def parse(self, dsn: str) -> dict[str, str]:
         parameters = self._parse(dsn)
         conninfo.check(parameters, self.start_connecting, self.module.Error)
@@ -280,20 +284,20 @@ class PostgresqlDriver:
         return dsn_module.redacted(parameters)
 
     def sets_modes(self, statement: Any) -> bool:
-        return SETS_MODES.match(self._text(statement)) is not None
+        return SETS_MODES.match(self.text_of(statement)) is not None
 
     def chains(self, statement: Any) -> bool:
-        text = self._text(statement)
+        text = self.text_of(statement)
         if FOLLOWING.search(text) is None and self.may_chain(text) is None:
             return False
         return CHAINING.search(QUOTED_OR_COMMENT.sub(" ", text)) is not None
 
-    def _text(self, statement: Any) -> str:
+    def text_of(self, statement: Any) -> str:
         """What the program has written of a statement, as far as it is known without a session."""
         if isinstance(statement, bytes):
             return statement.decode("ascii", "replace")
         if isinstance(statement, self.sql.Composed):
-            return "".join(map(self._text, statement))
+            return "".join(map(self.text_of, statement))
         if isinstance(statement, self.sql.SQL):
             statement = statement.as_string(None)
         return statement if isinstance(statement, str) else " "
@@ -310,6 +314,8 @@ class PostgresqlDriver:
             rows = self.query(raw, SET_DEFAULT, (str(value), f"default_transaction_{name}"))
             return str(rows[0][0])
 
+        if settings.pooled:
+            self.pooling.check_settings(settings)
         level = settings.isolation_level
         for name, mode in (
             ("isolation", None if level is None else self.isolation_levels[level]),
@@ -361,6 +367,8 @@ class PostgresqlDriver:
     # Errors
 
     def meaning(self, error: BaseException, raw: Any) -> Meaning:
+        if REFUSES_TRANSACTIONS in str(error):
+            return Meaning.PERMANENT
         if raw.closed or raw.info.status != CONNECTION_OK:
             return Meaning.DISCONNECT
         state = self.sqlstate(error)
@@ -380,11 +388,14 @@ class PostgresqlDriver:
     def is_transient(self, error: BaseException) -> bool:
         return isinstance(error, self.module.Error) and self.sqlstate(error) in TRANSIENT_STATES
 
-    def is_refused_by_standby(self, error: BaseException, raw: Any) -> bool:
+    def is_refused_by_standby(
+        self, error: BaseException, raw: Any, is_behind_pooler: bool = False
+    ) -> bool:
         if self.sqlstate(error) != READ_ONLY_SQL_TRANSACTION or self._is_for_reading(raw):
             return False
-        # Reported since PostgreSQL 14; before, nobody can tell.
-        return self.parameter_status(raw, "in_hot_standby") != "off"
+        # Reported since PostgreSQL 14; before, nobody can tell. A pooler repeats what the first
+        # server has said.
+        return is_behind_pooler or self.parameter_status(raw, "in_hot_standby") != "off"
 
     def _is_for_reading(self, raw: Any) -> bool:
         """Whether the session itself says that nobody wants to write in it."""
@@ -437,14 +448,13 @@ class PostgresqlDriver:
 
     def identify(self, raw: Any) -> ServerSession:
         try:
-            (row,) = self.query(raw, IDENTIFY.format(history=HISTORY))
+            (row,) = self.query(raw, IDENTIFY.format(history=f", {HISTORY}"))
         except self.module.ProgrammingError:
             # Somebody took the right to ask for the history away.
             (row,) = self.query(raw, IDENTIFY.format(history=""))
         pid, start, is_standby, *told = row
         history = History(*told) if told and not is_standby else None
-        # A pooler gives its clients numbers of its own, to cancel their requests.
-        return ServerSession(pid, start, is_standby, pid != raw.info.backend_pid, history)
+        return ServerSession(pid, start, is_standby, history=history)
 
     def end_session(self, raw: Any, session: ServerSession, evidence: Evidence) -> bool:
         seconds = max(0.0, time.monotonic() - evidence.began)
@@ -481,11 +491,8 @@ class PostgresqlDriver:
         )
         return str(rows[0][0]) if rows else None
 
-    def limit_lock_waits(self, raw: Any, limit: float | str) -> str:
-        ((before,),) = self.query(raw, "SHOW lock_timeout")
-        value = limit if isinstance(limit, str) else f"{limit}s"
-        self.query(raw, "SELECT set_config('lock_timeout', %s, false)", (value,))
-        return str(before)
+    def limit_lock_waits(self, raw: Any, limit: float) -> None:
+        self.query(raw, "SELECT set_config('lock_timeout', %s, true)", (f"{limit}s",))
 
     def severity(self, error: Any) -> str | None:
         """ERROR if the session goes on after ``error``, FATAL or PANIC if not."""

@@ -61,6 +61,7 @@ def register(
     policy: RetryPolicy = PERSIST,
     witness: Witness | str | None = "xid",
     response_timeout: float | None = None,
+    pooled: bool | None = None,
 ) -> None:
     """Make the connections of ``engine`` reconnect. To be called before it connects.
 
@@ -72,6 +73,8 @@ def register(
     witness: how the outcome of a lost COMMIT is looked up: "xid", a `Ledger`, or None for not.
     response_timeout: seconds of silence after which a request counts as a disconnect; None
     waits for ever, except for beginning and rolling back.
+    pooled: whether each transaction may have another server process, as behind PgBouncer with
+    ``pool_mode=transaction``; None finds out whether there is a pooler, and takes it for one.
 
     What uses the engine then raises `DisconnectionError`, `ReconnectTimeout` and
     `CommitOutcomeUnknown` as they are, not wrapped in an error of SQLAlchemy's.
@@ -80,7 +83,7 @@ def register(
     another driver, with ``pool_pre_ping``, or one that was registered before.
     """
     _check_engine(engine)
-    registration = _Registration(engine, policy, witness, response_timeout)
+    registration = _Registration(engine, policy, witness, response_timeout, pooled)
     _listen_first(engine, "do_connect", registration.connect)
     event.listen(engine, "checkout", registration.check_out, insert=True)
     event.listen(engine, "handle_error", registration.handle_error)
@@ -179,7 +182,12 @@ class _Registration:
     """What listens to the events of one engine."""
 
     def __init__(
-        self, engine: Engine, policy: RetryPolicy, witness: Any, response_timeout: float | None
+        self,
+        engine: Engine,
+        policy: RetryPolicy,
+        witness: Any,
+        response_timeout: float | None,
+        pooled: bool | None,
     ) -> None:
         self._engine = engine
         self._driver = load_driver(engine.driver)
@@ -192,6 +200,7 @@ class _Registration:
             "policy": policy,
             "witness": witness,
             "response_timeout": response_timeout,
+            "pooled": pooled,
         }
         # Checks them.
         PooledConnection(self._server, **self._options)

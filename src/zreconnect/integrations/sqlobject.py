@@ -104,6 +104,7 @@ class ReconnectingPostgres(ErrorsThatTell):
             witness=options.witness,
             on_connect=self._set_up,
             response_timeout=options.response_timeout,
+            pooled=options.pooled,
         )
         connection.autocommit = bool(self.autoCommit)
         return connection
@@ -111,6 +112,8 @@ class ReconnectingPostgres(ErrorsThatTell):
     def _set_up(self, raw: Any) -> None:
         """Set what the URI says of sessions, for one of them."""
         if self.schema:
+            pooling = self._server.driver.pooling
+            pooling.check_set_up(raw, self.options.pooled, "the schema of a URI")
             self._server.driver.query(raw, f"SET search_path TO {self.schema}")
         if self.dbEncoding:
             self._server.driver.set_client_encoding(raw, self.dbEncoding)
@@ -124,6 +127,7 @@ def register(
     witness: Witness | str | None = "xid",
     on_connect: Callable[[Any], object] | None = None,
     response_timeout: float | None = None,
+    pooled: bool | None = None,
 ) -> None:
     """Have SQLObject make reconnecting connections for URIs with this scheme.
 
@@ -136,6 +140,8 @@ def register(
     on_connect: called with each new raw connection, outside a transaction, to set up the session.
     response_timeout: seconds of silence after which a request counts as a disconnect; None
     waits for ever, except for beginning and rolling back.
+    pooled: whether each transaction may have another server process, as behind PgBouncer with
+    ``pool_mode=transaction``; None finds out whether there is a pooler, and takes it for one.
 
     What uses such a connection raises `DisconnectionError`, `ReconnectTimeout` and
     `CommitOutcomeUnknown` as they are, and all other errors of statements as SQLObject does.
@@ -145,7 +151,7 @@ def register(
     check_scheme(scheme, OTHER_BACKENDS, "SQLObject")
 
     class Registered(ReconnectingPostgres):
-        options = Options(policy, witness, on_connect, response_timeout)
+        options = Options(policy, witness, on_connect, response_timeout, pooled=pooled)
 
     # Its registerConnection() does not replace what is there.
     TheURIOpener.schemeBuilders[scheme] = lambda: Registered

@@ -186,7 +186,7 @@ class ReconnectingPostgres(Postgres):
     """Storm's database of a URI.
 
     uri: as for Storm's own ``postgres:``, with another scheme. policy, witness, on_connect,
-    response_timeout: as for `connect`.
+    response_timeout, pooled: as for `connect`.
 
     Raises TypeError or ValueError, naming the argument, for one that makes no sense.
     """
@@ -202,6 +202,7 @@ class ReconnectingPostgres(Postgres):
         witness: Witness | str | None = "xid",
         on_connect: Callable[[Any], object] | None = None,
         response_timeout: float | None = None,
+        pooled: bool | None = None,
     ) -> None:
         super().__init__(uri)
         # Made once to check the arguments, and never connected: each store's is a fork of it. What
@@ -212,6 +213,7 @@ class ReconnectingPostgres(Postgres):
             witness=witness,
             on_connect=on_connect,
             response_timeout=response_timeout,
+            pooled=pooled,
         )
         self._model.set_isolation_level(self._isolation)
 
@@ -235,6 +237,7 @@ def register(
     witness: Witness | str | None = "xid",
     on_connect: Callable[[Any], object] | None = None,
     response_timeout: float | None = None,
+    pooled: bool | None = None,
 ) -> None:
     """Have Storm make reconnecting connections for URIs with this scheme.
 
@@ -247,12 +250,14 @@ def register(
     on_connect: called with each new raw connection, outside a transaction, to set up the session.
     response_timeout: seconds of silence after which a request counts as a disconnect; None
     waits for ever, except for beginning and rolling back.
+    pooled: whether each transaction may have another server process, as behind PgBouncer with
+    ``pool_mode=transaction``; None finds out whether there is a pooler, and takes it for one.
 
     Raises TypeError or ValueError, naming the argument, for one that makes no sense.
     """
 
     def create_from_uri(uri: URI) -> ReconnectingPostgres:
-        return ReconnectingPostgres(uri, policy, witness, on_connect, response_timeout)
+        return ReconnectingPostgres(uri, policy, witness, on_connect, response_timeout, pooled)
 
     check_scheme(scheme, OTHER_BACKENDS, "Storm")
     # Checks the other arguments.

@@ -72,6 +72,15 @@ class IAdapterDirective(Interface):
         required=False,
         default=False,
     )
+    pooled = Bool(
+        title="Pooled",
+        description=(
+            "Whether each transaction may have another server process, as behind PgBouncer with "
+            "pool_mode=transaction; without it a pooler is found out, and taken for such a one."
+        ),
+        required=False,
+        default=None,
+    )
 
 
 def register_adapter(
@@ -82,6 +91,7 @@ def register_adapter(
     witness: str = "xid",
     response_timeout: str = "",
     two_phase: bool = False,
+    pooled: bool | None = None,
 ) -> None:
     """Handle the directive.
 
@@ -99,6 +109,7 @@ def register_adapter(
                 else _seconds("response_timeout", response_timeout, default=RESPONSE_TIMEOUT)
             ),
             two_phase=two_phase,
+            pooled=pooled,
         )
     except (TypeError, ValueError) as error:
         raise ConfigurationError(str(error)) from None

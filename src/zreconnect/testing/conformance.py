@@ -800,6 +800,7 @@ class DriverConformance(TestCase):
         self._insert(raw, "a")
         self._begin(raw)
         self.driver.query(raw, increment("a"))
+        self._begin(other)
         before = self.driver.limit_lock_waits(other, 1.0)
         statement = f"SELECT name FROM {TABLE} WHERE name = 'a' FOR UPDATE"
         with ThreadPoolExecutor(1) as threads:
@@ -811,8 +812,10 @@ class DriverConformance(TestCase):
                 self.driver.rollback(raw)
         self.assertIsInstance(error, self.module.Error)
         self.assertIs(self.driver.condition(error), Condition.LOCK_NOT_AVAILABLE)
-        self.assertNotEqual(self.driver.limit_lock_waits(other, before), before)
-        self.assertEqual(self.driver.limit_lock_waits(other, before), before)
+        self.driver.rollback(other)
+        if before is not None:
+            self.assertNotEqual(self.driver.limit_lock_waits(other, before), before)
+            self.assertEqual(self.driver.limit_lock_waits(other, before), before)
 
     def test_the_full_name_of_a_table(self) -> None:
         raw = self._open()

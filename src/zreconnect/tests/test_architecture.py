@@ -15,7 +15,7 @@ PACKAGE = Path(zreconnect.__file__).parent
 # modules, which may import each other, but for those that have a place of their own.
 LAYERS = """
 threads
-interfaces turn watchdog commits answers history
+interfaces turn watchdog commits answers history marks
 documented
 exceptions policy states drivers.base
 events witness dsn hosts

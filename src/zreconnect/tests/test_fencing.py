@@ -83,7 +83,6 @@ class EvidenceTests:
 
     def test_behind_a_pooler_the_session_tells_nothing(self):
         self.begin()
-        self.assertFalse(self.session.is_pooled)
         session = replace(self.session, is_pooled=True)
         self.assertFalse(self.ends(session, began=time.monotonic()))
         self.assert_lives()
@@ -116,8 +115,10 @@ class EvidenceTests:
         self.assert_lives()
 
     def test_a_pooler_has_numbers_of_its_own(self):
-        with mock.patch.object(self.driver_object, "query", return_value=[(0, None, False)]):
-            self.assertTrue(self.driver_object.identify(self.ours).is_pooled)
+        pooling = self.driver_object.pooling
+        self.assertFalse(pooling.is_in_between(self.ours))
+        with mock.patch.object(self.driver_object, "query", return_value=[(0,)]):
+            self.assertTrue(pooling.is_in_between(self.ours))
 
 
 class Psycopg2EvidenceTests(EvidenceTests, FencingTestCase):
@@ -168,18 +169,12 @@ class FencingTests:
                 connection.rollback()
 
     def test_behind_a_pooler(self):
-        """As it looks from here: a pooler tells another number than the server."""
-        identify = self.driver_object.identify
+        """As far as is known here: one that passes on the server's numbers."""
+        for connection in self.connections(pooled=True):
+            self.check_that_the_orphan_is_ended(connection)
 
-        def behind_a_pooler(raw):
-            return replace(identify(raw), pid=0, is_pooled=True)
-
-        with mock.patch.object(self.driver_object, "identify", behind_a_pooler):
-            for connection in self.connections():
-                self.check_that_the_orphan_is_ended(connection)
-
-    def test_one_whose_begin_has_travelled_along_with_a_statement(self):
-        for connection in self.connections(response_timeout=0.5):
+    def test_one_whose_begin_has_travelled_along_with_a_statement(self, **keywords):
+        for connection in self.connections(response_timeout=0.5, **keywords):
             connection.run(self.insert, connection)
             orphan = connection.info.backend_pid
             with self.assertRaises(DisconnectionError), connection.cursor() as cursor:
@@ -193,13 +188,7 @@ class FencingTests:
 
     def test_the_same_behind_a_pooler(self):
         """What BEGIN was answered is known, or BEGIN goes by itself."""
-        identify = self.driver_object.identify
-
-        def behind_a_pooler(raw):
-            return replace(identify(raw), pid=0, is_pooled=True)
-
-        with mock.patch.object(self.driver_object, "identify", behind_a_pooler):
-            self.test_one_whose_begin_has_travelled_along_with_a_statement()
+        self.test_one_whose_begin_has_travelled_along_with_a_statement(pooled=True)
 
     def test_nothing_is_done_if_nothing_was_under_way(self):
         for connection in self.connections():

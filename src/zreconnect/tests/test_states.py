@@ -244,16 +244,20 @@ class OfAnotherConnection(DriverError):
 
 
 class VerdictTests(unittest.TestCase):
-    def judge(self, error, needs_writes=True, raw="raw", meaning=Meaning.USER, **found):
+    def judge(self, error, raw="raw", meaning=Meaning.USER, **found):
         driver = SimpleNamespace(
             module=SimpleNamespace(Error=DriverError),
             meaning=lambda error, raw: meaning,
             is_at_rest=lambda raw: found.get("at_rest", True),
             in_transaction=lambda raw: found.get("inside", False),
-            is_refused_by_standby=lambda error, raw: found.get("refused", False),
         )
         server = SimpleNamespace(driver=driver, is_missed_by=lambda raw: found.get("missed", False))
-        return verdict(error, server, None if raw is None else object(), needs_writes)
+        return verdict(
+            error,
+            server,
+            None if raw is None else object(),
+            lambda error, raw: found.get("refused", False),
+        )
 
     def test_the_servers_answer(self):
         error = DriverError()
@@ -263,8 +267,7 @@ class VerdictTests(unittest.TestCase):
             (Verdict.LOST, {"raw": None}),
             (Verdict.STANDBY, {"missed": True, "inside": True}),
             (Verdict.STANDBY, {"refused": True}),
-            (Verdict.ENDED, {"refused": True, "needs_writes": False}),
-            (Verdict.STANDBY, {"missed": True, "needs_writes": False}),
+            (Verdict.STANDBY, {"missed": True}),
             (Verdict.GOES_ON, {"inside": True}),
             (Verdict.GOES_ON, {"inside": True, "at_rest": False}),
             (Verdict.ENDED, {"meaning": Meaning.TRANSIENT}),

@@ -29,7 +29,7 @@ with needs(__name__, "zreconnect[django]"):
     from django.utils.functional import cached_property
 
 #: Those of a database's OPTIONS that are for `ReconnectingConnection`.
-OPTIONS = ("policy", "witness", "response_timeout")
+OPTIONS = ("policy", "witness", "response_timeout", "pooled")
 
 
 class DjangoDisconnectionError(DisconnectionError, OperationalError):
@@ -88,14 +88,15 @@ class DatabaseWrapper(base.DatabaseWrapper):
 
         connect = partial(hosts.connect, driver, conn_params, open_session=open_session)
         server = Server(driver, connect, {})
-        connection = ReconnectingConnection(server, on_connect=self._set_up_session, **ours)
+        set_up = partial(self._set_up_session, driver=driver, pooled=ours.get("pooled"))
+        connection = ReconnectingConnection(server, on_connect=set_up, **ours)
         connection.cursor_factory = conn_params["cursor_factory"]
         # One that there is not Django refuses when it connects.
         with contextlib.suppress(ValueError):
             connection.isolation_level = self.settings_dict["OPTIONS"].get("isolation_level")
         return connection
 
-    def _set_up_session(self, raw: Any) -> None:
+    def _set_up_session(self, raw: Any, driver: Any, pooled: bool | None) -> None:
         if base.is_psycopg3 and not self.features.uses_server_side_binding:
             # Its server-side cursors bind by themselves.
             raw.server_cursor_factory = base.ServerSideCursor
@@ -103,6 +104,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
         with raw.cursor() as cursor:
             cursor.execute(self.ops.set_time_zone_sql(), [self.timezone_name])
             if role := self.settings_dict["OPTIONS"].get("assume_role"):
+                driver.pooling.check_set_up(raw, pooled, "assume_role")
                 cursor.execute("SELECT set_config('role', %s, false)", [role])
 
     @cached_property  # type: ignore[untyped-decorator]

@@ -1,0 +1,77 @@
+"""What is to be minded behind a pooler for PostgreSQL, where others have its processes, too.
+
+A pooler such as PgBouncer lends a client one of the server's processes: for a transaction
+(``pool_mode=transaction``), or for as long as the client is connected (``pool_mode=session``).
+Which it is, nobody tells; that there is one shows in its number for the session, which is none of
+the server's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from zreconnect.documented import implements
+from zreconnect.drivers.base import SessionSettings
+from zreconnect.interfaces import IPooling
+
+LEAVES = "it would stay in a server process that the pooler gives to others"
+OR_SAY = (
+    "; or say pooled=False, if the pooler keeps a server process for each connection, as "
+    "PgBouncer's pool_mode=session does"
+)
+
+
+@implements(IPooling)
+class Pooling:
+    """See `IPooling`.
+
+    driver: a `zreconnect.drivers.postgresql.PostgresqlDriver`. listens: matches what LISTEN begins
+    with.
+    """
+
+    def __init__(self, driver: Any, listens: re.Pattern[str]) -> None:
+        self._driver = driver
+        self._listens = listens
+
+    def is_in_between(self, raw: Any) -> bool:
+        # A pooler gives its clients numbers of its own, to cancel their requests.
+        rows = self._driver.query(raw, "SELECT pg_backend_pid()")
+        return bool(rows != [(raw.info.backend_pid,)])
+
+    def share(self, raw: Any) -> None:
+        # psycopg 3 would prepare statements there, and execute them elsewhere.
+        if hasattr(raw, "prepare_threshold"):
+            raw.prepare_threshold = None
+
+    def check_parameters(self, parameters: Mapping[str, Any]) -> None:
+        if parameters.get("options"):
+            raise ValueError(
+                "pooled=True is not possible with options in the DSN: a pooler has none of its "
+                "clients' own. Use ALTER ROLE ... SET, or ALTER DATABASE ... SET"
+            )
+
+    def check_settings(self, settings: SessionSettings) -> None:
+        modes = settings.isolation_level, settings.readonly, settings.deferrable
+        if settings.autocommit and modes != (None, None, None):
+            raise self._driver.module.ProgrammingError(
+                "isolation_level, readonly and deferrable are not possible in autocommit mode "
+                f"behind a pooler: {LEAVES}. Use transaction() with them{OR_SAY}"
+            )
+
+    def check_statement(self, statement: Any, options: Mapping[str, Any]) -> None:
+        listens = self._listens.match(self._driver.text_of(statement)) is not None
+        if listens or options.get("withhold"):
+            raise self._driver.module.ProgrammingError(
+                f"{'LISTEN' if listens else 'A cursor WITH HOLD'} is not possible behind a pooler: "
+                f"{LEAVES}. Use another connection, past the pooler{OR_SAY}"
+            )
+
+    def check_set_up(self, raw: Any, pooled: bool | None, what: str) -> None:
+        if not (self.is_in_between(raw) if pooled is None else pooled):
+            return
+        raise self._driver.module.ProgrammingError(
+            f"{what} is not possible behind a pooler: {LEAVES}. Use ALTER ROLE ... SET, or ALTER "
+            f"DATABASE ... SET{OR_SAY}"
+        )
