@@ -22,7 +22,7 @@ from django.core.management import call_command
 from django.db import close_old_connections, connection, transaction
 from django.db.models import Value
 from django.db.models.functions import Coalesce
-from django.db.utils import DatabaseError
+from django.db.utils import DatabaseError, ProgrammingError
 from django.test.utils import CaptureQueriesContext
 
 from zreconnect import (
@@ -482,6 +482,11 @@ class SessionTests(DjangoTestCase):
                     self.assertEqual(self.show("client_encoding"), "UTF8")
                     self.assertEqual(self.show("transaction_isolation"), "serializable")
                 self.server.restart()
+
+    def test_a_role_would_stay_with_others_behind_a_pooler(self):
+        self.use(assume_role="clerk", pooled=True)
+        with self.assertRaisesRegex(ProgrammingError, "assume_role is not possible behind a pool"):
+            self.File.objects.count()
 
     def test_a_pool_is_refused(self):
         self.use(pool=True)

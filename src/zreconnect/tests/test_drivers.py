@@ -115,6 +115,7 @@ class BaseDriverTests(unittest.TestCase):
             self.assertIsNone(each.autocommit_mode("SET autocommit = 1"))
         self.assertTrue(driver.has_sessions)
         self.assertFalse(driver.supports_two_phase)
+        self.assertIsNone(driver.pooling)
         self.assertFalse(driver.is_transient(error))
         self.assertFalse(driver.is_refused_by_standby(error, None))
         self.assertTrue(driver.takes_writes(None))

@@ -1,14 +1,29 @@
 """Behind PgBouncer: what is found out, what is turned off or refused, and what its errors mean."""
 
 import contextlib
+import pickle
 import threading
+import unittest
 from contextlib import closing, contextmanager
+from functools import partial
 
 import psycopg
 import psycopg2
+import sqlalchemy
 
 import zreconnect
-from zreconnect import DisconnectionError, Ledger, ReconnectTimeout, RetryPolicy
+from zreconnect import (
+    ConnectionDescriptor,
+    DisconnectionError,
+    Ledger,
+    ReconnectingConnection,
+    ReconnectingDatabaseAdapter,
+    ReconnectTimeout,
+    RetryPolicy,
+    initZopeless,
+)
+from zreconnect.integrations import sqlalchemy as integrations_sqlalchemy
+from zreconnect.integrations import sqlobject, storm
 from zreconnect.testing import EmbeddedPgBouncer, PortForward
 from zreconnect.testing.layers import POSTGRES_LAYER, PgBouncerLayer, PortForwardLayer
 from zreconnect.tests.base import DatabaseTestCase, on_pgbouncer, policy_of, wait_until
@@ -34,6 +49,46 @@ def layer(pool_mode):
 
 TRANSACTION_POOL = layer("transaction")
 SESSION_POOL = layer("session")
+
+
+class KeywordTests(unittest.TestCase):
+    dsn = "postgresql://nobody@127.0.0.1:1/nothing"
+
+    def ways(self, pooled):
+        """The connections of all that take the keyword."""
+        yield zreconnect.connect(self.dsn, pooled=pooled)
+        yield zreconnect.connect(self.dsn, pooled=pooled).fork()
+        yield ReconnectingConnection(lambda: None, pooled=pooled)
+        yield ConnectionDescriptor(self.dsn, pooled=pooled).connection()
+        manager = initZopeless(self.dsn, implicitBegin=False, pooled=pooled)
+        yield manager.connection()
+        manager.uninstall()
+        adapter = ReconnectingDatabaseAdapter(self.dsn, pooled=pooled)
+        yield adapter()
+        yield pickle.loads(pickle.dumps(adapter))()
+
+    def test_it_goes_all_ways(self):
+        for pooled in (None, True, False):
+            for connection in self.ways(pooled):
+                with self.subTest(connection=connection, pooled=pooled):
+                    self.assertIs(connection.work.link.options.pooled, pooled)
+                    self.assertIs(connection.work.link.settings.pooled, pooled is True)
+
+    def test_integrations_check_it(self):
+        engine = sqlalchemy.create_engine("postgresql+psycopg2://")
+        for register in (
+            partial(integrations_sqlalchemy.register, engine),
+            storm.register,
+            sqlobject.register,
+        ):
+            with self.assertRaisesRegex(TypeError, "pooled must be True, False or None, not 'yes'"):
+                register(pooled="yes")
+
+    def test_it_is_for_postgresql(self):
+        with self.assertRaisesRegex(ValueError, "pooled=True is not possible .* sqlite"):
+            zreconnect.connect("sqlite:///:memory:", pooled=True)
+        with closing(zreconnect.connect("sqlite:///:memory:", pooled=False)) as connection:
+            connection.execute("SELECT 1")
 
 
 class PoolerTestCase(DatabaseTestCase):

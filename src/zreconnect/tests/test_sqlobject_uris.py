@@ -239,6 +239,16 @@ class UriTests(UriTestCase):
             )
             self.server.restart()
 
+    def test_a_schema_would_stay_with_others_behind_a_pooler(self):
+        for pooled in (None, True):
+            connection = self.register_and_connect("&schema=elsewhere", pooled=pooled)
+            behind = mock.patch(
+                "zreconnect.drivers.pooling.Pooling.is_in_between", return_value=pooled is None
+            )
+            refused = self.assertRaisesRegex(dberrors.ProgrammingError, "the schema of a URI")
+            with self.subTest(pooled=pooled), behind, refused:
+                connection.queryOne("SELECT 1")
+
     def test_a_socket_of_the_file_system(self):
         uri = f"{SCHEME}:///nowhere at all/trees?driver={self.driver}"
         server = sqlobject.connectionForURI(uri).getConnection().server

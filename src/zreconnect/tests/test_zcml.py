@@ -87,6 +87,13 @@ class DirectiveTests(ZCMLTestCase):
                 options = database(value)().work.link.options
                 self.assertIs(options.two_phase, expected)
 
+    def test_pooled(self):
+        for value, expected in (({"pooled": "yes"}, True), ({"pooled": "no"}, False), ({}, None)):
+            with self.subTest(value):
+                configure(adapter(name=str(expected), dsn=SECRET, **value))
+                options = database(str(expected))().work.link.options
+                self.assertIs(options.pooled, expected)
+
     def test_two_phases_that_are_no_truth_value(self):
         self.assert_refused("two_phase", two_phase="perhaps")
 
