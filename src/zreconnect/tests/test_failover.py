@@ -22,7 +22,7 @@ from zreconnect import (
     RetryPolicy,
     XidWitness,
 )
-from zreconnect.events import CommitLookedUp
+from zreconnect.events import CommitLookedUp, HistoryChanged
 from zreconnect.testing import EmbeddedPgBouncer, EmbeddedStandby, PortForward
 from zreconnect.tests.base import REQUIRED, DatabaseTestCase, policy_of, wait_until
 
@@ -215,8 +215,8 @@ class FailoverTests(DatabaseTestCase):
         rows = self.standby.query("SELECT count(*) FROM item", dbname=self.dbname)
         self.assertEqual(rows, [(4,)])
 
-    @unittest.skipUnless(EmbeddedPgBouncer.installed() or REQUIRED, "PgBouncer is not installed")
-    def test_a_pooler_that_repeats_what_the_primary_has_said(self):
+    def pooled(self):
+        """Connections through a pooler, and what moves the address that it has, to the standby."""
         address = PortForward(self.server.host, self.server.port)
         self.addCleanup(address.stop)
         address.start()
@@ -232,9 +232,37 @@ class FailoverTests(DatabaseTestCase):
         for number, connection in enumerate(connections):
             connection.run(connection.execute, "INSERT INTO item VALUES (%s)", (str(number),))
         wait_until(lambda: self.standby.query("SELECT count(*) FROM item") == [(8,)])
-        address.stop()
-        address.target_port = self.standby.port
-        address.start()
+
+        def move():
+            address.stop()
+            address.target_port = self.standby.port
+            address.start()
+
+        return connections, move
+
+    @unittest.skipUnless(EmbeddedPgBouncer.installed() or REQUIRED, "PgBouncer is not installed")
+    def test_a_pooler_that_leads_to_the_new_primary_without_a_word(self):
+        connections, move = self.pooled()
+        self.standby.promote()
+        move()
+        with self.events() as events:
+            for number, connection in enumerate(connections, len(connections)):
+                connection.execute("INSERT INTO item VALUES (%s)", (str(number),))
+                connection.commit()
+                connection.execute("SELECT 1")
+                connection.commit()
+        # Without a witness nothing is known of it.
+        told = [event.server for event in events if isinstance(event, HistoryChanged)]
+        self.assertEqual(
+            told, [each.server for each in connections if each.work.link.options.witness]
+        )
+        self.assertEqual(len(events), len(told))
+        self.assertEqual(self.standby.query("SELECT count(*) FROM item"), [(16,)])
+
+    @unittest.skipUnless(EmbeddedPgBouncer.installed() or REQUIRED, "PgBouncer is not installed")
+    def test_a_pooler_that_repeats_what_the_primary_has_said(self):
+        connections, move = self.pooled()
+        move()
 
         def work(connection):
             connection.execute("UPDATE item SET name = name || '!'")
