@@ -43,6 +43,7 @@ from zreconnect.drivers.mysqltext import (
     may_commit,
 )
 from zreconnect.exceptions import DisconnectionError, ExceptionInfo
+from zreconnect.history import History
 from zreconnect.interfaces import IDriver, Meaning
 
 FORM = "mysql://user:password@host:port/dbname?option=value"
@@ -151,6 +152,13 @@ CONDITIONS = {
     ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION: Condition.READ_ONLY_TRANSACTION,
 }
 
+# Where a history is one for certain. Between two servers there is no promotion that ends what is on
+# its way: a replica that takes writes may still be executing what it has received, or receive more.
+SYSTEM = "CONCAT('server_id ', @@global.server_id)"
+# To Galera's nodes nothing is on its way when they take a write.
+SYSTEM_OF_MARIADB = (
+    f"IF(@@global.wsrep_on, CONCAT('cluster ', @@global.wsrep_cluster_name), {SYSTEM})"
+)
 ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 MARK = "zreconnect_transaction"
 # By so many bytes a statement has to be shorter than max_allowed_packet: its command is one, and
@@ -598,14 +606,16 @@ class MysqlDriver(ChoosingDriver):
         # A number may be given again after a restart of the server; the lock is the session's own,
         # and free when its transaction has ended.
         lock = f"zreconnect:{uuid.uuid4()}"
+        system = SYSTEM_OF_MARIADB if self._is_mariadb(raw) else SYSTEM
         try:
-            ((locked,),) = self.query(raw, "SELECT GET_LOCK(%s, 0)", (lock,))
+            ((locked, name),) = self.query(raw, f"SELECT GET_LOCK(%s, 0), {system}", (lock,))
         except self.module.Error as error:
             # A cluster may refuse such locks.
             if self.meaning(error, raw) is Meaning.DISCONNECT:
                 raise
-            locked = False
-        return ServerSession(raw.thread_id(), lock if locked else None)
+            ((locked, name),) = self.query(raw, f"SELECT NULL, {system}")
+        history = History(name, timeline="", stats_reset=None)
+        return ServerSession(raw.thread_id(), lock if locked else None, history=history)
 
     def end_session(self, raw: Any, session: ServerSession, evidence: Evidence) -> bool:
         if session.start is None:

@@ -346,7 +346,11 @@ class Tests(MysqlTestCase):
     def test_a_server_without_locks_of_that_kind(self):
         raw = self.connect().driver_connection
         unsupported = self.module.NotSupportedError(1235, "not in a cluster")
-        for answer in ({"return_value": [(None,)]}, {"side_effect": unsupported}):
+        system = "server_id 1"
+        for answer in (
+            {"return_value": [(None, system)]},
+            {"side_effect": [unsupported, [(None, system)]]},
+        ):
             with mock.patch.object(self.driver, "query", **answer):
                 session = self.driver.identify(raw)
             self.assertEqual((session.pid, session.start), (raw.thread_id(), None))
