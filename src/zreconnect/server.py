@@ -24,7 +24,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NoReturn
 
 from zreconnect import dsn as dsn_module
@@ -56,6 +55,7 @@ class AttemptFailed(Exception):
         self.error = error
 
 
+OpenSession = Callable[[float, hosts.Pauses], Any]
 # A connection, or the error that there is none; for those who share an attempt, only the latter.
 Outcome = tuple[Any, BaseException | None]
 
@@ -64,11 +64,12 @@ class _Attempt:
     """One attempt to connect, and those who wait for its outcome.
 
     deadline: when it is over, if it has no outcome before. So nobody depends on its thread, which
-    may hang or may never have been started.
+    may hang or may never have been started. pauses: see `hosts.connect`.
     """
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, deadline: float, pauses: hosts.Pauses = hosts.default_pauses) -> None:
         self.deadline = deadline
+        self.pauses = pauses
         self._has_begun = self._has_ended = False
         self._answer: Answers[Outcome | None] = Answers()
         self._answers_to_others: list[Answers[Outcome | None]] = []
@@ -132,12 +133,13 @@ class Server:
     """Where to connect to.
 
     driver: an `IDriver`.
-    open_session: called with a timeout in seconds; returns the module's new connection.
+    open_session: called with a timeout in seconds, and what tells the seconds between two rounds of
+    asking several places; returns the module's new connection.
     parameters: the connection parameters as far as they are known, for address and errors.
     """
 
     def __init__(
-        self, driver: Any, open_session: Callable[[float], Any], parameters: Mapping[str, str]
+        self, driver: Any, open_session: OpenSession, parameters: Mapping[str, str]
     ) -> None:
         self.driver = driver
         self._open_session = open_session
@@ -156,12 +158,19 @@ class Server:
             self._address = self.driver.address(self.parameters)
         return self._address
 
-    def connect(self, timeout: float, lasting: float = 0.0, pause: float = 0.0) -> Any:
+    def connect(
+        self,
+        timeout: float,
+        lasting: float = 0.0,
+        pause: float = 0.0,
+        pauses: hosts.Pauses = hosts.default_pauses,
+    ) -> Any:
         """A new raw connection, within ``timeout`` seconds. One that comes later is closed.
 
         lasting: how many seconds an attempt may take at least, for others and for what is known.
         pause: the seconds that lie between two attempts. If another thread's has failed less than
         that ago, there is a new one only when one of that thread's succeeds, or it makes no more.
+        pauses: see `hosts.connect`.
 
         Raises `AttemptFailed` if there is none and a later attempt may succeed; what the attempt
         raised if it is refused for good.
@@ -173,7 +182,7 @@ class Server:
             self._watch(min(deadline, now + pause * max(1.0, others)))
             if error := self._failed_within(pause):
                 raise AttemptFailed(error) from error
-        mine = _Attempt(max(deadline, now + lasting))
+        mine = _Attempt(max(deadline, now + lasting), pauses)
         while (attempt := self._join_attempt(mine)) is not mine:
             outcome = attempt.shared_outcome(deadline)
             if outcome is None:
@@ -308,7 +317,7 @@ class Server:
         try:
             # Never 0, which means for ever to libpq.
             timeout = max(SHORTEST_ATTEMPT, attempt.deadline - time.monotonic())
-            raw = self._open_session(timeout)
+            raw = self._open_session(timeout, attempt.pauses)
             self.driver.prepare(raw)
             self.parameters = self.parameters or self.driver.parameters(raw)
         except BaseException as error:
@@ -365,8 +374,8 @@ def server_from_dsn(dsn: str, driver_name: str | None = None) -> Server:
     parameters = driver.parse(dsn)
     # Not the DSN: what it means can depend on where the program is.
     key = (driver.name, tuple(sorted(parameters.items())))
-    open_session = partial(hosts.connect, driver, parameters, open_session=driver.connect)
-    return _shared(key, driver, open_session, parameters)
+    places = hosts.Places(driver, parameters, driver.connect)
+    return _shared(key, driver, places.connect, parameters)
 
 
 def server_from_factory(connection_factory: Callable[[], Any], driver_name: str) -> Server:
@@ -379,13 +388,13 @@ def server_from_factory(connection_factory: Callable[[], Any], driver_name: str)
     driver = load_driver(driver_name)
     # The server keeps the factory alive, so its id() is not given to another one meanwhile.
     key = (driver.name, id(connection_factory))
-    return _shared(key, driver, lambda timeout: connection_factory(), {})
+    return _shared(key, driver, lambda timeout, pauses: connection_factory(), {})
 
 
 def _shared(
     key: tuple[str, Any],
     driver: Any,
-    open_session: Callable[[float], Any],
+    open_session: OpenSession,
     parameters: Mapping[str, str],
 ) -> Server:
     # It stays locked for nobody: CPython runs no signal's handler between acquiring a lock of its

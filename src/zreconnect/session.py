@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 from zreconnect import events
@@ -109,7 +110,8 @@ def _attempt(
     """A session that is prepared, and the server knows what came of it."""
     began, timeout = time.monotonic(), policy.attempt_limit(elapsed)
     try:
-        raw = server.connect(timeout, policy.lasting_attempt(), pause)
+        pauses = partial(policy.pause, elapsed=elapsed)
+        raw = server.connect(timeout, policy.lasting_attempt(), pause, pauses)
         session = _prepared(server, raw, max(timeout, policy.least_attempt()), prepare)
     except AttemptFailed:
         server.missed(began)

@@ -194,6 +194,8 @@ class _Registration:
         self._parameters: dict[str, str] = {}
         # What listeners to "do_connect" have noted with a raw connection.
         self._noted: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+        # The places that were silent the last time.
+        self._silent: set[int] = set()
         # One for all connections, which knock at its door one at a time.
         self._server = Server(self._driver, self._open, self._parameters)
         self._options: dict[str, Any] = {
@@ -263,7 +265,7 @@ class _Registration:
 
     # Connecting
 
-    def _open(self, timeout: float) -> Any:
+    def _open(self, timeout: float, pauses: hosts.Pauses) -> Any:
         """A raw connection, as ``create_engine()`` makes it."""
         dialect: Any = self._engine.dialect
         cargs, cparams = self._arguments
@@ -282,7 +284,9 @@ class _Registration:
             def open_session(place: Any, timeout: float) -> Any:
                 return dialect.connect(*cargs, **connect_keywords(place, timeout))
 
-            raw = hosts.connect(self._driver, cparams, timeout, open_session)
+            raw = hosts.connect(
+                *(self._driver, cparams, timeout, open_session), pauses=pauses, silent=self._silent
+            )
         self._noted[raw] = record.info
         return raw
 

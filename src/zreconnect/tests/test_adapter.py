@@ -417,10 +417,10 @@ class TimeoutTests(AdapterTestCase):
         open_session = server._open_session
         limits = []
 
-        def open_slowly(timeout):
+        def open_slowly(timeout, pauses):
             limits.append(timeout)
             hold_back.wait(PATIENCE)
-            return open_session(timeout)
+            return open_session(timeout, pauses)
 
         with (
             mock.patch.object(server, "_open_session", open_slowly),

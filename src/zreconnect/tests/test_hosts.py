@@ -27,18 +27,27 @@ def failing(error):
     return mock.Mock(side_effect=error)
 
 
+def open_place(place, timeout):
+    return place()
+
+
+def at_once(rounds):
+    """The pause between two rounds."""
+    return 0.0
+
+
 class HostsTests(unittest.TestCase):
     def setUp(self):
         self.threads_before = set(threading.enumerate())
 
-    def connect(self, *places, timeout=PATIENCE):
-        raw = hosts.connect(Driver(), list(places), timeout, lambda place, timeout: place())
+    def connect(self, *places, timeout=PATIENCE, **more):
+        raw = hosts.connect(Driver(), list(places), timeout, open_place, **more)
         self.addCleanup(raw.close)
         return raw
 
-    def fails(self, *places, timeout=PATIENCE):
+    def fails(self, *places, timeout=PATIENCE, **more):
         with self.assertRaises(sqlite3.OperationalError) as failed:
-            self.connect(*places, timeout=timeout)
+            self.connect(*places, timeout=timeout, **more)
         return failed.exception
 
     def hanging(self):
@@ -126,6 +135,58 @@ class HostsTests(unittest.TestCase):
         # All have had their share of the time.
         self.assertIs(self.fails(self.hanging(), failing(REFUSED), timeout=TIMEOUT), REFUSED)
         self.assertIs(self.fails(failing(REFUSED), self.hanging(), timeout=TIMEOUT), REFUSED)
+
+    def test_who_has_failed_is_asked_again_while_another_is_silent(self):
+        raw = connection()
+        standby = mock.Mock(side_effect=[LOCKED, LOCKED, raw])
+        self.assertIs(self.connect(self.hanging(), standby, pauses=at_once, silent={0}), raw)
+        self.assertEqual(standby.call_count, 3)
+
+    def test_it_is_not_if_it_refuses_for_good(self):
+        refusing = mock.Mock(side_effect=[LOCKED, REFUSED])
+        error = self.fails(self.hanging(), refusing, pauses=at_once, silent={0})
+        self.assertIs(error, REFUSED)
+
+    def test_nor_if_the_silent_one_has_failed_as_well(self):
+        silent, standby = self.hanging(), failing(LOCKED)
+
+        def pause(rounds):
+            silent.end(failing(LOCKED))
+            return PATIENCE
+
+        self.fails(silent, standby, pauses=pause, silent={0})
+        self.assertEqual(standby.call_count, 1)
+
+    def test_a_silent_one_that_answers_between_two_rounds(self):
+        silent, raw = self.hanging(), connection()
+
+        def pause(rounds):
+            silent.end(lambda: raw)
+            return PATIENCE
+
+        self.assertIs(self.connect(silent, failing(LOCKED), pauses=pause, silent={0}), raw)
+
+    def test_who_was_silent_is_asked_last_until_it_has_answered(self):
+        raws = [connection() for _ in range(4)]
+        hanging, second = self.hanging(), mock.Mock(side_effect=[raws[0], raws[1], LOCKED])
+        first = mock.Mock(side_effect=hanging)
+        places = hosts.Places(Driver(), [first, second], open_place)
+        self.assertIs(places.connect(TIMEOUT, at_once), raws[0])
+        self.assertIs(places.connect(TIMEOUT, at_once), raws[1])
+        self.assertEqual((first.call_count, second.call_count), (1, 2))
+        first.side_effect = [raws[2], raws[3]]
+        self.assertIs(places.connect(TIMEOUT, at_once), raws[2])
+        self.assertIs(places.connect(TIMEOUT, at_once), raws[3])
+        self.assertEqual((first.call_count, second.call_count), (3, 3))
+        for raw in raws:
+            raw.close()
+
+    def test_it_is_not_waited_for_before_the_others_are_asked_again(self):
+        silent, raw = {0}, connection()
+        standby = mock.Mock(side_effect=[LOCKED, raw])
+        places = self.hanging(), standby
+        self.assertIs(self.connect(*places, timeout=1e6, pauses=at_once, silent=silent), raw)
+        self.assertEqual(silent, {0})
 
     def test_without_threads_it_is_a_failure_that_passes(self):
         error = RuntimeError(server.NO_THREAD)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from zreconnect import hosts
@@ -86,8 +85,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
         def open_session(place: Mapping[str, Any], timeout: float) -> Any:
             return get_new_connection(connect_keywords(place, timeout))
 
-        connect = partial(hosts.connect, driver, conn_params, open_session=open_session)
-        server = Server(driver, connect, {})
+        server = Server(driver, hosts.Places(driver, conn_params, open_session).connect, {})
         set_up = partial(self._set_up_session, driver=driver, pooled=ours.get("pooled"))
         connection = ReconnectingConnection(server, on_connect=set_up, **ours)
         connection.cursor_factory = conn_params["cursor_factory"]
