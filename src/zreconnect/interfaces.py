@@ -185,6 +185,15 @@ class IDriver(Interface):
         transaction, in autocommit mode or asynchronous.
         """
 
+    def encrypted(raw, parameters):
+        """The parameters for the sessions that follow upon ``raw``, if that one is encrypted.
+
+        With them no session begins without encryption, whatever the server, or who answers in its
+        place, says. None if ``raw`` is not encrypted, or nobody tells. Called for each new session,
+        after `prepare`; it may take a round trip if encryption is possible. What has been asked for
+        is not weakened, wherever the module has it from.
+        """
+
     def keep(raw):
         """What the user has set on a raw connection itself, such as type adapters; for `inherit`.
 

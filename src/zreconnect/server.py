@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import threading
 import time
 import weakref
@@ -30,6 +31,7 @@ from zreconnect import dsn as dsn_module
 from zreconnect import hosts
 from zreconnect.answers import Answers
 from zreconnect.drivers.base import load_driver
+from zreconnect.exceptions import one_line
 from zreconnect.interfaces import Meaning
 from zreconnect.threads import start_thread
 
@@ -45,6 +47,15 @@ TIME_TO_BEGIN = 0.5
 WATCHERS = 10
 # The only RuntimeError of starting a thread that passes. A signal's handler may raise others.
 NO_THREAD = "can't start new thread"
+# What mentions it may be why there is no encryption any more.
+ENCRYPTION = re.compile("SSL|TLS")
+NOT_WHAT_IT_WAS = (
+    "TLS connection required: the sessions before with this server were encrypted, and nobody is "
+    "to get by without, neither a server that has lost its certificate nor somebody in between. If "
+    "the server is to be without TLS from now on, say so (sslmode=disable, ssl_mode=DISABLED) and "
+    "start the program again; to have TLS from the first session on, ask for it "
+    "(sslmode=require, ssl_mode=REQUIRED)"
+)
 
 
 class AttemptFailed(Exception):
@@ -136,13 +147,20 @@ class Server:
     open_session: called with a timeout in seconds, and what tells the seconds between two rounds of
     asking several places; returns the module's new connection.
     parameters: the connection parameters as far as they are known, for address and errors.
+    opening: returns another ``open_session`` for other parameters; None if they are not ours.
     """
 
     def __init__(
-        self, driver: Any, open_session: OpenSession, parameters: Mapping[str, str]
+        self,
+        driver: Any,
+        open_session: OpenSession,
+        parameters: Mapping[str, str],
+        opening: Callable[[Mapping[str, str]], OpenSession] | None = None,
     ) -> None:
         self.driver = driver
         self._open_session = open_session
+        self._opening = opening
+        self._was_encrypted = False
         #: Those of the connection, as far as they are known: a factory's after the first session.
         self.parameters = parameters
         self._address: str | None = None
@@ -317,9 +335,7 @@ class Server:
         try:
             # Never 0, which means for ever to libpq.
             timeout = max(SHORTEST_ATTEMPT, attempt.deadline - time.monotonic())
-            raw = self._open_session(timeout, attempt.pauses)
-            self.driver.prepare(raw)
-            self.parameters = self.parameters or self.driver.parameters(raw)
+            raw = self._open(timeout, attempt.pauses)
         except BaseException as error:
             self._note(attempt, error)
             attempt.end((None, error))
@@ -330,6 +346,26 @@ class Server:
             if not attempt.is_taken():
                 self.driver.close(raw)
                 self.reached()
+
+    def _open(self, timeout: float, pauses: hosts.Pauses) -> Any:
+        """A raw connection, prepared, and no less protected than those before."""
+        try:
+            raw = self._open_session(timeout, pauses)
+        except self.driver.module.Error as error:
+            if self._was_encrypted and ENCRYPTION.search(str(error)) and not self.passes(error):
+                error.args = (*error.args[:-1], f"{one_line(error)}. {NOT_WHAT_IT_WAS}")
+            raise
+        self.driver.prepare(raw)
+        self.parameters = self.parameters or self.driver.parameters(raw)
+        demanded = self.driver.encrypted(raw, self.parameters)
+        if demanded is None and self._was_encrypted and self._opening is None:
+            self.driver.close(raw)
+            raise self.driver.module.OperationalError(NOT_WHAT_IT_WAS)
+        if demanded is not None and not self._was_encrypted:
+            # The module refuses what is not encrypted before it logs in.
+            self._open_session = self._opening(demanded) if self._opening else self._open_session
+            self._was_encrypted = True
+        return raw
 
     def _note(self, attempt: _Attempt, error: BaseException | None) -> None:
         # What an attempt that was given up has met is old news.
@@ -374,8 +410,11 @@ def server_from_dsn(dsn: str, driver_name: str | None = None) -> Server:
     parameters = driver.parse(dsn)
     # Not the DSN: what it means can depend on where the program is.
     key = (driver.name, tuple(sorted(parameters.items())))
-    places = hosts.Places(driver, parameters, driver.connect)
-    return _shared(key, driver, places.connect, parameters)
+
+    def opening(parameters: Mapping[str, str]) -> OpenSession:
+        return hosts.Places(driver, parameters, driver.connect).connect
+
+    return _shared(key, driver, opening(parameters), parameters, opening)
 
 
 def server_from_factory(connection_factory: Callable[[], Any], driver_name: str) -> Server:
@@ -396,13 +435,14 @@ def _shared(
     driver: Any,
     open_session: OpenSession,
     parameters: Mapping[str, str],
+    opening: Callable[[Mapping[str, str]], OpenSession] | None = None,
 ) -> Server:
     # It stays locked for nobody: CPython runs no signal's handler between acquiring a lock of its
     # own and entering the block.
     with _lock:
         server = _servers.get(key)
         if server is None:
-            server = _servers[key] = Server(driver, open_session, parameters)
+            server = _servers[key] = Server(driver, open_session, parameters, opening)
         return server
 
 

@@ -162,6 +162,9 @@ class BaseDriver:
     def places(self, parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         return [parameters]
 
+    def encrypted(self, raw: Any, parameters: Mapping[str, str]) -> Mapping[str, str] | None:
+        return None
+
     def keep(self, raw: Any) -> Any:
         return None
 

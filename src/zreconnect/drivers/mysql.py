@@ -85,6 +85,7 @@ ER_CLIENT_INTERACTION_TIMEOUT = 4031
 CR_CONNECTION_ERROR = 2002
 CR_CONN_HOST_ERROR = 2003
 CR_SERVER_GONE_ERROR = 2006
+CR_SERVER_HANDSHAKE_ERR = 2012
 CR_SERVER_LOST = 2013
 CR_CANT_READ_CHARSET = 2019
 CR_SSL_CONNECTION_ERROR = 2026
@@ -107,12 +108,15 @@ LOST = {
     CR_SERVER_LOST,
     CR_SERVER_LOST_EXTENDED,
 }
+# In a session TLS has no other reason to fail; for connecting see TLS_REFUSAL.
+LOST_IN_SESSION = LOST | {CR_SSL_CONNECTION_ERROR}
 PASSING_WHILE_CONNECTING = LOST | {
     ER_CON_COUNT_ERROR,
     ER_TOO_MANY_USER_CONNECTIONS,
     ER_USER_LIMIT_REACHED,
 }
 REFUSED_BY_CLIENT = {
+    CR_SERVER_HANDSHAKE_ERR,
     CR_CANT_READ_CHARSET,
     CR_SECURE_AUTH,
     CR_AUTH_PLUGIN_CANNOT_LOAD,
@@ -172,6 +176,7 @@ NUMBERS = ("connect_timeout", "read_timeout", "write_timeout")
 TEXTS = ("charset", "collation", "init_command", "sql_mode", "unix_socket")
 FILES = ("read_default_file", "read_default_group", "ssl_ca", "ssl_cert", "ssl_key")
 SSL_MODES = ("DISABLED", "PREFERRED", "REQUIRED", "VERIFY_CA", "VERIFY_IDENTITY")
+REQUIRED = {"ssl_mode": "REQUIRED"}
 DEFAULT_PORT = 3306
 CHARSET = "utf8mb4"
 # As with PostgreSQL, in seconds; the last is in milliseconds.
@@ -559,7 +564,7 @@ class MysqlDriver(ChoosingDriver):
     # Errors
 
     def meaning(self, error: BaseException, raw: Any) -> Meaning:
-        if not raw.open or errno(error) in LOST or _is_refused_by_node(error):
+        if not raw.open or errno(error) in LOST_IN_SESSION or _is_refused_by_node(error):
             return Meaning.DISCONNECT
         return Meaning.TRANSIENT if errno(error) in TRANSIENT else Meaning.USER
 

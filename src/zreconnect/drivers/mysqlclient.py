@@ -10,7 +10,12 @@ from MySQLdb import connections, cursors
 
 from zreconnect.documented import implements
 from zreconnect.drivers.base import AT_HAND, addresses, reads_as
-from zreconnect.drivers.mysql import CR_SSL_CONNECTION_ERROR, MysqlDisconnectionError, MysqlDriver
+from zreconnect.drivers.mysql import (
+    CR_SSL_CONNECTION_ERROR,
+    REQUIRED,
+    MysqlDisconnectionError,
+    MysqlDriver,
+)
 from zreconnect.interfaces import IDriver
 
 # The option of a DSN, and the key that mysqlclient has for it.
@@ -58,6 +63,12 @@ class MysqlclientDriver(MysqlDriver):
     def _uses_tls(self, raw: Any) -> bool:
         ((_, cipher),) = self.query(raw, "SHOW STATUS LIKE 'Ssl_cipher'")
         return bool(cipher)
+
+    def encrypted(self, raw: Any, parameters: Mapping[str, str]) -> Mapping[str, str] | None:
+        mode = parameters.get("ssl_mode", "PREFERRED")
+        if mode != "PREFERRED":
+            return None if mode == "DISABLED" else parameters
+        return {**parameters, **REQUIRED} if self._uses_tls(raw) else None
 
     def tls_keywords(self, parameters: Mapping[str, str]) -> dict[str, Any]:
         files = {key: parameters[name] for name, key in TLS_FILES.items() if name in parameters}

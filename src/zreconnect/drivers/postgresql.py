@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property, lru_cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from zreconnect.drivers.base import (
     set_own_default,
 )
 from zreconnect.drivers.pooling import Pooling
+from zreconnect.exceptions import one_line
 from zreconnect.history import History
 from zreconnect.interfaces import IDriver, Meaning
 from zreconnect.marks import HISTORY
@@ -139,6 +140,15 @@ PASSING_MESSAGES = (
 )
 # Parts of messages of libpq (fe-connect.c, fe-auth.c, fe-secure*.c), of the server (postinit.c,
 # auth.c, guc.c) and of PgBouncer (client.c, objects.c).
+OTHER_PROTOCOL = re.compile(
+    # libpq quotes the first byte, but for the zero that it begins with itself: the program can
+    # come to be connected to itself, where nobody listens on a port of those given at random.
+    r"(?:invalid response to SSL negotiation: |authentication request from server, but received )\S"
+)
+NO_SERVER = (
+    "Who answers there is no PostgreSQL server, nor a pooler: see whether the DSN has the right "
+    "host and port"
+)
 REFUSAL_MESSAGES = re.compile(
     # Who logs in, and where.
     "authentication failed|no password supplied|pg_hba.conf (?:entry|rejects)|does not exist"
@@ -243,6 +253,8 @@ class PostgresqlDriver:
     ledger_isolation = "READ COMMITTED"
     ledger_free = "FOR UPDATE SKIP LOCKED"
     ledger_writer = "xmax::text"
+    # Whether the line of a raw connection is encrypted with TLS.
+    uses_tls: Callable[[Any], bool]
     # The names in SQL of the module's own constants.
     isolation_levels: Mapping[Any, str]
 
@@ -268,8 +280,23 @@ class PostgresqlDriver:
                 f"{dsn_module.FORMS}, with special characters in URLs written as %XX"
             ) from None
 
+    def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
+        try:
+            return self.module.connect(**conninfo.connect_keywords(parameters, timeout))
+        except self.module.OperationalError as error:
+            if OTHER_PROTOCOL.search(str(error)):
+                error.args = (f"{one_line(error)}. {NO_SERVER}",)
+            raise
+
     def places(self, parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         return conninfo.places(parameters)
+
+    def encrypted(self, raw: Any, parameters: Mapping[str, str]) -> Mapping[str, str] | None:
+        if not self.uses_tls(raw):
+            return None
+        # The environment or the service may have asked for more.
+        is_a_wish = self.parameters(raw).get("sslmode", "prefer") in ("allow", "prefer")
+        return {**parameters, "sslmode": "require"} if is_a_wish else parameters
 
     def isolation_level(self, level: Any) -> Any:
         for constant, name in self.isolation_levels.items():
@@ -429,7 +456,7 @@ class PostgresqlDriver:
         message = self.connection_message(error)
         if any(passing in message for passing in PASSING_MESSAGES):
             return Meaning.DISCONNECT
-        if REFUSAL_MESSAGES.search(message):
+        if REFUSAL_MESSAGES.search(message) or OTHER_PROTOCOL.search(message):
             return Meaning.PERMANENT
         # Messages of the server are translated. In every language it is a refusal that quotes what
         # it was asked for; a server that is starting, stopping or full does not.

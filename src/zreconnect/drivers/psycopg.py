@@ -28,7 +28,6 @@ from psycopg.rows import tuple_row
 
 from zreconnect.documented import implements
 from zreconnect.drivers.base import AT_HAND, Begun, SessionSettings, reads_as
-from zreconnect.drivers.conninfo import connect_keywords
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
     DISCONNECT_MESSAGES,
@@ -79,9 +78,6 @@ class PsycopgDriver(PostgresqlDriver):
 
     # Sessions
 
-    def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
-        return psycopg.connect(**connect_keywords(parameters, timeout))
-
     def start_connecting(self, parameters: Mapping[str, str]) -> None:
         keywords: dict[str, Any] = dict(parameters)
         started = pq.PGconn.connect_start(make_conninfo("", **keywords).encode())
@@ -127,6 +123,9 @@ class PsycopgDriver(PostgresqlDriver):
 
     def set_cursor_factory(self, raw: Any, factory: Any) -> None:
         raw.cursor_factory = factory or psycopg.Cursor
+
+    def uses_tls(self, raw: Any) -> bool:
+        return bool(raw.pgconn.ssl_in_use)
 
     def fileno(self, raw: Any) -> int:
         number: int = raw.fileno()

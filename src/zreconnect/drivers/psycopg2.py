@@ -22,7 +22,6 @@ from psycopg2 import extensions, sql
 
 from zreconnect.documented import implements
 from zreconnect.drivers.base import AT_HAND, Begun, SessionSettings, reads_as
-from zreconnect.drivers.conninfo import connect_keywords
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
     PostgresqlDriver,
@@ -77,9 +76,6 @@ class Psycopg2Driver(PostgresqlDriver):
 
     def parse_conninfo(self, dsn: str) -> dict[str, str]:
         return dict(extensions.parse_dsn(dsn))
-
-    def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
-        return psycopg2.connect(**connect_keywords(parameters, timeout))
 
     def start_connecting(self, parameters: Mapping[str, str]) -> None:
         keywords: dict[str, Any] = {**parameters, "async_": True}
@@ -245,6 +241,9 @@ class Psycopg2Driver(PostgresqlDriver):
     def server_version(self, raw: Any) -> int:
         version: int = raw.server_version
         return version
+
+    def uses_tls(self, raw: Any) -> bool:
+        return bool(raw.info.ssl_in_use)
 
     def fileno(self, raw: Any) -> int:
         number: int = raw.fileno()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import socket
+import ssl
 import traceback
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -12,11 +13,17 @@ from typing import Any, NoReturn
 import pymysql
 from pymysql import cursors
 from pymysql.charset import charset_by_name
-from pymysql.constants import SERVER_STATUS
+from pymysql.constants import CLIENT, SERVER_STATUS
 
 from zreconnect.documented import implements
 from zreconnect.drivers.base import AT_HAND, addresses, reads_as
-from zreconnect.drivers.mysql import CHARSET, MysqlDisconnectionError, MysqlDriver
+from zreconnect.drivers.mysql import (
+    CHARSET,
+    CR_SERVER_HANDSHAKE_ERR,
+    REQUIRED,
+    MysqlDisconnectionError,
+    MysqlDriver,
+)
 from zreconnect.interfaces import IDriver
 
 # Where the errors of a socket come from. Others are a signal handler's.
@@ -64,11 +71,18 @@ class PymysqlDriver(MysqlDriver):
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
         # Its connect_timeout does not hold for a server that accepts and says nothing.
         raw = self._make({**parameters, "read_timeout": str(math.ceil(timeout))}, timeout)
-        if "hostaddr" in parameters:
-            # The host's name stays what the certificate has to be for.
-            raw.connect(_socket(parameters["hostaddr"], raw.port, raw.connect_timeout))
-        else:
-            raw.connect()
+        try:
+            if "hostaddr" in parameters:
+                # The host's name stays what the certificate has to be for.
+                raw.connect(_socket(parameters["hostaddr"], raw.port, raw.connect_timeout))
+            else:
+                raw.connect()
+        except pymysql.InternalError as error:
+            raise pymysql.OperationalError(
+                CR_SERVER_HANDSHAKE_ERR,
+                f"Who answers at {self.address(parameters)} is no server of MySQL's or MariaDB's: "
+                f"see whether the DSN has the right host and port. PyMySQL says: {error}",
+            ) from error
         raw._read_timeout = (
             int(parameters["read_timeout"]) if "read_timeout" in parameters else None
         )
@@ -113,6 +127,12 @@ class PymysqlDriver(MysqlDriver):
     def tls_keywords(self, parameters: Mapping[str, str]) -> dict[str, Any]:
         files = {name: parameters[name] for name in _FILES if name in parameters}
         return {**TLS[parameters.get("ssl_mode", "PREFERRED")], **files}
+
+    def encrypted(self, raw: Any, parameters: Mapping[str, str]) -> Mapping[str, str] | None:
+        if not isinstance(raw._sock, ssl.SSLSocket):
+            return None
+        # It has set this itself if TLS was asked for, be it in its configuration file.
+        return parameters if raw.client_flag & CLIENT.SSL else {**parameters, **REQUIRED}
 
     def parameters(self, raw: Any) -> dict[str, str]:
         # It has encoded what it sends to log in.

@@ -5,10 +5,8 @@ import importlib.util
 import os
 import pickle
 import re
-import shutil
 import socket
 import ssl
-import subprocess
 import tempfile
 import threading
 import unittest
@@ -41,7 +39,6 @@ from zreconnect.events import CommitLookedUp, ConnectionAttemptFailed
 from zreconnect.server import server_from_dsn
 from zreconnect.testing import EmbeddedMariaDB
 from zreconnect.tests.base import (
-    REQUIRED,
     LineTestCase,
     needs_mysqlclient,
     on_mariadb,
@@ -49,6 +46,7 @@ from zreconnect.tests.base import (
     wait_until,
     with_time_to_connect,
 )
+from zreconnect.tests.tls import make_certificate, needs_openssl
 
 LATIN1 = ["latin1", "latin1", "latin1_swedish_ci"]
 UTF8 = ["utf8mb4", "utf8mb4", "utf8mb4_general_ci"]
@@ -1816,24 +1814,10 @@ class RollbackOnTimeoutTests(unittest.TestCase):
 
 @with_time_to_connect
 @on_mariadb()
-@unittest.skipUnless(shutil.which("openssl") or REQUIRED, "openssl is not installed")
+@needs_openssl
 class TlsTests(unittest.TestCase):
     def setUp(self):
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        # The server of root's runs as another user.
-        Path(holder.name).chmod(0o755)
-        self.certificate, key = Path(holder.name, "certificate"), Path(holder.name, "key")
-        subprocess.run(
-            [
-                *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
-                *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
-                *("-keyout", key, "-out", self.certificate),
-            ],
-            check=True,
-            capture_output=True,
-        )
-        key.chmod(0o644)
+        self.certificate, key = make_certificate(self)
         self.server = EmbeddedMariaDB(settings={"ssl_cert": self.certificate, "ssl_key": key})
         self.server.start()
         self.addCleanup(self.server.stop)
