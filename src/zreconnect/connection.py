@@ -241,7 +241,9 @@ class ReconnectingConnection(DriverCalls):
                     return function(*args, **keywords)
                 # The function may have arguments of its own that are named so.
                 return self.run(
-                    lambda: function(*args, **keywords), attempts=attempts, timeout=timeout
+                    functools.partial(function, *args, **keywords),
+                    attempts=attempts,
+                    timeout=timeout,
                 )
 
             return call

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from zope.event import notify
 
 from zreconnect import interfaces
+from zreconnect.advice import advice
 from zreconnect.documented import implements
 from zreconnect.exceptions import attempts_made, one_line
 
@@ -19,17 +21,36 @@ logger = logging.getLogger("zreconnect")
 class Event:
     """Common to all."""
 
+    #: The level of the line in the log.
+    level: ClassVar[int] = logging.WARNING
+
     @property
-    def level(self) -> int:
-        """That of the line in the log."""
-        return logging.WARNING
+    def level_in_log(self) -> int:
+        return self.level
+
+    def fields(self) -> dict[str, Any]:
+        """What the line in the log has in ``extra``."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            name: one_line(value) if isinstance(value, BaseException) else value
+            for name, value in found.items()
+        }
 
 
 @dataclass(frozen=True)
 class ConnectionEvent(Event):
-    """Something happened to a connection: ``server`` is the server's address without password."""
+    """Something happened to a connection.
+
+    server: the server's address without password. is_news: whether the process has not told the
+    same of the server yet.
+    """
 
     server: str
+    is_news: bool = field(default=True, kw_only=True)
+
+    @property
+    def level_in_log(self) -> int:
+        return self.level if self.is_news else logging.DEBUG
 
 
 @dataclass(frozen=True)
@@ -45,7 +66,7 @@ class ConnectionLost(ConnectionEvent):
 @dataclass(frozen=True)
 @implements(interfaces.IConnectionAttemptFailed)
 class ConnectionAttemptFailed(ConnectionEvent):
-    level: ClassVar[int] = logging.INFO
+    level: ClassVar[int] = logging.DEBUG
     attempt: int
     seconds: float
     pause: float
@@ -59,15 +80,34 @@ class ConnectionAttemptFailed(ConnectionEvent):
 
 
 @dataclass(frozen=True)
+@implements(interfaces.IWaiting)
+class Waiting(ConnectionEvent):
+    seconds: float
+    waiting: int
+    error: BaseException
+
+    def __str__(self) -> str:
+        since = f" for {self.seconds:.0f} seconds" if self.seconds >= 1 else ""
+        who = "1 thread waits" if self.waiting == 1 else f"{self.waiting} threads wait"
+        return (
+            f"No connection to {self.server}{since}, {who} for it. {advice(self.error)}. The last "
+            f"error was: {one_line(self.error)}"
+        )
+
+
+@dataclass(frozen=True)
 @implements(interfaces.IReconnected)
 class Reconnected(ConnectionEvent):
     attempts: int
     seconds: float
+    away: float = 0.0
 
     def __str__(self) -> str:
+        # Who began to wait later has waited for less.
+        away = f"; it was away for {self.away:.0f}" if self.away > self.seconds + 1 else ""
         return (
             f"Connected again to {self.server} after {attempts_made(self.attempts)} "
-            f"and {self.seconds:.1f} seconds"
+            f"and {self.seconds:.1f} seconds{away}"
         )
 
 
@@ -75,9 +115,16 @@ class Reconnected(ConnectionEvent):
 @implements(interfaces.ICommitLookedUp)
 class CommitLookedUp(ConnectionEvent):
     outcome: str
+    request: str = "COMMIT"
+    evidence: str = ""
+
+    @property
+    def level_in_log(self) -> int:
+        return logging.ERROR if self.outcome == "unknown" else logging.WARNING
 
     def __str__(self) -> str:
-        return f"The outcome of a COMMIT whose answer from {self.server} was lost: {self.outcome}"
+        told = f"The outcome of {self.request} whose answer from {self.server} was lost: "
+        return f"{told}{self.outcome}. {self.evidence}".rstrip(". ")
 
 
 @dataclass(frozen=True)
@@ -87,7 +134,7 @@ class HistoryChanged(ConnectionEvent):
     is_missing: bool | None
 
     @property
-    def level(self) -> int:
+    def level_in_log(self) -> int:
         return {True: logging.ERROR, False: logging.INFO, None: logging.WARNING}[self.is_missing]
 
     def __str__(self) -> str:
@@ -157,7 +204,7 @@ def announce(event: Event) -> None:
     A subscriber that raises is logged and not let through: it must not keep a connection from
     coming back.
     """
-    logger.log(event.level, "%s", event)
+    logger.log(event.level_in_log, "%s", event, extra=event.fields())
     try:
         notify(event)
     except Exception as error:

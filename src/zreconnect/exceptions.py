@@ -25,6 +25,7 @@ from transaction.interfaces import TransientError
 from zope.interface import alsoProvides
 from zope.publisher.interfaces import Retry
 
+from zreconnect.advice import advice
 from zreconnect.documented import implements
 from zreconnect.interfaces import IDatabaseUnavailable, IDisconnectionError
 
@@ -133,8 +134,8 @@ class ReconnectTimeout(Exception):
     def __str__(self) -> str:
         return (
             f"No connection to {self.server} after {attempts_made(self.attempts)} in "
-            f"{self.seconds:.1f} seconds; no transaction was begun. Start the server or begin "
-            f"again later. The last error was: {one_line(self.last_error)}"
+            f"{self.seconds:.1f} seconds; no transaction was begun. {advice(self.last_error)} or "
+            f"begin again later. The last error was: {one_line(self.last_error)}"
         )
 
 

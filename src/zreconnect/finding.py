@@ -25,9 +25,11 @@ class Finding:
     problem: BaseException | None = None
     was_looked_up: bool = False
 
-    def tell(self, server: str) -> None:
-        """Announce it. server: the server's address."""
-        if self.was_looked_up:
+    def tell(self, server: str, evidence: str) -> None:
+        """Announce it. server: the server's address. evidence: for whoever has to look it up."""
+        if self.outcome is Outcome.UNKNOWN:
+            events.announce(events.CommitLookedUp(server, "unknown", evidence=evidence))
+        elif self.was_looked_up:
             events.announce(events.CommitLookedUp(server, self.outcome.value))
 
 

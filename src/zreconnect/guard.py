@@ -82,7 +82,7 @@ class Guard:
             self.raise_lost(error, inside=state is not State.IDLE)
         if then is Then.UNKNOWN:
             request = "a statement in autocommit mode" if state is State.IDLE else "COMMIT"
-            raise CommitOutcomeUnknown(link.server.address, request) from error
+            raise self._unknown(request) from error
         return then is Then.SETTLED
 
     def _follow(self, event: Event | None, keeping: Keeping, error: BaseException) -> None:
@@ -112,6 +112,7 @@ class Guard:
                     "A request to %s was interrupted, and its session is ended: %s",
                     self._link.server.address,
                     type(error).__name__,
+                    extra={"server": self._link.server.address},
                 )
         if event is not None and is_last:
             work.note(event)
@@ -129,10 +130,14 @@ class Guard:
         """Another thread has closed the connection meanwhile."""
         self._link.end()
         if moment is Moment.COMMIT and isinstance(error, self._driver.module.Error):
-            raise CommitOutcomeUnknown(
-                self._link.server.address, evidence="Another thread has closed the connection."
-            ) from error
+            raise self._unknown(evidence="Another thread has closed the connection.") from error
         return False
+
+    def _unknown(self, request: str = "COMMIT", evidence: str = "") -> CommitOutcomeUnknown:
+        """The error, which is announced."""
+        server = self._link.server.address
+        events.announce(events.CommitLookedUp(server, "unknown", request, evidence))
+        return CommitOutcomeUnknown(server, request, evidence)
 
     def raise_lost(self, error: BaseException, inside: bool) -> NoReturn:
         raise self._driver.disconnection_error(
@@ -343,7 +348,7 @@ class Guard:
         else:
             aborted = finding.outcome is Outcome.ABORTED
             work.note(Event.FOUND_ABORTED if aborted else Event.NOT_FOUND)
-        finding.tell(server)
+        finding.tell(server, evidence)
         if finding.outcome is Outcome.ABORTED:
             self.raise_lost(error, inside=True)
         if finding.outcome is Outcome.UNKNOWN:
@@ -363,7 +368,7 @@ class Guard:
         if finding.outcome is Outcome.ABORTED:
             work.note(Event.FOUND_ABORTED)
         work.rolled_back()
-        finding.tell(server)
+        finding.tell(server, evidence)
         if finding.outcome is not Outcome.ABORTED:
             raise CommitOutcomeUnknown(
                 server, evidence=evidence, outcome=finding.outcome.value

@@ -1059,6 +1059,10 @@ class IConnectionEvent(Interface):
     """Something happened to the connection to a server."""
 
     server = Attribute("The server's address, without password.")
+    is_news = Attribute(
+        "False if the process has said the same of this server before, about another connection; "
+        "then the line in the log is one at DEBUG."
+    )
 
 
 class IConnectionLost(IConnectionEvent):
@@ -1079,17 +1083,31 @@ class IConnectionAttemptFailed(IConnectionEvent):
     error = Attribute("The error of the attempt.")
 
 
+class IWaiting(IConnectionEvent):
+    """The threads of a process wait for a server that is away: when that begins, after 10 seconds,
+    after a minute, and then every five minutes."""
+
+    seconds = Attribute("The seconds since the server was first met away.")
+    waiting = Attribute("How many threads wait for it.")
+    error = Attribute("The error of the last attempt.")
+
+
 class IReconnected(IConnectionEvent):
     """There is a session again, after a lost one or after failed attempts."""
 
     attempts = Attribute("The number of attempts.")
     seconds = Attribute("The seconds from the first attempt to the session.")
+    away = Attribute("The seconds since a thread of the process has first met the server away.")
 
 
 class ICommitLookedUp(IConnectionEvent):
-    """The answer to a COMMIT was lost, and the outcome was looked up."""
+    """The answer to a COMMIT was lost, and the outcome was looked up, or could not be."""
 
     outcome = Attribute("``committed``, ``aborted`` or ``unknown``.")
+    request = Attribute("What was sent, most often COMMIT.")
+    evidence = Attribute(
+        "If it is unknown, what a person needs to find it out, as far as it is known."
+    )
 
 
 class IHistoryChanged(IConnectionEvent):
@@ -1112,8 +1130,7 @@ class IGaveUp(IConnectionEvent):
 
 
 class IRunAgain(Interface):
-    """A function that `retry_on_disconnect` decorates has lost its connection and will be run
-    again."""
+    """A function has failed and will be run again, by `retry_on_disconnect` or by ``run``."""
 
     function = Attribute("The function's module and name.")
     runs = Attribute("How often the function was run.")

@@ -227,9 +227,9 @@ class Link:
         watch = self.session.watch
         self._was_refused = self._was_refused or self.is_refused(error, self.session.raw)
         self.end()
-        self.server.lost()
+        is_news = self.server.lost()
         tell_if_cut(watch)
-        events.announce(events.ConnectionLost(self.server.address, error, state))
+        events.announce(events.ConnectionLost(self.server.address, error, state, is_news=is_news))
 
     def close(self) -> None:
         """End the present session, in which nothing is under way, for good."""

@@ -157,7 +157,7 @@ class Patience:
         policy, timeout = (policy or self.policy).after(elapsed), self.policy.timeout
         if timeout is None or not policy.since_outage:
             return policy
-        return policy.within(max(0.0, timeout - self.server.away_for(timeout)))
+        return policy.within(max(0.0, timeout - self.server.outage.away_for(timeout)))
 
     def has_begun(self) -> None:
         """The transaction has begun."""

@@ -79,20 +79,43 @@ def run_unit_of_work(
                 raise
         return result
 
-    def may_run_again(error: BaseException) -> bool:
-        return not is_final and os.getpid() == process and guard.may_run_again(error)
-
     started, attempt, limit = time.monotonic(), 0, FIRST_PAUSE
     while True:
         attempt += 1
         try:
             return unit_of_work()
         except BaseException as error:
-            is_last = attempt >= attempts and time.monotonic() - started >= (timeout or 0)
-            if is_last or not may_run_again(error):
+            if os.getpid() != process or not guard.may_run_again(error):
                 raise
-        time.sleep(random.uniform(0.0, limit))
+            seconds = time.monotonic() - started
+            if is_final:
+                give_up(name_of(function), attempt, seconds, error, "something of it is committed")
+                raise
+            if attempt >= attempts and seconds >= (timeout or 0):
+                give_up(name_of(function), attempt, seconds, error, "its attempts are over")
+                raise
+            pause = random.uniform(0.0, limit)
+            again = events.RunAgain(name_of(function), attempt, seconds, pause, error)
+        events.announce(again)
+        time.sleep(pause)
         limit = min(2 * limit, LONGEST_PAUSE)
+
+
+def name_of(function: Callable[..., object]) -> str:
+    """A function's module and name, for who reads a log."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return f"{function.__module__}.{getattr(function, '__qualname__', repr(function))}"
+
+
+def give_up(function: str, runs: int, seconds: float, error: BaseException, reason: str) -> None:
+    """Tell, also in the error, that a function is not run again. For the arguments see
+    `IGaveUpRunning`."""
+    gave_up = events.GaveUpRunning(function, runs, seconds, error, reason)
+    events.announce(gave_up)
+    # Python 3.10 has no notes, but the log tells it too.
+    if hasattr(error, "add_note"):  # pragma: no branch
+        error.add_note(str(gave_up))
 
 
 def check_patience(attempts: int, timeout: float | None) -> None:
@@ -163,7 +186,7 @@ def retry_on_disconnect(
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         check_function(function)
-        name = f"{function.__module__}.{getattr(function, '__qualname__', repr(function))}"
+        name = name_of(function)
 
         @functools.wraps(function)
         def run(*args: Parameters.args, **keywords: Parameters.kwargs) -> Result:
@@ -210,7 +233,7 @@ class _Call(Generic[Result]):
                 seconds = time.monotonic() - started
                 reason = self._why_not_again(error, seconds)
                 if reason is not None:
-                    self._give_up(runs, seconds, error, reason)
+                    give_up(self._name, runs, seconds, error, reason)
                     raise
                 pause = self._pause(interval(runs), seconds)
                 events.announce(events.RunAgain(self._name, runs, seconds, pause, error))
@@ -243,13 +266,6 @@ class _Call(Generic[Result]):
             return interval
         # The last run begins when the time is up and not somewhere before it.
         return min(interval, max(0.0, self._timeout - seconds))
-
-    def _give_up(self, runs: int, seconds: float, error: BaseException, reason: str) -> None:
-        gave_up = events.GaveUpRunning(self._name, runs, seconds, error, reason)
-        events.announce(gave_up)
-        # Python 3.10 has no notes, but the log tells it too.
-        if hasattr(error, "add_note"):  # pragma: no branch
-            error.add_note(str(gave_up))
 
 
 def _is_lost(error: BaseException) -> bool:

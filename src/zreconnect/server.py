@@ -33,6 +33,7 @@ from zreconnect.answers import Answers
 from zreconnect.drivers.base import load_driver
 from zreconnect.exceptions import one_line
 from zreconnect.interfaces import Meaning
+from zreconnect.outage import Outage
 from zreconnect.threads import start_thread
 
 # Who has waited for another thread's attempt in vain, and has less than that many seconds left,
@@ -164,8 +165,8 @@ class Server:
         #: Those of the connection, as far as they are known: a factory's after the first session.
         self.parameters = parameters
         self._address: str | None = None
-        # When it was first, and when last, met away.
-        self._outage: tuple[float, float] | None = None
+        #: What is known of its being away.
+        self.outage = Outage()
         self.reopen_door()
 
     @property
@@ -254,33 +255,14 @@ class Server:
                 "the server is no longer what target_session_attrs asks for"
             )
 
-    def lost(self) -> None:
-        """A session has ended: the server may be down for everybody."""
+    def lost(self) -> bool:
+        """A session has ended: the server may be down for everybody. Whether that is news."""
         self._is_up = False
-
-    def reached(self) -> None:
-        """Somebody has a session: whatever outage there was is over."""
-        self._outage = None
-
-    def missed(self, since: float) -> None:
-        """An attempt to open a session that began then has failed."""
-        outage = self._outage
-        began = since if outage is None else outage[0]
-        self._outage = began, time.monotonic()
-
-    def away_for(self, memory: float) -> float:
-        """The seconds since it was first met away; 0 if it is not known to be.
-
-        memory: the seconds after which that is forgotten if nobody has met it away again.
-        """
-        now, outage = time.monotonic(), self._outage
-        if outage is None or now - outage[1] > memory:
-            self._outage = None
-            return 0.0
-        return now - outage[0]
+        return self.outage.lost()
 
     def reopen_door(self) -> None:
         """Forget attempts under way, which in a forked child nobody will finish."""
+        self.outage.renew()
         self._is_up = False
         # When the latest attempt has failed, and how; None unless it has, and a later one may not.
         self._failure: tuple[float, BaseException] | None = None
@@ -306,7 +288,7 @@ class Server:
         finally:
             attempt.leave()
         if outcome is None:
-            self.lost()
+            self._is_up = False
             raise _no_answer(timeout)
         raw, error = outcome
         if error is not None:
@@ -345,7 +327,7 @@ class Server:
             attempt.end((raw, None))
             if not attempt.is_taken():
                 self.driver.close(raw)
-                self.reached()
+                self.outage.seen()
 
     def _open(self, timeout: float, pauses: hosts.Pauses) -> Any:
         """A raw connection, prepared, and no less protected than those before."""

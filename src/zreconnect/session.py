@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -77,27 +78,45 @@ def open_session(
     started = time.monotonic()
     attempts = 0
     elapsed = pause = 0.0
-    while True:
-        check()
-        attempts += 1
-        try:
-            session = _attempt(server, policy, elapsed, pause, prepare)
-            break
-        except AttemptFailed as failure:
-            error = failure.error
-        elapsed = time.monotonic() - started
-        if policy.is_over(attempts, elapsed):
-            _give_up(server, policy, attempts, elapsed, error)
-        pause = policy.pause(attempts, elapsed)
-        events.announce(
-            events.ConnectionAttemptFailed(server.address, attempts, elapsed, pause, error)
-        )
-        time.sleep(pause)
-        elapsed = time.monotonic() - started
+    with server.outage.awaited():
+        while True:
+            check()
+            attempts += 1
+            try:
+                session = _attempt(server, policy, elapsed, pause, prepare)
+                break
+            except AttemptFailed as failure:
+                error = failure.error
+            elapsed = time.monotonic() - started
+            if policy.is_over(attempts, elapsed):
+                _give_up(server, policy, attempts, elapsed, error)
+            pause = policy.pause(attempts, elapsed)
+            events.announce(
+                events.ConnectionAttemptFailed(server.address, attempts, elapsed, pause, error)
+            )
+            _wait(server, pause, error)
+            elapsed = time.monotonic() - started
+    away = server.outage.reached()
     # In this order: a subscriber may use the connection.
     if adopt(session) or attempts > 1:
-        seconds = time.monotonic() - started
-        events.announce(events.Reconnected(server.address, attempts, seconds))
+        seconds, is_news = time.monotonic() - started, away is not None
+        events.announce(
+            events.Reconnected(server.address, attempts, seconds, away or 0.0, is_news=is_news)
+        )
+
+
+def _wait(server: Server, seconds: float, error: BaseException) -> None:
+    """Wait for so long, and say so when it is time to."""
+    outage = server.outage
+    while True:
+        if outage.is_to_be_told():
+            away = outage.away_for(math.inf)
+            events.announce(events.Waiting(server.address, away, outage.waiting, error))
+        part = min(seconds, outage.until_told())
+        time.sleep(part)
+        seconds -= part
+        if seconds <= 0:
+            return
 
 
 def _attempt(
@@ -112,12 +131,10 @@ def _attempt(
     try:
         pauses = partial(policy.pause, elapsed=elapsed)
         raw = server.connect(timeout, policy.lasting_attempt(), pause, pauses)
-        session = _prepared(server, raw, max(timeout, policy.least_attempt()), prepare)
+        return _prepared(server, raw, max(timeout, policy.least_attempt()), prepare)
     except AttemptFailed:
-        server.missed(began)
+        server.outage.missed(began)
         raise
-    server.reached()
-    return session
 
 
 def _prepared(
@@ -151,13 +168,16 @@ def tell_if_cut(watch: Watch) -> None:
             "No answer from %s within %.1f seconds: the connection is cut",
             watch.address,
             watch.cut_after,
+            extra={"server": watch.address, "seconds": watch.cut_after},
         )
 
 
 def _give_up(
     server: Server, policy: RetryPolicy, attempts: int, seconds: float, error: BaseException
 ) -> NoReturn:
-    events.announce(events.GaveUp(server.address, attempts, seconds, error))
+    # Of many requests that do not wait each gives up by itself.
+    is_news = not policy.fails_fast or server.outage.is_to_be_told()
+    events.announce(events.GaveUp(server.address, attempts, seconds, error, is_news=is_news))
     if not policy.fails_fast:
         raise ReconnectTimeout(server.address, attempts, seconds, error) from error
     raise server.driver.disconnection_error(

@@ -31,7 +31,7 @@ class AdapterTestCase(DatabaseTestCase):
     def adapter(self, dsn=None, **keywords):
         adapter = ReconnectingDatabaseAdapter(dsn or self.dsn, **keywords)
         # Not away any more, as it was in the test before.
-        adapter._model.work.link.server.reached()
+        adapter._model.work.link.server.outage.reached()
         self.addCleanup(adapter.disconnect)
         self.addCleanup(transaction.abort)
         return adapter
@@ -346,7 +346,7 @@ class TimeoutTests(AdapterTestCase):
 
     def let_be_away(self, adapter, seconds):
         """Let the server have been away for so long, as all threads know."""
-        adapter().work.link.server.missed(time.monotonic() - seconds)
+        adapter().work.link.server.outage.missed(time.monotonic() - seconds)
 
     def give_up(self, adapter):
         """How many attempts it took."""
@@ -378,7 +378,7 @@ class TimeoutTests(AdapterTestCase):
         self.forward.refuse()
         self.let_be_away(adapter, 60)
         self.assertEqual(self.give_up(adapter), 1)
-        self.assertEqual(adapter().work.link.server.away_for(0), 0)
+        self.assertEqual(adapter().work.link.server.outage.away_for(0), 0)
         self.let_be_away(adapter, 58)
         self.assertGreater(self.give_up(adapter), 1)
 
@@ -395,7 +395,7 @@ class TimeoutTests(AdapterTestCase):
             transaction.commit()
 
         self.in_thread(reach)
-        self.assertEqual(adapter().work.link.server.away_for(60), 0)
+        self.assertEqual(adapter().work.link.server.outage.away_for(60), 0)
         self.assertEqual(adapter().work.patience.left().timeout, 60)
 
     def test_a_session_that_cannot_be_prepared_does_not_end_the_outage(self):
@@ -406,7 +406,7 @@ class TimeoutTests(AdapterTestCase):
         self.let_be_away(adapter, 60)
         with with_time_to_connect:
             self.give_up(adapter)
-        self.assertGreater(adapter().work.link.server.away_for(60), 60)
+        self.assertGreater(adapter().work.link.server.outage.away_for(60), 60)
 
     def test_who_connects_slowly_is_let_in_the_next_time(self):
         """Nobody waits for the attempt, but it goes on, and ends the outage."""
@@ -429,7 +429,7 @@ class TimeoutTests(AdapterTestCase):
             self.give_up(adapter)
             self.give_up(adapter)
             hold_back.set()
-            wait_until(lambda: server.away_for(60) == 0)
+            wait_until(lambda: server.outage.away_for(60) == 0)
         # It has the time that one had before the outage.
         self.assertGreater(limits[0], SINGLE_ATTEMPT)
         self.read(adapter)

@@ -14,7 +14,7 @@ PACKAGE = Path(zreconnect.__file__).parent
 # From bottom to top. A module imports from the lines below its own only. A package stands for its
 # modules, which may import each other, but for those that have a place of their own.
 LAYERS = """
-threads
+threads advice outage
 interfaces turn watchdog commits answers history marks
 documented
 exceptions policy states drivers.base

@@ -92,7 +92,7 @@ class RetryPolicyTests(unittest.TestCase):
 class PatienceTests(unittest.TestCase):
     def left(self, policy, away, elapsed=0.0):
         server = mock.Mock()
-        server.away_for.return_value = away
+        server.outage.away_for.return_value = away
         return Patience(policy, server).left(elapsed)
 
     def test_each_transaction_may_wait_for_all_of_the_time(self):

@@ -388,24 +388,24 @@ class SharingTests(DoorTestCase):
 class OutageTests(DoorTestCase):
     def test_it_lasts_until_somebody_has_a_session(self):
         self.make()
-        self.assertEqual(self.server.away_for(PATIENCE), 0)
-        self.server.missed(time.monotonic() - 5)
-        self.server.missed(time.monotonic())
-        self.assertGreaterEqual(self.server.away_for(PATIENCE), 5)
-        self.server.reached()
-        self.assertEqual(self.server.away_for(PATIENCE), 0)
+        self.assertEqual(self.server.outage.away_for(PATIENCE), 0)
+        self.server.outage.missed(time.monotonic() - 5)
+        self.server.outage.missed(time.monotonic())
+        self.assertGreaterEqual(self.server.outage.away_for(PATIENCE), 5)
+        self.server.outage.reached()
+        self.assertEqual(self.server.outage.away_for(PATIENCE), 0)
 
     def test_it_is_forgotten_when_nobody_has_met_it_again(self):
         self.make()
-        self.server.missed(time.monotonic() - 5)
-        self.assertEqual(self.server.away_for(-1), 0)
-        self.server.missed(time.monotonic())
-        self.assertLess(self.server.away_for(PATIENCE), 5)
+        self.server.outage.missed(time.monotonic() - 5)
+        self.assertEqual(self.server.outage.away_for(-1), 0)
+        self.server.outage.missed(time.monotonic())
+        self.assertLess(self.server.outage.away_for(PATIENCE), 5)
 
     def test_an_attempt_may_last_longer_than_its_maker_waits(self):
         hanging, late = self.hanging(), connection()
         self.make(hanging)
-        self.server.missed(time.monotonic())
+        self.server.outage.missed(time.monotonic())
         for _ in range(2):
             with self.assertRaises(AttemptFailed):
                 self.server.connect(0, lasting=10 * PATIENCE)
@@ -414,7 +414,7 @@ class OutageTests(DoorTestCase):
         self.assertEqual(self.attempts.begun, 1)
         hanging.end(lambda: late)
         self.assertIsNotNone(other.end().returned)
-        wait_until(lambda: late.is_closed and self.server.away_for(PATIENCE) == 0)
+        wait_until(lambda: late.is_closed and self.server.outage.away_for(PATIENCE) == 0)
 
 
 class InterruptTests(DoorTestCase):
