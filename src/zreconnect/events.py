@@ -21,12 +21,13 @@ logger = logging.getLogger("zreconnect")
 class Event:
     """Common to all."""
 
-    #: The level of the line in the log.
-    level: ClassVar[int] = logging.WARNING
+    #: The level of the line in the log, if it is news.
+    usual_level: ClassVar[int] = logging.WARNING
 
     @property
-    def level_in_log(self) -> int:
-        return self.level
+    def level(self) -> int:
+        """That of the line in the log."""
+        return self.usual_level
 
     def fields(self) -> dict[str, Any]:
         """What the line in the log has in ``extra``."""
@@ -49,8 +50,9 @@ class ConnectionEvent(Event):
     is_news: bool = field(default=True, kw_only=True)
 
     @property
-    def level_in_log(self) -> int:
-        return self.level if self.is_news else logging.DEBUG
+    def level(self) -> int:
+        """That of the line in the log."""
+        return self.usual_level if self.is_news else logging.DEBUG
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class ConnectionLost(ConnectionEvent):
 @dataclass(frozen=True)
 @implements(interfaces.IConnectionAttemptFailed)
 class ConnectionAttemptFailed(ConnectionEvent):
-    level: ClassVar[int] = logging.DEBUG
+    usual_level: ClassVar[int] = logging.DEBUG
     attempt: int
     seconds: float
     pause: float
@@ -119,7 +121,8 @@ class CommitLookedUp(ConnectionEvent):
     evidence: str = ""
 
     @property
-    def level_in_log(self) -> int:
+    def level(self) -> int:
+        """That of the line in the log."""
         return logging.ERROR if self.outcome == "unknown" else logging.WARNING
 
     def __str__(self) -> str:
@@ -134,7 +137,8 @@ class HistoryChanged(ConnectionEvent):
     is_missing: bool | None
 
     @property
-    def level_in_log(self) -> int:
+    def level(self) -> int:
+        """That of the line in the log."""
         return {True: logging.ERROR, False: logging.INFO, None: logging.WARNING}[self.is_missing]
 
     def __str__(self) -> str:
@@ -152,7 +156,7 @@ class HistoryChanged(ConnectionEvent):
 @dataclass(frozen=True)
 @implements(interfaces.IGaveUp)
 class GaveUp(ConnectionEvent):
-    level: ClassVar[int] = logging.ERROR
+    usual_level: ClassVar[int] = logging.ERROR
     attempts: int
     seconds: float
     error: BaseException
@@ -183,7 +187,7 @@ class RunAgain(Event):
 @dataclass(frozen=True)
 @implements(interfaces.IGaveUpRunning)
 class GaveUpRunning(Event):
-    level: ClassVar[int] = logging.ERROR
+    usual_level: ClassVar[int] = logging.ERROR
     function: str
     runs: int
     seconds: float
@@ -204,7 +208,7 @@ def announce(event: Event) -> None:
     A subscriber that raises is logged and not let through: it must not keep a connection from
     coming back.
     """
-    logger.log(event.level_in_log, "%s", event, extra=event.fields())
+    logger.log(event.level, "%s", event, extra=event.fields())
     try:
         notify(event)
     except Exception as error:

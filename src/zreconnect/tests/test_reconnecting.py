@@ -17,7 +17,13 @@ from zreconnect import (
 )
 from zreconnect.drivers.base import Meaning
 from zreconnect.drivers.psycopg2 import driver
-from zreconnect.events import ConnectionAttemptFailed, ConnectionLost, GaveUp, Reconnected
+from zreconnect.events import (
+    ConnectionAttemptFailed,
+    ConnectionLost,
+    GaveUp,
+    Reconnected,
+    Waiting,
+)
 from zreconnect.server import AttemptFailed, server_from_dsn
 from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until, without_sleep
 
@@ -181,7 +187,7 @@ class EventTests(DatabaseTestCase):
         connection.begin()
         self.forward.refuse()
         self.forward.drop()
-        with self.events() as seen, self.assertLogs("zreconnect", "INFO") as logs:
+        with self.events() as seen, self.assertLogs("zreconnect", "DEBUG") as logs:
             with self.assertRaises(DisconnectionError):
                 connection.cursor().execute("SELECT 1")
             connection.rollback()
@@ -194,17 +200,22 @@ class EventTests(DatabaseTestCase):
             self.forward.accept()
             connection.begin()
         lost, *failed, ended, again = seen
+        # As soon as the waiting has begun.
+        waiting = failed.pop(1)
         self.assertEqual((type(lost), lost.state), (ConnectionLost, "active"))
         self.assertIsInstance(lost.error, psycopg2.OperationalError)
         self.assertEqual({type(event) for event in failed}, {ConnectionAttemptFailed})
         self.assertEqual([event.attempt for event in failed], list(range(1, len(failed) + 1)))
         self.assertEqual((type(ended), type(again)), (GaveUp, Reconnected))
+        self.assertEqual((type(waiting), waiting.waiting), (Waiting, 1))
         self.assertEqual(ended.attempts, gave_up.exception.attempts)
         self.assertEqual(ended.attempts, len(failed) + 1)
         self.assertEqual(again.attempts, 1)
         self.assertEqual(
             [record.levelno for record in logs.records],
-            [logging.WARNING] + [logging.INFO] * len(failed) + [logging.ERROR, logging.WARNING],
+            [logging.WARNING, logging.DEBUG, logging.WARNING]
+            + [logging.DEBUG] * (len(failed) - 1)
+            + [logging.ERROR, logging.WARNING],
         )
         for event, record in zip(seen, logs.records, strict=True):
             self.assertEqual(event.server, connection.server)
