@@ -27,7 +27,8 @@ class Ledger:
     """Keeps a row for each connection, which each transaction updates along with its work.
 
     That rides on BEGIN and costs no round trip. It decides in every case in which the
-    database can be reached again: after crashes and failovers too.
+    database can be reached again: after crashes and failovers too, but for those of MariaDB and
+    MySQL to a replica, where a transaction that is not there may be on its way.
 
     table: the table's name, with or without a schema. It is made on first use by those who may.
 
