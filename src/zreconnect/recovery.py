@@ -97,6 +97,11 @@ class _Database:
         self.address = server.address
         self.raw = server.connect_once(CONNECT_TIMEOUT)
         stack.callback(self.driver.close, self.raw)
+        if not self.driver.takes_writes(self.raw):
+            raise self.driver.module.OperationalError(
+                f"{self.address} is a standby, which does not tell what is prepared: give the "
+                "primary's DSN, or all servers and target_session_attrs=read-write"
+            )
         ((self.system_identifier, self.timeline),) = self.driver.query(self.raw, CLUSTER)
         ((self.name,),) = self.driver.query(self.raw, "SELECT current_database()")
 

@@ -279,12 +279,15 @@ class TwoPhaseFailoverTests(TwoPhaseTestCase):
         other = Branch("0" * 32, 1, system_identifier, timeline, 2**40 + 1000, "first")
         self.prepare(other.gid, "other", "second")
         self.catch_up()
+        with self.assertRaisesRegex(psycopg2.OperationalError, "/first is a standby"):
+            recover(self.standby.dsn(dbname="first"))
         self.fail_over()
+        ((_, now),) = self.standby.query(CLUSTER)
         dsns = [self.standby.dsn(dbname=dbname) for dbname in ("first", "second")]
         for settle in (False, True):
             found = {each.gid: each for each in recover(*dsns, older_than=0, settle=settle)}
             self.assertEqual(found[kept.gid].decision, "undecidable")
-            self.assertIn("timeline 00000002", found[kept.gid].reason)
+            self.assertIn(f"in timeline {now} since", found[kept.gid].reason)
             self.assertEqual(found[other.gid].decision, "undecidable")
             self.assertIn("end that first", found[other.gid].reason)
             self.assertEqual(found[lost.gid].decision, "rollback")
