@@ -8,7 +8,6 @@ the server's.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,13 +26,11 @@ OR_SAY = (
 class Pooling:
     """See `IPooling`.
 
-    driver: a `zreconnect.drivers.postgresql.PostgresqlDriver`. listens: matches what LISTEN begins
-    with.
+    driver: a `zreconnect.drivers.postgresql.PostgresqlDriver`.
     """
 
-    def __init__(self, driver: Any, listens: re.Pattern[str]) -> None:
+    def __init__(self, driver: Any) -> None:
         self._driver = driver
-        self._listens = listens
 
     def is_in_between(self, raw: Any) -> bool:
         # A pooler gives its clients numbers of its own, to cancel their requests.
@@ -61,7 +58,7 @@ class Pooling:
             )
 
     def check_statement(self, statement: Any, options: Mapping[str, Any]) -> None:
-        listens = self._listens.match(self._driver.text_of(statement)) is not None
+        listens = self._driver.listens(statement)
         if listens or options.get("withhold"):
             raise self._driver.module.ProgrammingError(
                 f"{'LISTEN' if listens else 'A cursor WITH HOLD'} is not possible behind a pooler: "

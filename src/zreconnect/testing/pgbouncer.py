@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping
 from contextlib import closing
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,8 @@ from zreconnect.testing.postgres import EmbeddedPostgres
 
 _PROGRAM = "pgbouncer"
 POOL_MODES = ("session", "transaction", "statement")
-_DEFAULT_SETTINGS: Mapping[str, object] = {
-    "auth_type": "scram-sha-256",
-    "max_client_conn": 100,
-    # Seconds until a server that could not be reached is tried again. It would be 15.
-    "server_login_retry": 0.05,
-}
+# The manual shows it.
+_CONFIGURATION = resources.files("zreconnect.testing") / "configurations" / "pgbouncer.ini"
 
 
 class EmbeddedPgBouncerError(EmbeddedServerError):
@@ -42,7 +39,8 @@ class EmbeddedPgBouncer(EmbeddedServer):
 
     server: the server, which is to be running whenever PgBouncer is started.
     pool_mode: how long a client keeps a server process: "session", "transaction" or "statement".
-    settings: parameters of the section [pgbouncer] of its configuration file.
+    settings: parameters of the section [pgbouncer] of its configuration file, besides those that
+    the manual shows, or in their place.
 
     Raises ValueError if there is no such ``pool_mode``.
     """
@@ -120,7 +118,6 @@ class EmbeddedPgBouncer(EmbeddedServer):
 
     def _launch(self) -> None:
         settings = {
-            **_DEFAULT_SETTINGS,
             **self.settings,
             "pool_mode": self.pool_mode,
             "listen_addr": self.host,
@@ -130,6 +127,7 @@ class EmbeddedPgBouncer(EmbeddedServer):
             "admin_users": self.user,
         }
         lines = [
+            _CONFIGURATION.read_text(encoding="utf-8"),
             "[databases]",
             f"* = host={self.server.host} port={self.server.port}",
             "[pgbouncer]",

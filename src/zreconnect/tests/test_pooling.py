@@ -378,7 +378,7 @@ class TransactionModeTests(EitherModeTests):
         for pooled in (None, True):
             connection = self.connect(pooled=pooled)
             listening = self.assertRaisesRegex(self.module.ProgrammingError, "^LISTEN is not")
-            for statement in ("LISTEN a", "-- for b\n listen b", b"LISTEN c"):
+            for statement in ("LISTEN a", "-- for b\n listen b", b"LISTEN c", "SELECT 1; LISTEN d"):
                 with self.subTest(statement), listening:
                     connection.execute(statement)
                 connection.rollback()
@@ -390,6 +390,7 @@ class TransactionModeTests(EitherModeTests):
             with self.assertRaisesRegex(self.module.ProgrammingError, "WITH HOLD is not"):
                 held.execute("SELECT 1")
             connection.rollback()
+            connection.execute("SELECT '; listen'; SELECT 1")
             self.insert(connection, f"LISTEN {pooled}")
             connection.commit()
 
