@@ -84,8 +84,12 @@ class Link:
 
     def is_refused(self, error: BaseException, raw: Any) -> bool:
         """Whether ``error`` says that the server takes no writes, and it is asked to."""
-        # It is the program that has begun a read-only transaction there, if the server does.
-        return not self.observer.takes_writes and self._is_from_standby(error, raw)
+        if self.settings.pooled:
+            is_primary = self.observer.takes_writes
+        else:
+            is_primary = self.is_behind_pooler and not self.is_on_standby
+        # It is the program that has begun a read-only transaction there.
+        return not is_primary and self._is_from_standby(error, raw)
 
     def _is_from_standby(self, error: BaseException, raw: Any) -> bool:
         return self.needs_writes() and bool(
@@ -163,7 +167,7 @@ class Link:
         change = self.observer.record_session(raw, self.settings)
         if change is not None:
             self.changes.append(change)
-        if self.settings.pooled:
+        if self.is_behind_pooler:
             self.is_on_standby = not self.driver.takes_writes(raw)
         else:
             self.is_on_standby = self.driver.is_standby(raw)

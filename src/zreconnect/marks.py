@@ -7,11 +7,12 @@ from __future__ import annotations
 
 # What the server knows a transaction by: the process that it is in, and when it began.
 MARK = "pg_backend_pid(), extract(epoch FROM now())"
-# The values of a `zreconnect.history.History`. A standby has no timeline of its own.
+# The values of a `zreconnect.history.History`. A standby has no timeline of its own. To have the
+# last one from the view pg_stat_bgwriter takes as long as the rest of a small transaction.
 HISTORY = (
-    "(SELECT system_identifier::text FROM pg_control_system()), CASE WHEN NOT pg_is_in_recovery()"
+    "(pg_control_system()).system_identifier::text, CASE WHEN NOT pg_is_in_recovery()"
     " THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END,"
-    " (SELECT coalesce(extract(epoch FROM stats_reset)::text, '-') FROM pg_stat_bgwriter)"
+    " coalesce(extract(epoch FROM pg_stat_get_bgwriter_stat_reset_time())::text, '-')"
 )
 # Not everything that a transaction does has an id: a notification gets one inside COMMIT, and a
 # write to another server none. Who asks gets one that COMMIT then has, too.

@@ -154,13 +154,13 @@ class FailoverTests(DatabaseTestCase):
                 with self.assertRaises(DisconnectionError):
                     connection.commit()
 
-    def forwarded(self, server, driver, witness):
+    def forwarded(self, server, driver, witness, **keywords):
         """A connection through a forwarder of its own, and that."""
         forward = PortForward(server.host, server.port)
         forward.start()
         self.addCleanup(forward.stop)
         dsn = server.dsn(port=forward.port, dbname=self.dbname)
-        connection = zreconnect.connect(dsn, driver, witness=witness)
+        connection = zreconnect.connect(dsn, driver, witness=witness, **keywords)
         self.addCleanup(connection.close)
         return connection, forward
 
@@ -215,17 +215,17 @@ class FailoverTests(DatabaseTestCase):
         rows = self.standby.query("SELECT count(*) FROM item", dbname=self.dbname)
         self.assertEqual(rows, [(4,)])
 
-    def pooled(self):
+    def pooled(self, pool_mode="transaction", **keywords):
         """Connections through a pooler, and what moves the address that it has, to the standby."""
         address = PortForward(self.server.host, self.server.port)
         self.addCleanup(address.stop)
         address.start()
         behind = SimpleNamespace(host="127.0.0.1", port=address.port, password=self.server.password)
-        pooler = EmbeddedPgBouncer(behind)
+        pooler = EmbeddedPgBouncer(behind, pool_mode)
         self.addCleanup(pooler.stop)
         pooler.start()
         connections = [
-            self.forwarded(pooler, driver, witness)[0]
+            self.forwarded(pooler, driver, witness, **keywords)[0]
             for driver in ("psycopg2", "psycopg")
             for witness in ("xid", XidWitness(at_commit=True), Ledger(), None)
         ]
@@ -261,7 +261,13 @@ class FailoverTests(DatabaseTestCase):
 
     @unittest.skipUnless(EmbeddedPgBouncer.installed() or REQUIRED, "PgBouncer is not installed")
     def test_a_pooler_that_repeats_what_the_primary_has_said(self):
-        connections, move = self.pooled()
+        self.check_a_standby_behind_a_pooler(*self.pooled())
+
+    @unittest.skipUnless(EmbeddedPgBouncer.installed() or REQUIRED, "PgBouncer is not installed")
+    def test_a_pooler_that_keeps_sessions_and_does_the_same(self):
+        self.check_a_standby_behind_a_pooler(*self.pooled("session", pooled=False))
+
+    def check_a_standby_behind_a_pooler(self, connections, move):
         move()
 
         def work(connection):

@@ -95,12 +95,18 @@ class PoolerTestCase(DatabaseTestCase):
     def setUp(self):
         super().setUp()
         self.pooler = self.server
+        self.addCleanup(self.resume)
         # Past PgBouncer.
         self.server = self.pooler.server
         self.make_table()
 
     def connect(self, dsn=None, **keywords):
         return super().connect(dsn, **{"policy": POLICY, **keywords})
+
+    def resume(self):
+        # If it is not paused, that is an error.
+        with contextlib.suppress(psycopg2.Error):
+            self.pooler.command(f"RESUME {self.dbname}")
 
     def inside(self):
         return [pid for (pid,) in self.query(INSIDE)]
@@ -193,6 +199,14 @@ class EitherModeTests:
         pools = [each for each in self.pooler.show("pools") if each["database"] == self.dbname]
         clients = [each for each in self.pooler.show("clients") if each["state"] == "waiting"]
         return any(pool["cl_waiting"] for pool in pools) or clients
+
+    def test_pause_between_transactions(self):
+        self.pooler.command(f"PAUSE {self.dbname}")
+        connection = self.connect()
+        with policy_of(connection, timeout=0.6), self.assertRaises(ReconnectTimeout):
+            connection.begin()
+        self.resumed_while_waiting(connection)
+        self.assertEqual(self.names(), ["two"])
 
     def test_reconnect_is_not_noticed(self):
         connection = self.connect()
@@ -308,7 +322,21 @@ class EitherModeTests:
 
 
 class TransactionModeTests(EitherModeTests):
-    def test_pause(self):
+    # What a bare transaction takes.
+    trips = 2
+
+    def test_it_costs_no_round_trip(self):
+        for witness in ("xid", Ledger(), None):
+            connection = self.connect(witness=witness)
+
+            def use(connection=connection):
+                connection.execute("SELECT 1").close()
+                connection.commit()
+
+            use()
+            self.assertEqual(self.round_trips(use), self.trips if witness else 2, witness)
+
+    def test_pause_inside_a_transaction(self):
         connection = self.connect()
         connection.begin()
         self.insert(connection)
@@ -318,8 +346,6 @@ class TransactionModeTests(EitherModeTests):
         self.insert(connection, "three")
         connection.commit()
         pausing.join()
-        with policy_of(connection, timeout=1.0), self.assertRaises(ReconnectTimeout):
-            connection.begin()
         self.resumed_while_waiting(connection)
         self.assertEqual(self.names(), ["one", "three", "two"])
 
@@ -451,7 +477,8 @@ class TransactionModeTests(EitherModeTests):
 
 @on_pgbouncer(TRANSACTION_POOL)
 class Psycopg2TransactionModeTests(TransactionModeTests, PoolerTestCase):
-    pass
+    # BEGIN has an answer of its own, as with psycopg2 alone.
+    trips = 3
 
 
 @on_pgbouncer(TRANSACTION_POOL)
@@ -496,6 +523,11 @@ class SessionModeTests(EitherModeTests):
         self.assertEqual(self.show(connection, "transaction_read_only"), "on")
         connection.set_session(autocommit=False, readonly=False)
         connection.run(connection.execute, "LISTEN a")
+        connection.begin()
+        connection.execute("SET TRANSACTION READ ONLY").close()
+        with self.assertRaises(self.module.errors.ReadOnlySqlTransaction):
+            self.insert(connection)
+        connection.rollback()
         held = connection.cursor("held", withhold=True)
         held.execute("SELECT 1")
         connection.commit()
