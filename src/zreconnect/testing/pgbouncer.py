@@ -127,11 +127,11 @@ class EmbeddedPgBouncer(EmbeddedServer):
             "admin_users": self.user,
         }
         lines = [
+            # Another section [pgbouncer] would begin with PgBouncer's own values again.
             _CONFIGURATION.read_text(encoding="utf-8"),
+            *(f"{name} = {value}" for name, value in settings.items()),
             "[databases]",
             f"* = host={self.server.host} port={self.server.port}",
-            "[pgbouncer]",
-            *(f"{name} = {value}" for name, value in settings.items()),
         ]
         self._configuration.write_text("\n".join(lines) + "\n")
         super()._launch()

@@ -82,6 +82,8 @@ class EmbeddedPgBouncerTests(unittest.TestCase):
         with EmbeddedPgBouncer(self.server, settings={"max_client_conn": 7}) as pooler:
             values = {each["key"]: each["value"] for each in pooler.show("config")}
             self.assertEqual(values["max_client_conn"], "7")
+            # As the manual has it.
+            self.assertEqual((values["tcp_keepidle"], values["server_login_retry"]), ("30", "0.1"))
             pooler.shut_down()
             pooler.settings["no_such_parameter"] = 1
             with self.assertRaisesRegex(EmbeddedPgBouncerError, "no_such_parameter"):
