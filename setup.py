@@ -69,7 +69,7 @@ setup(
     ],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"zreconnect": ["*.zcml", "py.typed"]},
+    package_data={"zreconnect": ["*.zcml", "py.typed", "testing/configurations/*"]},
     zip_safe=False,
     python_requires=">=3.10",
     install_requires=[
