@@ -454,8 +454,9 @@ class IPooling(Interface):
 
     def is_in_between(raw):
         """Whether there is a pooler: it has given the session a number of its own, which is not
-        that of its server process. One that passes the server's on is not found out, and what only
-        forwards, as HAProxy does, has none of its own. One round trip."""
+        that of its server process. One that passes the server's on is not found out; what only
+        forwards, as HAProxy does, has none of its own, and pgpool-II's are those of its servers.
+        One round trip, or two."""
 
     def share(raw):
         """Have the module leave nothing by itself in the server processes of a new session. No

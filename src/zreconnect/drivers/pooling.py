@@ -15,6 +15,8 @@ from zreconnect.documented import implements
 from zreconnect.drivers.base import SessionSettings
 from zreconnect.interfaces import IPooling
 
+# Of Linux. What PgBouncer and its like give as a number is any of 32 bits.
+LARGEST_PID = 2**22
 LEAVES = "it would stay in a server process that the pooler gives to others"
 OR_SAY = (
     "; or say pooled=False, if the pooler keeps a server process for each connection, as "
@@ -34,8 +36,19 @@ class Pooling:
 
     def is_in_between(self, raw: Any) -> bool:
         # A pooler gives its clients numbers of its own, to cancel their requests.
-        rows = self._driver.query(raw, "SELECT pg_backend_pid()")
-        return bool(rows != [(raw.info.backend_pid,)])
+        number = raw.info.backend_pid
+        if self._driver.query(raw, "SELECT pg_backend_pid()") == [(number,)]:
+            return False
+        return not (0 < number <= LARGEST_PID and self._is_pgpool(raw))
+
+    def _is_pgpool(self, raw: Any) -> bool:
+        """Whether it is pgpool-II, whose number is that of one server's process, and may have asked
+        the other one. It gives nobody's processes to others before he has gone."""
+        try:
+            return bool(self._driver.query(raw, "SHOW pool_version"))
+        except self._driver.module.ProgrammingError:
+            # An unknown parameter, to any other.
+            return False
 
     def share(self, raw: Any) -> None:
         # psycopg 3 would prepare statements there, and execute them elsewhere.

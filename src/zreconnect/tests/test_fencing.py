@@ -4,6 +4,7 @@ import threading
 import time
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import psycopg
@@ -11,6 +12,7 @@ import psycopg2
 
 from zreconnect import DisconnectionError, Ledger, ReconnectingConnection, XidWitness, witness
 from zreconnect.drivers.base import Evidence, ServerSession, load_driver
+from zreconnect.drivers.pooling import Pooling
 from zreconnect.tests.base import DatabaseTestCase, wait_until
 
 WITNESSES = (XidWitness(), XidWitness(at_commit=True), Ledger())
@@ -115,10 +117,25 @@ class EvidenceTests:
         self.assert_lives()
 
     def test_a_pooler_has_numbers_of_its_own(self):
-        pooling = self.driver_object.pooling
-        self.assertFalse(pooling.is_in_between(self.ours))
-        with mock.patch.object(self.driver_object, "query", return_value=[(0,)]):
-            self.assertTrue(pooling.is_in_between(self.ours))
+        self.assertFalse(self.driver_object.pooling.is_in_between(self.ours))
+        for number in (-5, 2**31 - 1):
+            self.assertTrue(self.is_in_between(number, self.driver_object.query))
+        # It may be one that a process could have.
+        self.assertTrue(self.is_in_between(1, self.driver_object.query))
+
+    def test_pgpool_has_those_of_its_servers(self):
+        def query(raw, statement):
+            is_pgpools = statement == "SHOW pool_version"
+            return [("4.3.5",)] if is_pgpools else self.driver_object.query(raw, statement)
+
+        self.assertFalse(self.is_in_between(1, query))
+
+    def is_in_between(self, number, query):
+        raw = SimpleNamespace(info=SimpleNamespace(backend_pid=number))
+        driver = SimpleNamespace(
+            query=lambda raw, statement: query(self.ours, statement), module=self.module
+        )
+        return Pooling(driver).is_in_between(raw)
 
 
 class Psycopg2EvidenceTests(EvidenceTests, FencingTestCase):
