@@ -475,6 +475,9 @@ class IPooling(Interface):
         statement: as text or composed. options: those of its cursor.
         """
 
+    def is_read_only(statement):
+        """Whether a transaction takes no writes after a statement that sets its modes."""
+
     def check_set_up(raw, pooled, what):
         """Raise the module's ProgrammingError if others have the session's processes.
 

@@ -41,6 +41,7 @@ class Link:
     readers: refer to the cursors that have rows which would be lost with the session.
     keepers: the cursors that have kept them, or have fetched some that they have not given yet.
     changes: of the server's history, that are to be told.
+    reads_only: whether the program has begun a read-only transaction by its first statement.
     """
 
     def __init__(self, server: Server, options: Options) -> None:
@@ -64,6 +65,7 @@ class Link:
         # Whether a server has refused a write since.
         self._was_refused = False
         self.changes: list[Change] = []
+        self.reads_only = False
 
     def fork(self) -> Link:
         """For another connection with the same settings."""
@@ -85,10 +87,10 @@ class Link:
     def is_refused(self, error: BaseException, raw: Any) -> bool:
         """Whether ``error`` says that the server takes no writes, and it is asked to."""
         if self.settings.pooled:
-            is_primary = self.observer.takes_writes
+            is_primary = self.observer.takes_writes or self.reads_only
         else:
             is_primary = self.is_behind_pooler and not self.is_on_standby
-        # It is the program that has begun a read-only transaction there.
+        # Then it is the program that has begun a read-only transaction.
         return not is_primary and self._is_from_standby(error, raw)
 
     def _is_from_standby(self, error: BaseException, raw: Any) -> bool:

@@ -8,6 +8,7 @@ the server's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from zreconnect.interfaces import IPooling
 
 # Of Linux. What PgBouncer and its like give as a number is any of 32 bits.
 LARGEST_PID = 2**22
+# In a statement that sets modes.
+READ_ONLY = re.compile(r"READ\s+ONLY\b|transaction_read_only\b", re.IGNORECASE)
 LEAVES = "it would stay in a server process that the pooler gives to others"
 OR_SAY = (
     "; or say pooled=False, if the pooler keeps a server process for each connection, as "
@@ -77,6 +80,9 @@ class Pooling:
                 f"{'LISTEN' if listens else 'A cursor WITH HOLD'} is not possible behind a pooler: "
                 f"{LEAVES}. Use another connection, past the pooler{OR_SAY}"
             )
+
+    def is_read_only(self, statement: Any) -> bool:
+        return READ_ONLY.search(self._driver.text_of(statement)) is not None
 
     def check_set_up(self, raw: Any, pooled: bool | None, what: str) -> None:
         if not (self.is_in_between(raw) if pooled is None else pooled):

@@ -311,27 +311,27 @@ class PostgresqlDriver:
         return dsn_module.redacted(parameters)
 
     def sets_modes(self, statement: Any) -> bool:
-        return SETS_MODES.match(self._text(statement)) is not None
+        return SETS_MODES.match(self.text_of(statement)) is not None
 
     def chains(self, statement: Any) -> bool:
-        text = self._text(statement)
+        text = self.text_of(statement)
         if FOLLOWING.search(text) is None and self.may_chain(text) is None:
             return False
         return CHAINING.search(QUOTED_OR_COMMENT.sub(" ", text)) is not None
 
     def listens(self, statement: Any) -> bool:
         """Whether a statement, as text or composed, is LISTEN, or one of several is."""
-        text = self._text(statement)
+        text = self.text_of(statement)
         if ";" in text:
             text = QUOTED_OR_COMMENT.sub(" ", text)
         return LISTEN.search(text) is not None
 
-    def _text(self, statement: Any) -> str:
+    def text_of(self, statement: Any) -> str:
         """What the program has written of a statement, as far as it is known without a session."""
         if isinstance(statement, bytes):
             return statement.decode("ascii", "replace")
         if isinstance(statement, self.sql.Composed):
-            return "".join(map(self._text, statement))
+            return "".join(map(self.text_of, statement))
         if isinstance(statement, self.sql.SQL):
             statement = statement.as_string(None)
         return statement if isinstance(statement, str) else " "

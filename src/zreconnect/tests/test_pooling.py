@@ -473,6 +473,16 @@ class TransactionModeTests(EitherModeTests):
             with self.assertRaises(self.module.errors.ReadOnlySqlTransaction):
                 connection.execute("SET TRANSACTION READ ONLY").execute(INSERT, ("one",))
             self.assertEqual(connection.state, "active")
+            connection.rollback()
+            # As the first statement it comes before all that could be asked.
+            for mode in ("TRANSACTION READ  ONLY", "transaction_read_only TO on"):
+                with self.assertRaises(self.module.errors.ReadOnlySqlTransaction):
+                    connection.execute(f"SET {mode}").execute(INSERT, ("one",))
+                connection.rollback()
+            connection.execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
+            self.insert(connection, repr(witness))
+            connection.commit()
+        self.assertEqual(len(self.names()), len(WITNESSES))
 
 
 @on_pgbouncer(TRANSACTION_POOL)
