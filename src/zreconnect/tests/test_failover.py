@@ -39,10 +39,13 @@ class FailoverTests(DatabaseTestCase):
             f" user=postgres password={self.server.password} dbname={self.dbname}"
         )
 
-    def fail_over(self):
+    def wait_for_table(self):
         wait_until(
             lambda: self.standby.query("SELECT to_regclass('item') IS NOT NULL") == [(True,)]
         )
+
+    def fail_over(self):
+        self.wait_for_table()
         self.forward.refuse()
         self.forward.drop()
         self.standby.promote()
@@ -108,6 +111,19 @@ class FailoverTests(DatabaseTestCase):
             connection.run(connection.execute, "CREATE TABLE other (n int)")
         with connection.transaction() as cursor:
             cursor.execute("SELECT 1")
+
+    def test_what_writes_when_it_connects_waits_as_well(self):
+        def set_up(raw):
+            raw.cursor().execute("INSERT INTO item VALUES ('connected')")
+
+        self.wait_for_table()
+        connection = self.connect(self.standby.dsn(dbname=self.dbname), on_connect=set_up)
+        with policy_of(connection, timeout=0), self.assertRaises(ReconnectTimeout):
+            connection.begin()
+        self.standby.promote()
+        connection.begin()
+        rows = self.standby.query("SELECT name FROM item", dbname=self.dbname)
+        self.assertEqual(rows, [("connected",)])
 
     def test_not_if_it_was_made_read_only(self):
         for dsn in (self.standby.dsn(), self.dsn):
