@@ -1,13 +1,16 @@
 """Tools to test how a program bears the loss of its database.
 
-`EmbeddedPostgres` and `EmbeddedMariaDB` are servers to crash, `EmbeddedPgBouncer` is a pooler,
-`PortForward` is a line to cut. `zreconnect.testing.layers` has layers for zope.testrunner that
+`EmbeddedPostgres` and `EmbeddedMariaDB` are servers to crash, `EmbeddedPatroni` is a cluster of
+them, `EmbeddedPgBouncer` is a pooler, `EmbeddedHAProxy` a load balancer, `PortForward` is a line to
+cut. `zreconnect.testing.layers` has layers for zope.testrunner that
 provide them. `DriverConformance` tests a driver of one's own.
 """
 
 from zreconnect.testing.conformance import DriverConformance
 from zreconnect.testing.embedded import EmbeddedServerError
+from zreconnect.testing.haproxy import EmbeddedHAProxy, EmbeddedHAProxyError
 from zreconnect.testing.mariadb import EmbeddedMariaDB, EmbeddedMariaDBError
+from zreconnect.testing.patroni import EmbeddedPatroni, EmbeddedPatroniError, PatroniMember
 from zreconnect.testing.pgbouncer import EmbeddedPgBouncer, EmbeddedPgBouncerError
 from zreconnect.testing.portforward import Count, Cut, PortForward
 from zreconnect.testing.postgres import EmbeddedPostgres, EmbeddedPostgresError, EmbeddedStandby
@@ -16,13 +19,18 @@ __all__ = [
     "Count",
     "Cut",
     "DriverConformance",
+    "EmbeddedHAProxy",
+    "EmbeddedHAProxyError",
     "EmbeddedMariaDB",
     "EmbeddedMariaDBError",
+    "EmbeddedPatroni",
+    "EmbeddedPatroniError",
     "EmbeddedPgBouncer",
     "EmbeddedPgBouncerError",
     "EmbeddedPostgres",
     "EmbeddedPostgresError",
     "EmbeddedServerError",
     "EmbeddedStandby",
+    "PatroniMember",
     "PortForward",
 ]

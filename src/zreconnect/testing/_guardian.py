@@ -2,15 +2,15 @@
 
 An `EmbeddedServer` runs this file as a program of its own, with nothing but the standard library:
 
-    python _guardian.py DIRECTORY DATA_DIRECTORY < pipe
+    python _guardian.py DIRECTORY DATA_DIRECTORY SIGNAL < pipe
 
 The pipe's other end is held open by the test process. A byte in it, or its end, which the kernel
 brings about however the test process dies, is the sign to clean up: the server that works in
-DATA_DIRECTORY is ended, and DIRECTORY is removed with all that is in it.
+DATA_DIRECTORY is ended by SIGNAL, and DIRECTORY is removed with all that is in it.
 
 A process of the server is known by its working directory: PostgreSQL's and MariaDB's are all in
-the data directory. That finds backends whose postmaster was killed, and never a process that was
-given the same process id later.
+the data directory, and those of what Patroni starts below it. That finds backends whose postmaster
+was killed, and never a process that was given the same process id later.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POLL_INTERVAL = 0.01
 
 
 def processes_in(directory: Path) -> list[int]:
-    """Return the ids of the processes whose working directory is this one, zombies excluded."""
+    """Return the ids of the processes that work in the directory or below, zombies excluded."""
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
@@ -39,7 +39,7 @@ def processes_in(directory: Path) -> list[int]:
                 working_directory = (process / "cwd").readlink()
             except OSError:
                 continue
-            if working_directory == directory:
+            if working_directory == directory or directory in working_directory.parents:
                 found.append(int(process.name))
     return found
 
@@ -73,18 +73,16 @@ def kill_all_in(directory: Path) -> None:
         time.sleep(POLL_INTERVAL)
 
 
-def end_all_in(directory: Path) -> None:
-    """End the server that works in the directory by SIGQUIT, and by SIGKILL after.
-
-    SIGQUIT makes PostgreSQL shut down immediately and MariaDB in order.
-    """
+def end_all_in(directory: Path, signal_number: int) -> None:
+    """End the server that works in the directory by the signal, and by SIGKILL after."""
     running = processes_in(directory)
-    send_signal(running, signal.SIGQUIT)
+    send_signal(running, signal_number)
     # One that is stopped acts upon a signal only when it continues.
     send_signal(running, signal.SIGCONT)
     if not wait_until_empty(directory, ORDERLY_END_TIMEOUT):
         kill_all_in(directory)
-    remove_shared_memory(directory)
+    for data_directory in (directory, *directory.glob("*/")):
+        remove_shared_memory(data_directory)
 
 
 def remove_shared_memory(data_directory: Path) -> None:
@@ -98,13 +96,13 @@ def remove_shared_memory(data_directory: Path) -> None:
     ctypes.CDLL(None).shmctl(int(segment), ipc_rmid, None)
 
 
-def main(directory: Path, data_directory: Path) -> None:
+def main(directory: Path, data_directory: Path, signal_number: int) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     os.read(0, 1)
-    end_all_in(data_directory)
+    end_all_in(data_directory, signal_number)
     shutil.rmtree(directory, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

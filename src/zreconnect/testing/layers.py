@@ -19,9 +19,12 @@ server, suspend its processes and leave the line in any state: the next test fin
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from zreconnect.testing.embedded import EmbeddedServer
+from zreconnect.testing.haproxy import EmbeddedHAProxy
 from zreconnect.testing.mariadb import EmbeddedMariaDB
+from zreconnect.testing.patroni import EmbeddedPatroni
 from zreconnect.testing.pgbouncer import EmbeddedPgBouncer
 from zreconnect.testing.portforward import PortForward
 from zreconnect.testing.postgres import EmbeddedPostgres
@@ -96,6 +99,61 @@ class PgBouncerLayer(ServerLayer):
     def setUp(self) -> None:
         """Start PgBouncer."""
         self.server = EmbeddedPgBouncer(self._base.server, self._pool_mode, self._settings)
+        self.server.start()
+
+    def testTearDown(self) -> None:
+        """Make sure that both run for the next test, whatever this one did to them."""
+        self._base.server.ensure_running()
+        super().testTearDown()
+
+
+class PatroniLayer:
+    """Starts one EmbeddedPatroni for all tests that name this layer.
+
+    Make another one, with a name of its own, for another `configuration` of Patroni's.
+    """
+
+    #: The cluster, while the layer is set up.
+    server: EmbeddedPatroni
+
+    def __init__(
+        self, name: str = "PatroniLayer", configuration: Mapping[str, Any] | None = None
+    ) -> None:
+        self.__name__ = name
+        self.__bases__: tuple[object, ...] = ()
+        self._configuration = configuration
+
+    def setUp(self) -> None:
+        """Start the cluster."""
+        self.server = EmbeddedPatroni(self._configuration)
+        self.server.start()
+
+    def tearDown(self) -> None:
+        """End the cluster and remove its data."""
+        self.server.stop()
+        del self.server
+
+    def testTearDown(self) -> None:
+        """Make sure that it is whole for the next test, whatever this one did to it."""
+        self.server.ensure_running()
+
+
+class HAProxyLayer(ServerLayer):
+    """Puts one EmbeddedHAProxy before the server of a PostgresLayer, or a PatroniLayer's cluster.
+
+    Its `server` is the EmbeddedHAProxy. Put a PortForwardLayer on this one for a line to it.
+    """
+
+    server: EmbeddedHAProxy
+
+    def __init__(self, base: PostgresLayer | PatroniLayer, name: str | None = None) -> None:
+        super().__init__(name)
+        self.__bases__ = (base,)
+        self._base = base
+
+    def setUp(self) -> None:
+        """Start HAProxy."""
+        self.server = EmbeddedHAProxy(self._base.server)
         self.server.start()
 
     def testTearDown(self) -> None:

@@ -9,16 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import psycopg2
-
 from zreconnect.testing.embedded import (
     START_TIMEOUT,
-    EmbeddedServer,
     EmbeddedServerError,
     find_program,
     program_path,
 )
-from zreconnect.testing.postgres import EmbeddedPostgres
+from zreconnect.testing.postgres import EmbeddedPostgres, PostgresProtocol
 
 _PROGRAM = "pgbouncer"
 POOL_MODES = ("session", "transaction", "statement")
@@ -30,7 +27,7 @@ class EmbeddedPgBouncerError(EmbeddedServerError):
     """PgBouncer does not start or does not end; the message quotes the end of its log."""
 
 
-class EmbeddedPgBouncer(EmbeddedServer):
+class EmbeddedPgBouncer(PostgresProtocol):
     """A PgBouncer of one's own before a running EmbeddedPostgres, from Debian's package pgbouncer
     or its like.
 
@@ -45,14 +42,10 @@ class EmbeddedPgBouncer(EmbeddedServer):
     Raises ValueError if there is no such ``pool_mode``.
     """
 
-    user = EmbeddedPostgres.user
     error = EmbeddedPgBouncerError
-    _dbname = "postgres"
-    _scheme = "postgresql"
     # It keeps nothing that could be lost. The others wait, in one version or the other, until
     # clients have gone; and SIGQUIT, which does not, is ignored in what a shell has started by "&".
     _shutdown_signal = signal.SIGKILL
-    _environment_prefixes = ("PG",)
 
     def __init__(
         self,
@@ -88,19 +81,6 @@ class EmbeddedPgBouncer(EmbeddedServer):
             cursor.execute(statement)
             names = [column.name for column in cursor.description or ()]
             return [dict(zip(names, row, strict=True)) for row in cursor] if names else []
-
-    @staticmethod
-    def _module() -> Any:
-        return psycopg2
-
-    def _connect(self, dbname: str, timeout: float) -> Any:
-        connection = psycopg2.connect(self.dsn(dbname=dbname), connect_timeout=max(2, int(timeout)))
-        connection.autocommit = True
-        return connection
-
-    def _quoted(self, name: str) -> str:
-        doubled = name.replace('"', '""')
-        return f'"{doubled}"'
 
     def _find_programs(self) -> None:
         if not self.installed():

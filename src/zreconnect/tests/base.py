@@ -16,7 +16,12 @@ import zope.event
 import zreconnect
 from zreconnect import RetryPolicy, retry, session
 from zreconnect.policy import LONGEST_ATTEMPT
-from zreconnect.testing import EmbeddedMariaDB, EmbeddedPgBouncer
+from zreconnect.testing import (
+    EmbeddedHAProxy,
+    EmbeddedMariaDB,
+    EmbeddedPatroni,
+    EmbeddedPgBouncer,
+)
 from zreconnect.testing.layers import MARIADB_PORT_FORWARD_LAYER, PORT_FORWARD_LAYER
 
 PATIENCE = 60.0
@@ -45,6 +50,21 @@ def on_pgbouncer(layer):
     unless it must be."""
 
     return _on(layer, EmbeddedPgBouncer.installed(), "PgBouncer")
+
+
+def on_haproxy(layer):
+    """A decorator: give the tests a layer with HAProxy, or skip them if it is not installed, unless
+    it must be."""
+
+    return _on(layer, EmbeddedHAProxy.installed(), "HAProxy")
+
+
+def on_cluster(layer):
+    """A decorator: give the tests a layer with a cluster and HAProxy before it, or skip them if the
+    programs are not installed, unless they must be."""
+
+    is_installed = EmbeddedPatroni.installed() and EmbeddedHAProxy.installed()
+    return _on(layer, is_installed, "Patroni, etcd or HAProxy")
 
 
 def _on(layer, is_installed, program):
