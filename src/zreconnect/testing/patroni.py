@@ -320,6 +320,15 @@ class EmbeddedPatroni:
         primary = self.primary()
         _ask(primary.rest_port, "switchover", {"leader": primary.name}, CLUSTER_TIMEOUT)
 
+    def set_synchronous(self, is_synchronous: bool) -> None:
+        """Have a COMMIT wait for a standby, or not, and wait until it is so.
+
+        Raises urllib's errors if Patroni refuses, what `wait_until_whole()` raises.
+        """
+        change = {"synchronous_mode": is_synchronous}
+        _ask(self.primary().rest_port, "config", change, method="PATCH")
+        self.wait_until_whole()
+
     def ensure_running(self) -> None:
         """Undo what was done to the members and their lines, and wait until the cluster is whole.
 
@@ -360,11 +369,15 @@ class EmbeddedPatroni:
             primary = self.primary(timeout=0)
             is_synchronous = _ask(primary.rest_port, "config").get("synchronous_mode")
             roles = sorted(each["role"] for each in _ask(primary.rest_port, "cluster")["members"])
-            following = primary.query("SELECT state FROM pg_stat_replication")
-            return (
-                roles == ["leader", "replica", "sync_standby" if is_synchronous else "replica"]
-                and following == [("streaming",)] * 2
+            following = primary.query(
+                "SELECT state, sync_state FROM pg_stat_replication ORDER BY sync_state"
             )
+            one = "sync" if is_synchronous else "async"
+            return roles == [
+                "leader",
+                "replica",
+                "sync_standby" if is_synchronous else "replica",
+            ] and following == [("streaming", "async"), ("streaming", one)]
         return False
 
 
@@ -372,12 +385,19 @@ def _tail(member: PatroniMember) -> str:
     return "\n".join(member.log().splitlines()[-_LOG_LINES:])
 
 
-def _ask(port: int, path: str, body: object = None, timeout: float = _ANSWER_TIMEOUT) -> Any:
+def _ask(
+    port: int,
+    path: str,
+    body: object = None,
+    timeout: float = _ANSWER_TIMEOUT,
+    method: str | None = None,
+) -> Any:
     """What a REST API answers. Raises OSError if it says no, or nothing."""
     request = urllib.request.Request(
         f"http://{LOCALHOST}:{port}/{path}",
         None if body is None else json.dumps(body).encode(),
         {"Content-Type": "application/json"},
+        method=method,
     )
     with _opener.open(request, timeout=timeout) as answer:
         text = answer.read()

@@ -12,11 +12,12 @@ import unittest
 from unittest import mock
 
 import zreconnect
-from zreconnect import CommitOutcomeUnknown, Ledger, RetryPolicy
+from zreconnect import CommitOutcomeUnknown, DisconnectionError, Ledger, RetryPolicy
+from zreconnect.events import HistoryChanged
 from zreconnect.testing import EmbeddedPatroni, EmbeddedPatroniError, _guardian
 from zreconnect.testing.layers import HAProxyLayer, PatroniLayer
 from zreconnect.testing.patroni import CONFIGURATIONS
-from zreconnect.tests.base import PATIENCE, on_cluster, wait_until
+from zreconnect.tests.base import PATIENCE, LineTestCase, on_cluster, wait_until
 from zreconnect.tests.test_embedded_haproxy import left_by
 from zreconnect.tests.test_exactly_once import FULL
 from zreconnect.tests.test_manual import DIRECTORY
@@ -35,6 +36,7 @@ sys.stdin.read()
 """
 # Seconds of silence after which a client leaves its session.
 RESPONSE_TIMEOUT = 3.0
+INSERT = "INSERT INTO item VALUES (%s)"
 
 
 class Client:
@@ -73,11 +75,11 @@ class Client:
                 return
 
     def _insert(self, row):
-        self._connection.execute("INSERT INTO item VALUES (%s)", (row,)).close()
+        self._connection.execute(INSERT, (row,)).close()
 
 
 @on_cluster(LAYER)
-class ClusterTests(unittest.TestCase):
+class ClusterTests(LineTestCase):
     def setUp(self):
         self.balancer = self.layer.server
         self.cluster = self.balancer.server
@@ -150,6 +152,66 @@ class ClusterTests(unittest.TestCase):
     @unittest.skipUnless(FULL, "ZRECONNECT_SWEEP=full")
     def test_the_primary_is_cut_off(self):
         self.fails_over(lambda primary: primary.partition())
+
+    def test_what_an_asynchronous_cluster_has_lost_is_told(self):
+        self.query("DROP TABLE IF EXISTS item")
+        self.query("CREATE TABLE item (name text)")
+        self.cluster.set_synchronous(False)
+        self.addCleanup(self.cluster.set_synchronous, True)
+        self.addCleanup(self.cluster.ensure_running)
+        connections = self.connections_past_lines()
+        for name, connection in connections.items():
+            connection.run(connection.execute, INSERT, (f"before, {name}",))
+        primary = self.cluster.primary()
+        self.wait_for_standbys(primary)
+        primary.lines[0].silence("to_client")
+        for name, connection in connections.items():
+            if name.startswith("lost"):
+                connection.run(connection.execute, INSERT, (f"after, {name}",))
+            connection.execute(INSERT, (f"again, {name}",))
+        primary.kill_all()
+        # What the standbys have not got, they do not get any more.
+        primary.lines[0].drop()
+        primary.lines[0].resume()
+        for name, connection in connections.items():
+            with self.subTest(name), self.events() as events, self.assertLogs("zreconnect") as log:
+                self.assertRaises(DisconnectionError, connection.commit)
+                connection.rollback()
+                connection.run(connection.execute, INSERT, (f"again, {name}",))
+                (change,) = (each for each in events if isinstance(each, HistoryChanged))
+                self.assertIs(change.is_missing, name.startswith("lost"))
+                told = [line for line in log.output if "Acknowledged work is missing" in line]
+                self.assertEqual(len(told), change.is_missing)
+        rows = sorted(row for (row,) in self.query("SELECT name FROM item"))
+        self.assertEqual(
+            rows, sorted(f"{w}, {n}" for w in ("before", "again") for n in connections)
+        )
+
+    def connections_past_lines(self):
+        """Connections by name, directly to the members: the standbys use the lines, too."""
+        ports = ",".join(str(member.port) for member in self.cluster.members)
+        dsn = (
+            f"host=127.0.0.1,127.0.0.1,127.0.0.1 port={ports} user=postgres dbname=postgres"
+            f" password={self.cluster.password} target_session_attrs=read-write"
+        )
+        connections = {}
+        for what in ("kept", "lost"):
+            for driver in ("psycopg2", "psycopg"):
+                connection = zreconnect.connect(dsn, driver, witness=Ledger())
+                self.addCleanup(connection.close)
+                connections[f"{what}, {driver}"] = connection
+        return connections
+
+    def wait_for_standbys(self, primary):
+        """Until they have all that is committed."""
+        wait_until(
+            lambda: (
+                primary.query(
+                    "SELECT bool_and(replay_lsn >= pg_current_wal_lsn()) FROM pg_stat_replication"
+                )
+                == [(True,)]
+            )
+        )
 
     def test_haproxy_leads_to_the_primary(self):
         self.assertEqual(self.balancer.query("SELECT pg_is_in_recovery()"), [(False,)])
