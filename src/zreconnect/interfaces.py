@@ -399,11 +399,12 @@ class IDriver(Interface):
     def condition(error):
         """The `Condition` that an error of a statement of zreconnect's own tells, or None."""
 
-    def is_refused_by_standby(error, raw, is_behind_pooler=False):
+    def is_refused_by_standby(error, raw, is_old_news=False):
         """Whether ``error`` says that the server takes no writes, as one that was a primary.
 
-        Not if the connection was to lead to such a server. is_behind_pooler: whether what the
-        session has told of the server may be old news.
+        Not if the connection was to lead to such a server. is_old_news: whether what the session
+        tells of the server does not count for the transaction: a pooler repeats what the first
+        server has said, and one that was a standby is promoted.
         """
 
     # After a loss. Without sessions, none of these is called.

@@ -94,8 +94,10 @@ class Link:
         return not is_primary and self._is_from_standby(error, raw)
 
     def _is_from_standby(self, error: BaseException, raw: Any) -> bool:
+        # One that is promoted says so at once, and refuses on in a transaction that began before.
+        is_old_news = self.is_behind_pooler or self.is_on_standby
         return self.needs_writes() and bool(
-            self.driver.is_refused_by_standby(error, raw, self.is_behind_pooler)
+            self.driver.is_refused_by_standby(error, raw, is_old_news)
         )
 
     def is_elsewhere(self, raw: Any) -> bool:

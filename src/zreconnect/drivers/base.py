@@ -218,7 +218,7 @@ class BaseDriver:
         return False
 
     def is_refused_by_standby(
-        self, error: BaseException, raw: Any, is_behind_pooler: bool = False
+        self, error: BaseException, raw: Any, is_old_news: bool = False
     ) -> bool:
         return False
 

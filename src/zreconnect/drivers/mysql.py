@@ -575,7 +575,7 @@ class MysqlDriver(ChoosingDriver):
         return CONDITIONS.get(errno(error) or 0)
 
     def is_refused_by_standby(
-        self, error: BaseException, raw: Any, is_behind_pooler: bool = False
+        self, error: BaseException, raw: Any, is_old_news: bool = False
     ) -> bool:
         number = errno(error)
         # The message quotes the option, in every language.

@@ -423,13 +423,12 @@ class PostgresqlDriver:
         return isinstance(error, self.module.Error) and self.sqlstate(error) in TRANSIENT_STATES
 
     def is_refused_by_standby(
-        self, error: BaseException, raw: Any, is_behind_pooler: bool = False
+        self, error: BaseException, raw: Any, is_old_news: bool = False
     ) -> bool:
         if self.sqlstate(error) != READ_ONLY_SQL_TRANSACTION or self._is_for_reading(raw):
             return False
-        # Reported since PostgreSQL 14; before, nobody can tell. A pooler repeats what the first
-        # server has said.
-        return is_behind_pooler or self.parameter_status(raw, "in_hot_standby") != "off"
+        # Reported since PostgreSQL 14; before, nobody can tell.
+        return is_old_news or self.parameter_status(raw, "in_hot_standby") != "off"
 
     def _is_for_reading(self, raw: Any) -> bool:
         """Whether the session itself says that nobody wants to write in it."""

@@ -79,6 +79,22 @@ class FailoverTests(DatabaseTestCase):
         cursor.execute("CREATE TABLE other (n int)")
         direct.commit()
 
+    def test_so_is_one_whose_transaction_began_before_the_promotion(self):
+        sessions = []
+        for driver in ("psycopg2", "psycopg"):
+            for witness in ("xid", Ledger()):
+                connection = zreconnect.connect(self.standby.dsn(), driver, witness=witness)
+                self.addCleanup(connection.close)
+                connection.begin()
+                sessions.append(connection)
+        self.standby.promote()
+        for number, connection in enumerate(sessions):
+            # It remains one that only reads, of a server that takes writes by now.
+            with self.assertRaises(DisconnectionError):
+                connection.execute(f"CREATE TABLE other{number} (n int)")
+            connection.rollback()
+            connection.run(connection.execute, f"CREATE TABLE other{number} (n int)")
+
     def test_until_it_takes_writes_it_is_waited_for(self):
         for driver in ("psycopg2", "psycopg"):
             connection = zreconnect.connect(self.both, driver)
