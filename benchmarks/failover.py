@@ -372,7 +372,7 @@ def main():
     parser.add_argument("--failovers", type=int, default=10, help="how many (default 10)")
     parser.add_argument("--witness", choices=[*sorted(soak.WITNESSES), "both"], default="both")
     parser.add_argument(
-        "--maximum", type=float, default=0.25, help="of the clients' policy, in seconds"
+        "--maximum", type=float, default=0.2, help="of the clients' policy, in seconds"
     )
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--json", help="the file to write the figures to")

@@ -46,7 +46,7 @@ class Client:
         self._name = name
         self._connection = zreconnect.connect(
             *(dsn, driver),
-            policy=RetryPolicy(timeout=PATIENCE, maximum=0.25),
+            policy=RetryPolicy(timeout=PATIENCE, maximum=0.2),
             witness=witness,
             response_timeout=RESPONSE_TIMEOUT,
         )
