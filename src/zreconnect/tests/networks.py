@@ -6,7 +6,6 @@ iptables, for an error at their sender's would be no silence.
 """
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import subprocess
@@ -16,14 +15,13 @@ from pathlib import Path
 
 from zreconnect.testing import EmbeddedMariaDB, EmbeddedPostgres
 from zreconnect.testing.embedded import find_program
+from zreconnect.tests import namespaces
 from zreconnect.tests.base import REQUIRED
 
 # Of addresses that are for documentation, and in use nowhere.
 SERVERS_ADDRESS, CLIENTS_ADDRESS = "192.0.2.1", "192.0.2.2"
 PROGRAMS = ("ip", "iptables", "nsenter")
 CABLE = "cable"
-_CLONE_NEWNET = 0x40000000
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def needs_networks(test_case):
@@ -38,12 +36,6 @@ def needs_networks(test_case):
     return test_case
 
 
-def _check(result):
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
 class Network:
     """A network namespace with an interface of its own, and one end of a cable."""
 
@@ -56,7 +48,7 @@ class Network:
         self.run("ip", "link", "set", "lo", "up")
 
     def _leave_others(self):
-        _check(_libc.unshare(_CLONE_NEWNET))
+        namespaces.leave_others(namespaces.NETWORK)
         self._file = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
 
     @property
@@ -67,11 +59,11 @@ class Network:
     def entered(self):
         """The thread is in it, and so are the threads and processes that it starts."""
         with open("/proc/thread-self/ns/net") as before:
-            _check(_libc.setns(self._file, _CLONE_NEWNET))
+            namespaces.enter(self._file, namespaces.NETWORK)
             try:
                 yield
             finally:
-                _check(_libc.setns(before.fileno(), _CLONE_NEWNET))
+                namespaces.enter(before.fileno(), namespaces.NETWORK)
 
     def run(self, *command):
         """Run a program in it."""
