@@ -1,7 +1,8 @@
-"""Whether a call has committed something, so that running it again would do that twice.
+"""Whether a call has committed something, so that running it again would do that twice, and whether
+it has lost something.
 
-Connections tell it before a COMMIT leaves, and if it is known to have committed nothing; what runs
-a call again watches it with `watched`.
+Connections tell it before a COMMIT leaves, and if it is known to have committed nothing, and when a
+transaction is lost; what runs a call again watches it with `watched`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ Result = TypeVar("Result")
 class Commits:
     """What is known of one run of a call.
 
-    sent: how many transactions it has committed, or may have.
+    sent: how many transactions it has committed, or may have. lost: how many were lost in it.
     """
 
     sent: int = 0
+    lost: int = 0
 
 
 # Of the calls that are watched, one inside the other. A thread that such a call starts is outside.
@@ -52,6 +54,12 @@ def note() -> tuple[Commits, ...]:
     for commits in watched_by:
         commits.sent += 1
     return watched_by
+
+
+def note_loss() -> None:
+    """A transaction is lost with its session."""
+    for commits in _watched.get():
+        commits.lost += 1
 
 
 class OwnCommits:

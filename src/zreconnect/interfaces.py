@@ -1011,8 +1011,8 @@ class IRetryOnDisconnect(Interface):
 
     It is run again, until it returns or the time is up, after
 
-    - `DisconnectionError`, except for a request on a connection that had been lost before: that one
-      waits for a rollback that the function leaves to somebody else;
+    - `DisconnectionError`, except for a request on a connection that had been lost before the run:
+      that one waits for a rollback that the function leaves to somebody else;
     - `ReconnectTimeout`;
     - SQLAlchemy's ``DBAPIError`` of a lost connection or of a failure to connect, also of engines
       that zreconnect does not serve;

@@ -228,7 +228,7 @@ class _Call(Generic[Result]):
             try:
                 return self._run_once()
             except BaseException as error:
-                if not _is_lost(error):
+                if not self._is_lost(error):
                     raise
                 seconds = time.monotonic() - started
                 reason = self._why_not_again(error, seconds)
@@ -255,6 +255,16 @@ class _Call(Generic[Result]):
             return "the time is up"
         return None
 
+    def _is_lost(self, error: BaseException) -> bool:
+        error = engines.unwrapped(error)
+        if isinstance(error, DisconnectionError):
+            # A connection that was doomed before waits for a rollback that the function leaves to
+            # somebody else. One that is lost in this run is known, whoever has caught the error.
+            original = error.getOriginalException()
+            is_late = original is not None and original[0] is DisconnectedConnectionError
+            return not is_late or self._commits.lost > 0
+        return isinstance(error, (CommitOutcomeUnknown, ReconnectTimeout)) or engines.is_lost(error)
+
     def _may_have_committed(self, error: BaseException) -> bool:
         if isinstance(error, CommitOutcomeUnknown) or self._commits.sent > 0:
             return True
@@ -266,13 +276,3 @@ class _Call(Generic[Result]):
             return interval
         # The last run begins when the time is up and not somewhere before it.
         return min(interval, max(0.0, self._timeout - seconds))
-
-
-def _is_lost(error: BaseException) -> bool:
-    error = engines.unwrapped(error)
-    if isinstance(error, DisconnectionError):
-        # A connection that was doomed before waits for a rollback that the function leaves to
-        # somebody else.
-        original = error.getOriginalException()
-        return original is None or original[0] is not DisconnectedConnectionError
-    return isinstance(error, (CommitOutcomeUnknown, ReconnectTimeout)) or engines.is_lost(error)

@@ -37,7 +37,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from zreconnect import events
+from zreconnect import commits, events
 from zreconnect.commits import OwnCommits
 from zreconnect.interfaces import DOOMED
 from zreconnect.link import Check, Link, Use
@@ -131,6 +131,7 @@ class Work:
         if state in _LOST and state is not before:
             # First: an interrupt before the next line has one loss too many, which is harmless.
             self.losses += 1
+            commits.note_loss()
         self.state = state
         # What a statement may have committed stays counted, whatever becomes of the rest.
         if before in _COMMIT_SENT and event in _NOT_COMMITTED and not self.link.has_committed():

@@ -1,5 +1,6 @@
 """retry_on_disconnect: a function runs again until it succeeds, time is up, or it may be done."""
 
+import contextlib
 import inspect
 import logging
 import os
@@ -113,6 +114,38 @@ class FunctionTests(RetryTestCase):
 
         self.assertEqual(self.adder(connection, lose)("a"), "a")
         self.assertEqual((self.runs, self.names()), (2, ["a"]))
+
+    def test_a_lost_statement_whose_error_is_caught(self):
+        connection = self.make_connection()
+
+        def lose():
+            self.forward.drop()
+            with contextlib.suppress(psycopg2.Error):
+                connection.cursor().execute("SELECT 1")
+
+        self.assertEqual(self.adder(connection, lose)("a"), "a")
+        self.assertEqual((self.runs, self.names()), (2, ["a"]))
+
+    def test_a_loss_before_the_run(self):
+        """Half of a transaction would be committed without the other half."""
+        connection = self.make_connection()
+
+        @retry_on_disconnect(**SOON)
+        def second_half():
+            self.runs += 1
+            try:
+                connection.cursor().execute("INSERT INTO item VALUES ('b')")
+                connection.commit()
+            except psycopg2.Error:
+                connection.rollback()
+                raise
+
+        connection.cursor().execute("INSERT INTO item VALUES ('a')")
+        self.forward.drop()
+        with contextlib.suppress(psycopg2.Error):
+            connection.cursor().execute("SELECT 1")
+        self.raises(DisconnectionError, second_half)
+        self.assertEqual((self.runs, self.names()), (1, []))
 
     def test_a_restart_in_each_of_some_runs(self):
         connection = self.make_connection(policy=FAIL_FAST)
