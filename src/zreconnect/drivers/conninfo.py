@@ -124,6 +124,18 @@ def _hosts(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     ]
 
 
+def known(keywords: Mapping[str, Any]) -> dict[str, str]:
+    """The parameters among the keywords of a module's ``connect()``, without the password; none if
+    a service file has the others."""
+    if keywords.get("service"):
+        return {}
+    return {
+        name: str(value)
+        for name, value in keywords.items()
+        if isinstance(value, (str, int)) and name != "password"
+    }
+
+
 def connect_keywords(parameters: Mapping[str, str], timeout: float) -> dict[str, Any]:
     """The parameters for a connection that is given up after ``timeout`` seconds."""
     # libpq takes whole seconds; 0 would be for ever.

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from zreconnect import hosts
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.drivers.base import load_driver
-from zreconnect.drivers.conninfo import connect_keywords
+from zreconnect.drivers.conninfo import connect_keywords, known
 from zreconnect.drivers.postgresql import CONNECTION_OK
 from zreconnect.exceptions import (
     CommitOutcomeUnknown,
@@ -44,8 +44,6 @@ with needs(__name__, "zreconnect[sqlalchemy]"):
 
 #: SQLAlchemy's names of the drivers that it works with; zreconnect has the same ones.
 DRIVERS = ("psycopg2", "psycopg")
-#: What the server's address is made of, and what else is to be known of it.
-PARAMETERS = ("user", "host", "port", "dbname", "target_session_attrs")
 # In the ``info`` of a connection that the pool is setting up.
 KEY = "zreconnect"
 # The driver judges by the error alone: of what the pool could not set up it has closed the raw
@@ -212,8 +210,7 @@ class _Registration:
     def connect(self, dialect: Any, record: Any, cargs: list[Any], cparams: dict[str, Any]) -> Any:
         """The raw connection of a new `ReconnectingConnection`, for the pool to set up."""
         self._arguments = list(cargs), dict(cparams)
-        known = {name: str(cparams[name]) for name in PARAMETERS if cparams.get(name)}
-        self._parameters.update(known)
+        self._parameters.update(known(cparams))
         set_up = _SessionSetUp(self._engine, self._driver, record, self._noted)
         connection = PooledConnection(self._server, on_connect=set_up, **self._options)
         raw = connection.raw_connection

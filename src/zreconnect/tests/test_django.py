@@ -143,6 +143,57 @@ class UnitOfWorkTests(DjangoTestCase):
         self.work()
         self.assertEqual(self.paths(), ["pack.py"])
 
+    def test_a_loss_that_nothing_follows_is_told(self):
+        """atomic() would roll back in silence, and return."""
+
+        def optional():
+            with contextlib.suppress(DatabaseError), transaction.atomic():
+                self.lose()
+
+        def handled():
+            with contextlib.suppress(ZeroDivisionError), transaction.atomic():
+                self.forward.drop()
+                raise ZeroDivisionError
+
+        def rolled_back():
+            with transaction.atomic():
+                self.File.objects.create(path="never")
+                transaction.set_rollback(True)
+                self.forward.drop()
+
+        def saved():
+            self.forward.drop()
+            with contextlib.suppress(DatabaseError):
+                self.File(path="never").save()
+
+        for accident in (optional, handled, rolled_back, saved):
+            with self.subTest(accident.__name__):
+                with self.assertRaises(DjangoDisconnectionError), transaction.atomic():
+                    self.File.objects.create(path="lost")
+                    accident()
+                # What runs it again knows whose loss it was.
+                self.runs.clear()
+                retry_on_disconnect(timeout=30, min_interval=0)(transaction.atomic(self.once))(
+                    accident
+                )
+                self.assertEqual(self.paths(), [accident.__name__])
+                self.query("DELETE FROM django_project_file")
+
+    def once(self, accident):
+        self.runs.append("run")
+        self.File.objects.create(path=accident.__name__)
+        if len(self.runs) == 1:
+            accident()
+
+    def test_a_rollback_that_the_program_wants_is_no_error(self):
+        with transaction.atomic():
+            self.File.objects.create(path="lost")
+            self.forward.drop()
+            transaction.set_rollback(True)
+        self.assertEqual(self.paths(), [])
+        self.work()
+        self.assertEqual(self.paths(), ["pack.py"])
+
     def test_the_error_is_djangos_too(self):
         with self.assertRaises(django.db.OperationalError) as caught, transaction.atomic():
             self.lose()
@@ -411,6 +462,24 @@ class WaitingTests(DjangoTestCase):
                 self.server.start()
                 self.work(path=str(connected))
         self.assertEqual(self.paths(), ["False", "True"])
+
+    def test_the_server_is_named_before_there_was_a_session(self):
+        self.use(policy=RetryPolicy(timeout=0))
+        address = f"postgresql://{self.server.user}@{self.forward.host}:{self.forward.port}/"
+        self.server.shut_down()
+        cases = [({}, address + self.dbname), ({"service": "shop"}, "the server of ")]
+        for service, named in cases:
+            connection.settings_dict["OPTIONS"].update(service)
+            with self.assertRaisesRegex(ReconnectTimeout, named), self.service("shop"):
+                connection.cursor()
+            del django.db.connections["default"]
+
+    @contextlib.contextmanager
+    def service(self, name):
+        with tempfile.NamedTemporaryFile("w") as file:
+            print(f"[{name}]", file=file, flush=True)
+            with mock.patch.dict(os.environ, PGSERVICEFILE=file.name):
+                yield
 
     def test_fail_fast(self):
         self.use(policy=FAIL_FAST)

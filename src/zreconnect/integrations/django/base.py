@@ -14,9 +14,10 @@ from typing import Any
 from zreconnect import hosts
 from zreconnect.connection import ReconnectingConnection
 from zreconnect.drivers.base import load_driver
-from zreconnect.drivers.conninfo import connect_keywords
+from zreconnect.drivers.conninfo import connect_keywords, known
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.integrations import needs
+from zreconnect.interfaces import DOOMED
 from zreconnect.server import Server
 from zreconnect.states import State
 
@@ -86,7 +87,8 @@ class DatabaseWrapper(base.DatabaseWrapper):
         def open_session(place: Mapping[str, Any], timeout: float) -> Any:
             return get_new_connection(connect_keywords(place, timeout))
 
-        server = Server(driver, hosts.Places(driver, conn_params, open_session).connect, {})
+        connect = hosts.Places(driver, conn_params, open_session).connect
+        server = Server(driver, connect, known(conn_params))
         set_up = partial(self._set_up_session, driver=driver, pooled=ours.get("pooled"))
         connection = ReconnectingConnection(server, on_connect=set_up, **ours)
         connection.cursor_factory = conn_params["cursor_factory"]
@@ -133,6 +135,24 @@ class DatabaseWrapper(base.DatabaseWrapper):
         except BaseException as error:
             self.connection.rollback_after(error)
             raise
+
+    # Where an error was caught inside, and the savepoint could not be gone back to, atomic() rolls
+    # back in silence and returns. After a loss it is to commit, which raises the loss; unless the
+    # program has asked for the rollback.
+    @property
+    def needs_rollback(self) -> bool:
+        return self._needs_rollback and (self._is_rollback_wanted or not self._is_doomed())
+
+    @needs_rollback.setter
+    def needs_rollback(self, value: bool) -> None:
+        self._needs_rollback, self._is_rollback_wanted = value, False
+
+    def set_rollback(self, rollback: bool) -> None:
+        super().set_rollback(rollback)
+        self._is_rollback_wanted = rollback
+
+    def _is_doomed(self) -> bool:
+        return self.connection is not None and self.connection.state == DOOMED
 
     def is_usable(self) -> bool:
         """Whether a statement can be executed, or only after a rollback or never again. Whether
