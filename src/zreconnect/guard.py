@@ -25,6 +25,7 @@ from zreconnect.exceptions import (
     one_line,
 )
 from zreconnect.finding import Finding, find_out
+from zreconnect.interfaces import ACTIVE
 from zreconnect.session import NO_SESSION
 from zreconnect.states import (
     CONSEQUENCES,
@@ -92,8 +93,10 @@ class Guard:
             if work.patience.is_shared:
                 work.patience.has_failed(error)
             if not work.is_explicit:
-                is_unreached = isinstance(error, (DisconnectionError, ReconnectTimeout))
-                if is_unreached or keeping is Keeping.TOLD:
+                if keeping is Keeping.TOLD:
+                    # The statement was under way.
+                    event, shown = Event.NOT_REACHED_FOR_STATEMENT, ACTIVE
+                elif isinstance(error, (DisconnectionError, ReconnectTimeout)):
                     event = Event.NOT_REACHED_FOR_STATEMENT
                 else:
                     event = Event.NOT_BEGUN_FOR_STATEMENT

@@ -287,8 +287,13 @@ class LossTests(BeginAlongTestCase):
             for witness in WITNESSES:
                 connection = self.ready(witness=witness)
                 self.forward.cut(direction, 0)
-                with self.assertRaises(DisconnectionError):
+                with (
+                    self.assertRaises(DisconnectionError),
+                    self.assertLogs("zreconnect", "WARNING") as log,
+                ):
                     self.insert(connection)
+                # The log does not say that it was idle.
+                self.assertIn("while active", log.output[0])
                 self.assertEqual(connection.state, "doomed")
                 connection.rollback()
                 wait_until(lambda: not self.sessions())
