@@ -154,6 +154,11 @@ class PsycopgTests(TransactionCalls, CallsTestCase):
 
 
 class TransactionManagerTests(CallsTestCase):
+    def setUp(self):
+        super().setUp()
+        # SQLObject keeps the objects of a manager that other tests had, until the process ends.
+        transaction.manager.clearSynchs()
+
     def test_init_zopeless(self):
         manager = initZopeless(self.dsn, implicitBegin=False)
         self.addCleanup(manager.uninstall)

@@ -592,12 +592,14 @@ class JoinedTests(WitnessTestCase):
         self.lose_answer_to_commit(transaction)
         self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
 
-    def test_without_a_witness_nothing_is_taken_down_and_nothing_announced(self):
+    def test_without_a_witness_nothing_is_taken_down(self):
         connection = self.connect(witness=None)
         self.insert(connection)
         with self.events() as seen, self.assertRaises(CommitOutcomeUnknown) as unknown:
             self.lose_answer_to_commit(connection)
-        self.assertEqual([type(event).__name__ for event in seen], ["ConnectionLost"])
+        names = [type(event).__name__ for event in seen]
+        self.assertEqual(names, ["ConnectionLost", "CommitLookedUp"])
+        self.assertEqual(seen[1].outcome, "unknown")
         self.assertIn("no witness", unknown.exception.evidence)
         self.assertIs(witness.NoObserver(driver).outcome(None), witness.Outcome.UNKNOWN)
         connection.rollback()
