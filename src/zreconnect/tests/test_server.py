@@ -13,6 +13,7 @@ from unittest import mock
 
 import psycopg2
 
+from zreconnect import outage
 from zreconnect import server as server_module
 from zreconnect.answers import Answers
 from zreconnect.server import AttemptFailed, server_from_dsn, server_from_factory
@@ -401,6 +402,19 @@ class OutageTests(DoorTestCase):
         self.assertEqual(self.server.outage.away_for(-1), 0)
         self.server.outage.missed(time.monotonic())
         self.assertLess(self.server.outage.away_for(PATIENCE), 5)
+
+    def test_it_is_told_of_for_as_long_as_somebody_waits(self):
+        self.make()
+        self.server.outage.missed(time.monotonic() - 5)
+        with self.server.outage.awaited():
+            self.assertEqual(self.server.outage.away_for(-1), 0)
+            self.assertLess(self.server.outage.until_told(), PATIENCE)
+
+    def test_who_comes_long_after_all_have_given_up_meets_another_one(self):
+        self.make()
+        self.server.outage.missed(time.monotonic())
+        with mock.patch.object(outage, "FORGOTTEN_AFTER", -1), self.server.outage.awaited():
+            self.assertEqual(self.server.outage.until_told(), math.inf)
 
     def test_an_attempt_may_last_longer_than_its_maker_waits(self):
         hanging, late = self.hanging(), connection()
