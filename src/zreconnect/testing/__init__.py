@@ -1,13 +1,14 @@
 """Tools to test how a program bears the loss of its database.
 
-`EmbeddedPostgres` and `EmbeddedMariaDB` are servers to crash, `EmbeddedPatroni` is a cluster of
-them, `EmbeddedPgBouncer` is a pooler, `EmbeddedHAProxy` a load balancer, `PortForward` is a line to
-cut. `zreconnect.testing.layers` has layers for zope.testrunner that
-provide them. `DriverConformance` tests a driver of one's own.
+`EmbeddedPostgres` and `EmbeddedMariaDB` are servers to crash, `EmbeddedPatroni` and
+`EmbeddedGalera` are clusters of them, `EmbeddedPgBouncer` is a pooler, `EmbeddedHAProxy` a load
+balancer, `PortForward` is a line to cut. `zreconnect.testing.layers` has layers for zope.testrunner
+that provide them. `DriverConformance` tests a driver of one's own.
 """
 
 from zreconnect.testing.conformance import DriverConformance
 from zreconnect.testing.embedded import EmbeddedServerError
+from zreconnect.testing.galera import EmbeddedGalera, EmbeddedGaleraError, GaleraNode
 from zreconnect.testing.haproxy import EmbeddedHAProxy, EmbeddedHAProxyError
 from zreconnect.testing.mariadb import EmbeddedMariaDB, EmbeddedMariaDBError
 from zreconnect.testing.patroni import EmbeddedPatroni, EmbeddedPatroniError, PatroniMember
@@ -19,6 +20,8 @@ __all__ = [
     "Count",
     "Cut",
     "DriverConformance",
+    "EmbeddedGalera",
+    "EmbeddedGaleraError",
     "EmbeddedHAProxy",
     "EmbeddedHAProxyError",
     "EmbeddedMariaDB",
@@ -31,6 +34,7 @@ __all__ = [
     "EmbeddedPostgresError",
     "EmbeddedServerError",
     "EmbeddedStandby",
+    "GaleraNode",
     "PatroniMember",
     "PortForward",
 ]

@@ -281,14 +281,14 @@ class EmbeddedProgram:
         self._give(path)
         return path
 
-    def _run(self, *command: str | Path) -> None:
-        """Run one of the database's programs as the server's user.
+    def _run(self, *command: str | Path) -> str:
+        """Run one of the database's programs as the server's user, and return its output.
 
         Raises EmbeddedServerError with its output if it fails, PermissionError if the user
         cannot run it.
         """
         directory = self._data if self._data.is_dir() else "/"
-        process = subprocess.run(
+        process: subprocess.CompletedProcess[str] = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -302,6 +302,7 @@ class EmbeddedProgram:
         if process.returncode:
             name = Path(command[0]).name
             raise self.error(f"{name} failed with {process.returncode}: {process.stdout}")
+        return process.stdout
 
     def _identity(self) -> dict[str, Any]:
         """Return the arguments for subprocess that say as whom, and in what environment, to run."""
@@ -445,7 +446,7 @@ class EmbeddedServer(EmbeddedProgram):
         """Have a data directory in `base`, with the password that was chosen when it was made."""
         password_file = base / "password"
         if not password_file.exists():
-            self.password = secrets.token_urlsafe(16)
+            self.password = self.password or secrets.token_urlsafe(16)
             self._make_directory(self._data)
             chosen = self._secret_file("chosen-password", self.password)
             self._make_data(chosen)

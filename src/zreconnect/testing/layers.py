@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zreconnect.testing.embedded import EmbeddedServer
+from zreconnect.testing.galera import EmbeddedGalera
 from zreconnect.testing.haproxy import EmbeddedHAProxy
 from zreconnect.testing.mariadb import EmbeddedMariaDB
 from zreconnect.testing.patroni import EmbeddedPatroni
@@ -126,6 +127,31 @@ class PatroniLayer:
     def setUp(self) -> None:
         """Start the cluster."""
         self.server = EmbeddedPatroni(self._configuration)
+        self.server.start()
+
+    def tearDown(self) -> None:
+        """End the cluster and remove its data."""
+        self.server.stop()
+        del self.server
+
+    def testTearDown(self) -> None:
+        """Make sure that it is whole for the next test, whatever this one did to it."""
+        self.server.ensure_running()
+
+
+class GaleraLayer:
+    """Starts one EmbeddedGalera for all tests that name this layer."""
+
+    #: The cluster, while the layer is set up.
+    server: EmbeddedGalera
+
+    def __init__(self, name: str = "GaleraLayer") -> None:
+        self.__name__ = name
+        self.__bases__: tuple[object, ...] = ()
+
+    def setUp(self) -> None:
+        """Start the cluster."""
+        self.server = EmbeddedGalera()
         self.server.start()
 
     def tearDown(self) -> None:

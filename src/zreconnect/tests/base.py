@@ -17,6 +17,7 @@ import zreconnect
 from zreconnect import RetryPolicy, retry, session
 from zreconnect.policy import LONGEST_ATTEMPT
 from zreconnect.testing import (
+    EmbeddedGalera,
     EmbeddedHAProxy,
     EmbeddedMariaDB,
     EmbeddedPatroni,
@@ -65,6 +66,13 @@ def on_cluster(layer):
 
     is_installed = EmbeddedPatroni.installed() and EmbeddedHAProxy.installed()
     return _on(layer, is_installed, "Patroni, etcd or HAProxy")
+
+
+def on_galera(layer):
+    """A decorator: give the tests a layer with a cluster of MariaDB servers, or skip them if Galera
+    is not installed, unless it must be."""
+
+    return _on(layer, EmbeddedGalera.installed(), "Galera")
 
 
 def _on(layer, is_installed, program):
