@@ -115,6 +115,7 @@ def _part(connection: ReconnectingConnection, savepoint: Savepoint, force_rollba
                 "cannot be committed: %s",
                 connection.server,
                 one_line(problem),
+                extra={"server": connection.server},
             )
         if is_meant:
             return

@@ -7,52 +7,49 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from transaction.interfaces import TransientError
 from zope.event import notify
 
 from zreconnect import interfaces
 from zreconnect.advice import advice
 from zreconnect.documented import implements
-from zreconnect.exceptions import attempts_made, one_line
+from zreconnect.exceptions import (
+    CommitOutcomeUnknown,
+    DisconnectionError,
+    attempts_made,
+    one_line,
+)
 
 logger = logging.getLogger("zreconnect")
 
 
 @dataclass(frozen=True)
 class Event:
-    """Common to all."""
+    """Common to all. is_news: whether the process has not told the same in the same outage."""
 
     #: The level of the line in the log, if it is news.
     usual_level: ClassVar[int] = logging.WARNING
-
-    @property
-    def level(self) -> int:
-        """That of the line in the log."""
-        return self.usual_level
-
-    def fields(self) -> dict[str, Any]:
-        """What the line in the log has in ``extra``."""
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {
-            name: one_line(value) if isinstance(value, BaseException) else value
-            for name, value in found.items()
-        }
-
-
-@dataclass(frozen=True)
-class ConnectionEvent(Event):
-    """Something happened to a connection.
-
-    server: the server's address without password. is_news: whether the process has not told the
-    same of the server yet.
-    """
-
-    server: str
     is_news: bool = field(default=True, kw_only=True)
 
     @property
     def level(self) -> int:
         """That of the line in the log."""
         return self.usual_level if self.is_news else logging.DEBUG
+
+    def fields(self) -> dict[str, Any]:
+        """What the line in the log has in ``extra``."""
+        found: dict[str, Any] = {"event_name": type(self).__name__}
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            found[each.name] = one_line(value) if isinstance(value, BaseException) else value
+        return found
+
+
+@dataclass(frozen=True)
+class ConnectionEvent(Event):
+    """Something happened to a connection. server: the server's address without password."""
+
+    server: str
 
 
 @dataclass(frozen=True)
@@ -105,11 +102,9 @@ class Reconnected(ConnectionEvent):
     away: float = 0.0
 
     def __str__(self) -> str:
-        # Who began to wait later has waited for less.
-        away = f"; it was away for {self.away:.0f}" if self.away > self.seconds + 1 else ""
         return (
             f"Connected again to {self.server} after {attempts_made(self.attempts)} "
-            f"and {self.seconds:.1f} seconds{away}"
+            f"and {self.seconds:.1f} seconds{_away(self)}"
         )
 
 
@@ -119,6 +114,7 @@ class CommitLookedUp(ConnectionEvent):
     outcome: str
     request: str = "COMMIT"
     evidence: str = ""
+    xid: int | None = None
 
     @property
     def level(self) -> int:
@@ -126,8 +122,25 @@ class CommitLookedUp(ConnectionEvent):
         return logging.ERROR if self.outcome == "unknown" else logging.WARNING
 
     def __str__(self) -> str:
-        told = f"The outcome of {self.request} whose answer from {self.server} was lost: "
-        return f"{told}{self.outcome}. {self.evidence}".rstrip(". ")
+        # What is known needs no evidence.
+        evidence = f". {self.evidence}".rstrip(". ") if self.outcome == "unknown" else ""
+        return (
+            f"The outcome of {self.request} whose answer from {self.server} was lost: "
+            f"{self.outcome}{evidence}"
+        )
+
+
+@dataclass(frozen=True)
+@implements(interfaces.ICommittedInPart)
+class CommittedInPart(ConnectionEvent):
+    usual_level: ClassVar[int] = logging.ERROR
+    committed: tuple[str, ...]
+    not_committed: tuple[str, ...]
+    unknown: tuple[str, ...]
+    error: BaseException
+
+    def __str__(self) -> str:
+        return one_line(self.error)
 
 
 @dataclass(frozen=True)
@@ -160,11 +173,13 @@ class GaveUp(ConnectionEvent):
     attempts: int
     seconds: float
     error: BaseException
+    away: float = 0.0
 
     def __str__(self) -> str:
         return (
-            f"Gave up connecting to {self.server} after {attempts_made(self.attempts)} "
-            f"and {self.seconds:.1f} seconds: {one_line(self.error)}"
+            f"Gave up connecting to {self.server} after {attempts_made(self.attempts)} and "
+            f"{self.seconds:.1f} seconds{_away(self)}. {advice(self.error)}. The last error was: "
+            f"{one_line(self.error)}"
         )
 
 
@@ -176,6 +191,15 @@ class RunAgain(Event):
     seconds: float
     pause: float
     error: BaseException
+
+    @property
+    def level(self) -> int:
+        """That of the line in the log."""
+        # Two units of work that are in each other's way are no fault of anything.
+        is_conflict = isinstance(self.error, TransientError) and not isinstance(
+            self.error, DisconnectionError
+        )
+        return min(super().level, logging.INFO) if is_conflict else super().level
 
     def __str__(self) -> str:
         return (
@@ -202,6 +226,11 @@ class GaveUpRunning(Event):
         )
 
 
+def _away(event: Reconnected | GaveUp) -> str:
+    # Who began to wait later has waited for less.
+    return f"; it was away for {event.away:.0f} seconds" if event.away > event.seconds + 1 else ""
+
+
 def announce(event: Event) -> None:
     """Log the event and notify its subscribers.
 
@@ -215,4 +244,11 @@ def announce(event: Event) -> None:
         # What is raised right here is the program's, by a signal's handler.
         if error.__traceback__ is not None and error.__traceback__.tb_next is None:
             raise
-        logger.exception("A subscriber failed on: %s", event)
+        logger.exception("A subscriber failed on: %s", event, extra=event.fields())
+
+
+def told(unknown: CommitOutcomeUnknown, xid: int | None = None) -> CommitOutcomeUnknown:
+    """The error, which is announced. xid: the transaction's id, if it is known."""
+    found = unknown.outcome, unknown.request, unknown.evidence
+    announce(CommitLookedUp(unknown.server, *found, xid))
+    return unknown

@@ -25,12 +25,11 @@ class Finding:
     problem: BaseException | None = None
     was_looked_up: bool = False
 
-    def tell(self, server: str, evidence: str) -> None:
-        """Announce it. server: the server's address. evidence: for whoever has to look it up."""
-        if self.outcome is Outcome.UNKNOWN:
-            events.announce(events.CommitLookedUp(server, "unknown", evidence=evidence))
-        elif self.was_looked_up:
-            events.announce(events.CommitLookedUp(server, self.outcome.value))
+    def tell(self, server: str, evidence: str, xid: int | None) -> None:
+        """Announce it. For the arguments see `ICommitLookedUp`."""
+        if self.was_looked_up or self.outcome is Outcome.UNKNOWN:
+            found = self.outcome.value, "COMMIT", evidence, xid
+            events.announce(events.CommitLookedUp(server, *found))
 
 
 def find_out(work: Work, raw: Any, policy: RetryPolicy) -> Finding:

@@ -82,8 +82,10 @@ class Guard:
         if then is Then.DISCONNECTION:
             self.raise_lost(error, inside=state is not State.IDLE)
         if then is Then.UNKNOWN:
-            request = "a statement in autocommit mode" if state is State.IDLE else "COMMIT"
-            raise self._unknown(request) from error
+            if state is State.IDLE:
+                said = f"The driver said: {one_line(error)}"
+                raise self._unknown("a statement in autocommit mode", said) from error
+            raise self._unknown("COMMIT", link.observer.describe(), link.observer.xid) from error
         return then is Then.SETTLED
 
     def _follow(self, event: Event | None, keeping: Keeping, error: BaseException) -> None:
@@ -133,14 +135,12 @@ class Guard:
         """Another thread has closed the connection meanwhile."""
         self._link.end()
         if moment is Moment.COMMIT and isinstance(error, self._driver.module.Error):
-            raise self._unknown(evidence="Another thread has closed the connection.") from error
+            raise self._unknown("COMMIT", "Another thread has closed the connection.") from error
         return False
 
-    def _unknown(self, request: str = "COMMIT", evidence: str = "") -> CommitOutcomeUnknown:
+    def _unknown(self, request: str, evidence: str, xid: int | None = None) -> CommitOutcomeUnknown:
         """The error, which is announced."""
-        server = self._link.server.address
-        events.announce(events.CommitLookedUp(server, "unknown", request, evidence))
-        return CommitOutcomeUnknown(server, request, evidence)
+        return events.told(CommitOutcomeUnknown(self._link.server.address, request, evidence), xid)
 
     def raise_lost(self, error: BaseException, inside: bool) -> NoReturn:
         raise self._driver.disconnection_error(
@@ -326,7 +326,7 @@ class Guard:
         except CommitOutcomeUnknown as unknown:
             if self.may_run_again(error):
                 raise
-            events.logger.error("%s", unknown)
+            events.logger.error("%s", unknown, extra=vars(unknown))
             # For the program's own rollback().
             self.work.own.leave_untold(Outcome(unknown.outcome))
         else:
@@ -344,14 +344,14 @@ class Guard:
     def _settle_lost_commit(self, error: BaseException, raw: Any) -> None:
         """Return if the transaction was committed; else raise what became of it."""
         work, server = self.work, self._link.server.address
-        evidence = self._link.observer.describe()
+        evidence, xid = self._link.observer.describe(), self._link.observer.xid
         finding = find_out(work, raw, work.patience.policy)
         if finding.outcome is Outcome.COMMITTED:
             work.committed()
         else:
             aborted = finding.outcome is Outcome.ABORTED
             work.note(Event.FOUND_ABORTED if aborted else Event.NOT_FOUND)
-        finding.tell(server, evidence)
+        finding.tell(server, evidence, xid)
         if finding.outcome is Outcome.ABORTED:
             self.raise_lost(error, inside=True)
         if finding.outcome is Outcome.UNKNOWN:
@@ -361,7 +361,7 @@ class Guard:
         """Be idle; raise `CommitOutcomeUnknown` unless the transaction was not committed."""
         work, server = self.work, self._link.server.address
         self._link.end()
-        evidence = self._link.observer.describe()
+        evidence, xid = self._link.observer.describe(), self._link.observer.xid
         policy = self.work.patience.policy.within(PATIENCE_OF_ROLLBACK)
         if self._driver.has_sessions:
             finding = find_out(work, work.committing, policy)
@@ -371,7 +371,7 @@ class Guard:
         if finding.outcome is Outcome.ABORTED:
             work.note(Event.FOUND_ABORTED)
         work.rolled_back()
-        finding.tell(server, evidence)
+        finding.tell(server, evidence, xid)
         if finding.outcome is not Outcome.ABORTED:
             raise CommitOutcomeUnknown(
                 server, evidence=evidence, outcome=finding.outcome.value
@@ -420,7 +420,7 @@ class Guard:
             try:
                 self.work.member.abort(None)
             except CommitOutcomeUnknown as unknown:
-                events.logger.error("%s", unknown)
+                events.logger.error("%s", unknown, extra=vars(unknown))
 
     @contextlib.contextmanager
     def _turn_taken(self) -> Iterator[None]:
@@ -438,9 +438,10 @@ class Guard:
             events.logger.warning(
                 "A thread has ended inside its transaction on %s, which is rolled back",
                 self._link.server.address,
+                extra={"server": self._link.server.address},
             )
         try:
             self.roll_back()
         except CommitOutcomeUnknown as unknown:
-            events.logger.error("%s", unknown)
+            events.logger.error("%s", unknown, extra=vars(unknown))
         work.forget_member()

@@ -601,6 +601,8 @@ class IObserver(Interface):
     def describe():
         """What a person needs to find it out by hand."""
 
+    xid = Attribute("The transaction's id in PostgreSQL, if it is known, or None.")
+
     def close(raw):
         """The connection ends; take away what was written down."""
 
@@ -1065,8 +1067,8 @@ class IConnectionEvent(Interface):
 
     server = Attribute("The server's address, without password.")
     is_news = Attribute(
-        "False if the process has said the same of this server before, about another connection; "
-        "then the line in the log is one at DEBUG."
+        "False if the process has said the same of this server before, about another connection, "
+        "and not long ago; then the line in the log is one at DEBUG."
     )
 
 
@@ -1102,7 +1104,10 @@ class IReconnected(IConnectionEvent):
 
     attempts = Attribute("The number of attempts.")
     seconds = Attribute("The seconds from the first attempt to the session.")
-    away = Attribute("The seconds since a thread of the process has first met the server away.")
+    away = Attribute(
+        "The seconds since a thread of the process has first met the server away; 0 if none has, "
+        "or if another one tells it."
+    )
 
 
 class ICommitLookedUp(IConnectionEvent):
@@ -1110,9 +1115,18 @@ class ICommitLookedUp(IConnectionEvent):
 
     outcome = Attribute("``committed``, ``aborted`` or ``unknown``.")
     request = Attribute("What was sent, most often COMMIT.")
-    evidence = Attribute(
-        "If it is unknown, what a person needs to find it out, as far as it is known."
-    )
+    evidence = Attribute("What a person needs to find it out by hand, as far as it is known.")
+    xid = Attribute("The transaction's id in PostgreSQL, if it is known, or None.")
+
+
+class ICommittedInPart(IConnectionEvent):
+    """One transaction of several databases is committed in some of them, or may be, and not in all;
+    `PartlyCommitted` is raised."""
+
+    committed = Attribute("The addresses of the servers where it is committed.")
+    not_committed = Attribute("Those where it is not.")
+    unknown = Attribute("Those where that could not be found out.")
+    error = Attribute("What is raised.")
 
 
 class IHistoryChanged(IConnectionEvent):
@@ -1132,6 +1146,7 @@ class IGaveUp(IConnectionEvent):
     attempts = Attribute("The number of attempts.")
     seconds = Attribute("The seconds from the first attempt to the end of the last.")
     error = Attribute("The error of the last attempt.")
+    away = Attribute("As in `IReconnected`.")
 
 
 class IRunAgain(Interface):
@@ -1142,14 +1157,19 @@ class IRunAgain(Interface):
     seconds = Attribute("The seconds since the first run began.")
     pause = Attribute("The seconds until the next run.")
     error = Attribute("What the last run raised.")
+    is_news = Attribute(
+        "False if the same was said of the function in the same outage, and not long ago; then the "
+        "line in the log is one at DEBUG."
+    )
 
 
 class IGaveUpRunning(Interface):
-    """A function that `retry_on_disconnect` decorates has lost its connection and is not run again;
-    the error is raised."""
+    """A function that `retry_on_disconnect` or ``run`` could have run again is not run again; the
+    error is raised."""
 
     function = Attribute("The function's module and name.")
     runs = Attribute("How often the function was run.")
     seconds = Attribute("The seconds from the beginning of the first run to the end of the last.")
     error = Attribute("What the last run raised.")
     reason = Attribute("Why: the time is up, or it may have committed something.")
+    is_news = Attribute("As in `IRunAgain`.")

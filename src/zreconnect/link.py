@@ -232,11 +232,11 @@ class Link:
 
     def lost(self, error: BaseException, state: str) -> None:
         """End the present session, which is lost, and tell. state: the connection's."""
-        watch = self.session.watch
+        session = self.session
         self._was_refused = self._was_refused or self.is_refused(error, self.session.raw)
         self.end()
-        is_news = self.server.lost()
-        tell_if_cut(watch)
+        is_news = self.server.lost(session.opened)
+        tell_if_cut(self.server, session.watch)
         events.announce(events.ConnectionLost(self.server.address, error, state, is_news=is_news))
 
     def close(self) -> None:
@@ -249,7 +249,11 @@ class Link:
                 with session.watch.awaiting(self.answer_limit()):
                     self.observer.close(session.raw)
             except self.driver.module.Error as error:
-                events.logger.debug("The session had ended before it was closed: %s", error)
+                events.logger.debug(
+                    "The session had ended before it was closed: %s",
+                    error,
+                    extra={"server": self.server.address},
+                )
         self.end()
 
     def reset(self) -> None:

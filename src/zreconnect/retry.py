@@ -22,6 +22,7 @@ from zreconnect.exceptions import (
 )
 from zreconnect.interfaces import IRetryOnDisconnect
 from zreconnect.policy import check_attempts, check_number
+from zreconnect.server import servers
 
 if TYPE_CHECKING:
     from zreconnect.guard import Guard
@@ -95,7 +96,7 @@ def run_unit_of_work(
                 give_up(name_of(function), attempt, seconds, error, "its attempts are over")
                 raise
             pause = random.uniform(0.0, limit)
-            again = events.RunAgain(name_of(function), attempt, seconds, pause, error)
+            again = run_again(name_of(function), attempt, seconds, pause, error)
         events.announce(again)
         time.sleep(pause)
         limit = min(2 * limit, LONGEST_PAUSE)
@@ -108,14 +109,29 @@ def name_of(function: Callable[..., object]) -> str:
     return f"{function.__module__}.{getattr(function, '__qualname__', repr(function))}"
 
 
+def run_again(
+    function: str, runs: int, seconds: float, pause: float, error: BaseException
+) -> events.RunAgain:
+    """The event. For the arguments see `IRunAgain`."""
+    is_news = _is_news(events.RunAgain, function)
+    return events.RunAgain(function, runs, seconds, pause, error, is_news=is_news)
+
+
 def give_up(function: str, runs: int, seconds: float, error: BaseException, reason: str) -> None:
     """Tell, also in the error, that a function is not run again. For the arguments see
     `IGaveUpRunning`."""
-    gave_up = events.GaveUpRunning(function, runs, seconds, error, reason)
+    is_news = _is_news(events.GaveUpRunning, function, reason)
+    gave_up = events.GaveUpRunning(function, runs, seconds, error, reason, is_news=is_news)
     events.announce(gave_up)
     # Python 3.10 has no notes, but the log tells it too.
     if hasattr(error, "add_note"):  # pragma: no branch
         error.add_note(str(gave_up))
+
+
+def _is_news(*what: object) -> bool:
+    """Whether that is to be told. When a server goes away, each thread loses what it has under way,
+    and each request of a site."""
+    return all(server.outage.is_news(what) for server in servers())
 
 
 def check_patience(attempts: int, timeout: float | None) -> None:
@@ -236,7 +252,7 @@ class _Call(Generic[Result]):
                     give_up(self._name, runs, seconds, error, reason)
                     raise
                 pause = self._pause(interval(runs), seconds)
-                events.announce(events.RunAgain(self._name, runs, seconds, pause, error))
+                events.announce(run_again(self._name, runs, seconds, pause, error))
             time.sleep(pause)
 
     def _run_once(self) -> Result:

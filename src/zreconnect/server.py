@@ -255,10 +255,11 @@ class Server:
                 "the server is no longer what target_session_attrs asks for"
             )
 
-    def lost(self) -> bool:
-        """A session has ended: the server may be down for everybody. Whether that is news."""
+    def lost(self, opened: float) -> bool:
+        """A session has ended that was opened then: the server may be down for everybody. Whether
+        that is news."""
         self._is_up = False
-        return self.outage.lost()
+        return self.outage.lost(opened)
 
     def reopen_door(self) -> None:
         """Forget attempts under way, which in a forked child nobody will finish."""
@@ -426,6 +427,12 @@ def _shared(
         if server is None:
             server = _servers[key] = Server(driver, open_session, parameters, opening)
         return server
+
+
+def servers() -> list[Server]:
+    """Those that the process has connections to, or had lately."""
+    with _lock:
+        return list(_servers.values())
 
 
 def _reopen_doors() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ class Session:
 
     driver: the `IDriver`. raw: the driver's connection, or None if there is no session.
     process: the one that opened it. in_transaction: see `IDriver.transaction_flag`.
+    opened: when, on the monotonic clock.
     """
 
     driver: Any
@@ -32,6 +33,7 @@ class Session:
     watch: Watch
     process: int
     in_transaction: Callable[[], object] = bool
+    opened: float = field(default_factory=time.monotonic)
 
     def end(self) -> None:
         """Close it, or leave it alone if it is the parent process's. Can be called again."""
@@ -97,9 +99,10 @@ def open_session(
             _wait(server, pause, error)
             elapsed = time.monotonic() - started
     away = server.outage.reached()
+    is_news = away is not None
     # In this order: a subscriber may use the connection.
-    if adopt(session) or attempts > 1:
-        seconds, is_news = time.monotonic() - started, away is not None
+    if adopt(session) or attempts > 1 or is_news:
+        seconds = time.monotonic() - started
         events.announce(
             events.Reconnected(server.address, attempts, seconds, away or 0.0, is_news=is_news)
         )
@@ -109,8 +112,9 @@ def _wait(server: Server, seconds: float, error: BaseException) -> None:
     """Wait for so long, and say so when it is time to."""
     outage = server.outage
     while True:
-        if outage.is_to_be_told():
-            away = outage.away_for(math.inf)
+        # Another thread may have reached it meanwhile.
+        away = outage.seconds
+        if away is not None and outage.is_news(events.Waiting):
             events.announce(events.Waiting(server.address, away, outage.waiting, error))
         part = min(seconds, outage.until_told())
         time.sleep(part)
@@ -155,16 +159,18 @@ def _prepared(
             and server.driver.meaning(error, raw) is Meaning.DISCONNECT
         )
         Session(server.driver, raw, watch, os.getpid()).end()
-        tell_if_cut(watch)
+        tell_if_cut(server, watch)
         if passes:
             raise AttemptFailed(error) from error
         raise
 
 
-def tell_if_cut(watch: Watch) -> None:
+def tell_if_cut(server: Server, watch: Watch) -> None:
     """Log it if the watchdog has cut the session off, which it does not do itself."""
     if watch.cut_after is not None:
-        events.logger.warning(
+        is_news = server.outage.is_news(Watch)
+        events.logger.log(
+            logging.WARNING if is_news else logging.DEBUG,
             "No answer from %s within %.1f seconds: the connection is cut",
             watch.address,
             watch.cut_after,
@@ -175,9 +181,9 @@ def tell_if_cut(watch: Watch) -> None:
 def _give_up(
     server: Server, policy: RetryPolicy, attempts: int, seconds: float, error: BaseException
 ) -> NoReturn:
-    # Of many requests that do not wait each gives up by itself.
-    is_news = not policy.fails_fast or server.outage.is_to_be_told()
-    events.announce(events.GaveUp(server.address, attempts, seconds, error, is_news=is_news))
+    # Of many that do not wait, or not for long, each gives up by itself.
+    is_news, away = server.outage.is_news(events.GaveUp), server.outage.seconds or 0.0
+    events.announce(events.GaveUp(server.address, attempts, seconds, error, away, is_news=is_news))
     if not policy.fails_fast:
         raise ReconnectTimeout(server.address, attempts, seconds, error) from error
     raise server.driver.disconnection_error(

@@ -73,12 +73,14 @@ class Siblings:
         if committed or (is_unknown and left):
             for each in committed:
                 each.work.own.told(None)
-            raise PartlyCommitted(
+            where = (
                 _servers(committed),
                 _servers(left if is_unknown else [member, *left]),
                 _servers([member] if is_unknown else []),
-                str(error),
-            ) from error
+            )
+            partly = PartlyCommitted(*where, str(error))
+            events.announce(events.CommittedInPart(partly.server, *where, partly))
+            raise partly from error
         return False
 
 
@@ -119,4 +121,5 @@ def _warn(writers: list[ConnectionDataManager]) -> None:
                 "second fails, the first stays. With two_phase=True it is both or neither",
                 server,
                 servers[-1],
+                extra={"server": server, "other_server": servers[-1]},
             )

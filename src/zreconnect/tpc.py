@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from zreconnect import events
 from zreconnect.branch import Branch, end_branch, is_prepared
 from zreconnect.documented import documented_by
 from zreconnect.exceptions import CommitOutcomeUnknown, one_line
@@ -18,10 +19,10 @@ from zreconnect.interfaces import ACTIVE, IReconnectingConnection
 from zreconnect.overrides import end_by_class
 from zreconnect.settings import SettingsOfSessions
 from zreconnect.states import Moment, Request, State
-from zreconnect.twophase import Decision, TwoPhaseDataManager
+from zreconnect.twophase import COMMIT, Decision, TwoPhaseDataManager
 from zreconnect.witness import Outcome
 
-PREPARE, COMMIT = "PREPARE TRANSACTION", "COMMIT PREPARED"
+PREPARE = "PREPARE TRANSACTION"
 # By whether what was to be committed under a name is still prepared. That it is proves nothing: a
 # COMMIT PREPARED that waits for a standby shows as that, and one may be on its way.
 _EVIDENCE = {
@@ -64,20 +65,22 @@ class OwnBranch(TwoPhaseDataManager):
         self, branch: Branch, found: bool | None, error: BaseException
     ) -> NoReturn:
         if found is None:
-            raise CommitOutcomeUnknown(
+            unknown = CommitOutcomeUnknown(
                 self._connection.server,
                 PREPARE,
                 f"tpc_rollback() rolls it back if it is prepared, as {branch.gid}.",
-            ) from error
+            )
+            raise events.told(unknown, branch.xid) from error
         super()._raise_unprepared(branch, found, error)
 
     def _raise_unknown(self, branch: Branch, problem: BaseException | None) -> NoReturn:
-        raise CommitOutcomeUnknown(
+        unknown = CommitOutcomeUnknown(
             self._connection.server,
             COMMIT,
             f"tpc_commit() can be called again. What is still prepared as {branch.gid} is not "
             "committed.",
-        ) from problem
+        )
+        raise events.told(unknown, branch.xid) from problem
 
     def _abort_prepared(self, branch: Branch) -> None:
         if self.work.state is State.PREPARING:

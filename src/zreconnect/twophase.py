@@ -29,6 +29,7 @@ from zreconnect.states import Event, Moment, Request, State
 from zreconnect.witness import PATIENCE_WITH_ORPHANS, POLL_INTERVAL, Outcome
 from zreconnect.work import PATIENCE_OF_ROLLBACK
 
+COMMIT = "COMMIT PREPARED"
 # PostgreSQL takes less than 200 characters as a gid.
 LONGEST_DATABASE_NAME = 63
 # A connection that was closed meanwhile has its branch ended all the same. Of one that could not be
@@ -168,7 +169,11 @@ class TwoPhaseDataManager(ConnectionDataManager):
             self.work.open(first_use, self.work.patience.policy)
         except lookup_errors(self.work) as problem:
             # Nothing but a COMMIT PREPARED of ours would commit it, so it counts as not prepared.
-            events.logger.warning("Whether it is prepared is unknown: %s", one_line(problem))
+            events.logger.warning(
+                "Whether it is prepared is unknown: %s",
+                one_line(problem),
+                extra={"server": self._connection.server, "gid": branch.gid},
+            )
         # The session is not kept: the observer cannot record it while the prepared transaction has
         # the ledger's row locked.
         self._link.end()
@@ -198,21 +203,30 @@ class TwoPhaseDataManager(ConnectionDataManager):
         outcome, problem = self._end_prepared(branch, Outcome.COMMITTED)
         self.decision.outcome = outcome
         self.decision.is_told = True
-        if problem is not None or outcome is not Outcome.COMMITTED:
-            events.announce(events.CommitLookedUp(self._connection.server, outcome.value))
         if outcome is Outcome.UNKNOWN:
             self._raise_unknown(branch, problem)
+        if problem is not None or outcome is not Outcome.COMMITTED:
+            events.announce(
+                events.CommitLookedUp(
+                    self._connection.server,
+                    outcome.value,
+                    COMMIT,
+                    f"The deciding branch of its two-phase commit is {branch.gid}.",
+                    branch.xid,
+                )
+            )
         if outcome is Outcome.ABORTED:
             self._raise_rolled_back(branch)
 
     def _raise_unknown(self, branch: Branch, problem: BaseException | None) -> NoReturn:
-        raise CommitOutcomeUnknown(
+        unknown = CommitOutcomeUnknown(
             self._connection.server,
-            "COMMIT PREPARED",
+            COMMIT,
             f"The deciding branch of its two-phase commit is {branch.gid}. Run zreconnect recover "
             "with the DSNs of all databases that took part: it finds the outcome out, and shows "
             "what is still prepared.",
-        ) from problem
+        )
+        raise events.told(unknown, branch.xid) from problem
 
     def _raise_rolled_back(self, branch: Branch) -> NoReturn:
         # Not a DisconnectionError: data managers that finished before may have committed.
@@ -330,6 +344,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
             self._connection.server,
             why,
             error,
+            extra={"server": self._connection.server, "gid": branch.gid},
         )
         # Prepared, it has its ledger's row locked: the connection needs another one.
         self._link.replace_observer()

@@ -95,6 +95,7 @@ class NoObserver:
     needs_row = is_elsewhere = False
     is_replaced = False
     history: History | None = None
+    xid: int | None = None
 
     def __init__(self, driver: Any) -> None:
         self._driver = driver
@@ -303,7 +304,6 @@ class XidObserver(SessionObserver):
         super().__init__(driver)
         self._at_commit = at_commit
         self._reads_write = False
-        self._xid: int | None = None
         # What asks for a transaction's place, and its id.
         self._questions: dict[str, str] = {}
 
@@ -336,7 +336,7 @@ class XidObserver(SessionObserver):
         has_answer = not along or self._driver.answers_begin
         self._asks_at_commit = self._at_commit or self.waits or not has_answer
         self._note_begin(raw, settings, along)
-        self._xid = None
+        self.xid = None
         # An id is given to every transaction that asks, and there are but 2**31 before a vacuum.
         if not self._asks_at_commit and self.may_have_written and self._knows_ids:
             return self._questions[ID]
@@ -349,9 +349,9 @@ class XidObserver(SessionObserver):
             self._marks = ((int(pid), start),)
             if self.needs_row:
                 xid = self._note_server(*xid)
-            self._xid = int(xid[0]) if xid else None
+            self.xid = int(xid[0]) if xid else None
             if self._knows_ids and not self._asks_at_commit:
-                self.may_have_written = self._xid is not None
+                self.may_have_written = self.xid is not None
 
     def _evidence(self, raw: Any, began: float) -> Evidence:
         return Evidence(began, self._marks)
@@ -366,8 +366,8 @@ class XidObserver(SessionObserver):
         else:
             self._commit_unless_written(raw)
         self._is_under_way = False
-        if self._xid is not None and not self.is_replaced:
-            self._acknowledged = self._xid
+        if self.xid is not None and not self.is_replaced:
+            self._acknowledged = self.xid
 
     def _commit_with_id(self, raw: Any, xid: str) -> None:
         if not self._driver.in_failed_transaction(raw):
@@ -386,28 +386,28 @@ class XidObserver(SessionObserver):
             self._driver.commit(raw)
 
     def acknowledged(self) -> None:
-        if self._xid is not None and not self.is_replaced:
-            self._acknowledged = self._xid
+        if self.xid is not None and not self.is_replaced:
+            self._acknowledged = self.xid
 
     def _ask_id(self, raw: Any, question: str) -> None:
         # As long as no COMMIT is sent that has something to commit, losing the session rolls back.
         self.may_have_written = False
         (row,) = self._driver.query(raw, question)
         self.began(row)
-        self.may_have_written = self._xid is not None
+        self.may_have_written = self.xid is not None
 
     def outcome(self, raw: Any) -> Outcome:
         assert self._session is not None
         before = self._session.history
-        if self._xid is None or before is None:
+        if self.xid is None or before is None:
             return Outcome.UNKNOWN
         now: History | None = self._driver.identify(raw).history
         if now is None or not now.is_of_system(before):
             return Outcome.UNKNOWN
-        outcome = outcome_by_id(self._driver, raw, self._xid, believe=now == before)
+        outcome = outcome_by_id(self._driver, raw, self.xid, believe=now == before)
         if outcome is Outcome.COMMITTED:
             self._confirm(raw)
-            self._acknowledged = self._xid
+            self._acknowledged = self.xid
         return outcome
 
     def _confirm(self, raw: Any) -> None:
@@ -420,11 +420,11 @@ class XidObserver(SessionObserver):
         self._driver.commit(raw)
 
     def describe(self) -> str:
-        if self._xid is None:
+        if self.xid is None:
             return f"{self._describe_session()} It had no transaction id."
         return (
-            f"{self._describe_session()} Its transaction id was {self._xid}. Ask with "
-            f"SELECT pg_xact_status('{self._xid}'), which is only right if the server did not "
+            f"{self._describe_session()} Its transaction id was {self.xid}. Ask with "
+            f"SELECT pg_xact_status('{self.xid}'), which is only right if the server did not "
             "crash or fail over since."
         )
 

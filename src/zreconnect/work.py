@@ -321,7 +321,9 @@ class Work:
         """Take it, and return the seconds that this took."""
         started = time.monotonic()
         server = self.link.server.address
-        events.logger.debug("A thread waits for another one's transaction on %s", server)
+        events.logger.debug(
+            "A thread waits for another one's transaction on %s", server, extra={"server": server}
+        )
         timeout = self.patience.policy.timeout
         patience = PATIENCE_WITH_THREADS if timeout is None else timeout
         if not self.turn.take(patience):

@@ -135,7 +135,11 @@ class ZopelessTransactionManager:
             # That of another data manager's, or of an abort that is too late.
             if not isinstance(error, (TimeoutError, KeyboardInterrupt, SystemExit)):
                 raise
-            events.logger.error("The transaction could not be aborted: %s", one_line(problem))
+            events.logger.error(
+                "The transaction could not be aborted: %s",
+                one_line(problem),
+                extra={"server": self.descriptor.connection().server},
+            )
 
     def _check_idle(self) -> None:
         self._check_installed()

@@ -1123,7 +1123,7 @@ class BeginWithStatementTests(Psycopg, test_begin_along.BeginAlongTestCase):
     def test_the_witness_knows_the_id_of_the_transaction(self):
         connection = self.ready()
         ((number,),) = connection.execute("SELECT pg_current_xact_id()").fetchall()
-        self.assertEqual(connection.work.link.observer._xid, int(number))
+        self.assertEqual(connection.work.link.observer.xid, int(number))
 
     # Round trips
 

@@ -218,8 +218,12 @@ class AutocommitTests(DatabaseTestCase):
         self.cursor.execute("SELECT 1")
         self.forward.cut("to_client", 0)
         # The statement was its own commit, and may have been executed.
-        with self.assertRaisesRegex(CommitOutcomeUnknown, "a statement in autocommit mode"):
+        with (
+            self.assertLogs("zreconnect", "ERROR") as logs,
+            self.assertRaisesRegex(CommitOutcomeUnknown, "a statement in autocommit mode"),
+        ):
             self.cursor.execute("SELECT 2")
+        self.assertIn("The driver said: ", logs.records[0].evidence)
         self.assertEqual(self.connection.state, "idle")
         self.cursor.execute("SELECT 3")
         self.assertEqual(self.cursor.fetchone(), (3,))

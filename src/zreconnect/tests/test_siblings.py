@@ -25,6 +25,7 @@ from zreconnect import (
     initZopeless,
 )
 from zreconnect.datamanager import join_transactions
+from zreconnect.events import CommittedInPart
 from zreconnect.siblings import has_written
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests.base import (
@@ -123,10 +124,15 @@ class SiblingTests:
         transaction.get().join(Between(self.first, lambda: function(*args)))
 
     def assert_partly_committed(self, committed=(), not_committed=(), unknown=()):
-        with self.assertRaises(PartlyCommitted) as caught:
+        with self.events() as seen, self.assertRaises(PartlyCommitted) as caught:
             transaction.commit()
         error = caught.exception
         self.assertNotIsInstance(error, (Retry, TransientError))
+        (told,) = (event for event in seen if isinstance(event, CommittedInPart))
+        self.assertEqual(
+            (told.committed, told.not_committed, told.unknown, told.error, told.level),
+            (error.committed, error.not_committed, error.unknown, error, logging.ERROR),
+        )
         for found, connections in [
             (error.committed, committed),
             (error.not_committed, not_committed),

@@ -318,6 +318,7 @@ class TwoPhaseCallsTests:
         lose = lambda: self.database.lose_answer(then=self.vanish)  # noqa: E731
         with (
             self.at("prepare_transaction", lose),
+            self.assertLogs("zreconnect", "ERROR"),
             self.assertRaisesRegex(CommitOutcomeUnknown, "PREPARE TRANSACTION"),
         ):
             self.connection.tpc_prepare()
@@ -347,7 +348,10 @@ class TwoPhaseCallsTests:
         for end, rows in ((self.connection.tpc_commit, 1), (self.connection.tpc_rollback, 1)):
             self.prepare(end.__name__)
             self.vanish()
-            with self.assertRaisesRegex(CommitOutcomeUnknown, "called again"):
+            with (
+                self.assertLogs("zreconnect", "ERROR"),
+                self.assertRaisesRegex(CommitOutcomeUnknown, "called again"),
+            ):
                 self.connection.tpc_commit()
             self.assertEqual(self.connection.state, "prepared")
             self.come_back()

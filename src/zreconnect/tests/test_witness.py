@@ -614,7 +614,7 @@ class XidTests(WitnessTestCase):
         cursor = connection.cursor()
         cursor.execute("SELECT pg_current_xact_id()")
         ((number,),) = cursor.fetchall()
-        self.assertEqual(connection.work.link.observer._xid, int(number))
+        self.assertEqual(connection.work.link.observer.xid, int(number))
 
     def test_after_a_crash_a_commit_is_not_proven(self):
         connection = self.connect()
@@ -657,7 +657,7 @@ class XidTests(WitnessTestCase):
     def test_an_id_that_the_server_does_not_know_was_not_committed(self):
         connection = self.connect()
         self.insert(connection)
-        connection.work.link.observer._xid += 1000
+        connection.work.link.observer.xid += 1000
         self.forward.drop()
         with self.assertRaises(DisconnectionError):
             connection.commit()
@@ -670,7 +670,7 @@ class XidTests(WitnessTestCase):
             (xid,) = cursor.fetchone()
         connection = self.connect()
         self.insert(connection)
-        connection.work.link.observer._xid = int(xid)
+        connection.work.link.observer.xid = int(xid)
         self.forward.drop()
         with self.assertRaises(CommitOutcomeUnknown):
             connection.commit()

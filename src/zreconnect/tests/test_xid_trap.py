@@ -28,9 +28,7 @@ class NaiveWitness:
 
 class NaiveObserver(XidObserver):
     def outcome(self, raw):
-        ((status,),) = self._driver.query(
-            raw, "SELECT pg_xact_status(%s::text::xid8)", (self._xid,)
-        )
+        ((status,),) = self._driver.query(raw, "SELECT pg_xact_status(%s::text::xid8)", (self.xid,))
         return Outcome(status)
 
 
