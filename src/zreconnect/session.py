@@ -116,7 +116,8 @@ def _wait(server: Server, seconds: float, error: BaseException) -> None:
         away = outage.seconds
         if away is not None and outage.is_news(events.Waiting):
             events.announce(events.Waiting(server.address, away, outage.waiting, error))
-        part = min(seconds, outage.until_told())
+        # Meanwhile it may have become time to.
+        part = min(seconds, max(0.0, outage.until_told()))
         time.sleep(part)
         seconds -= part
         if seconds <= 0:

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 import unittest
+from unittest import mock
 
 import psycopg2
 import zope.event
@@ -253,6 +254,25 @@ class EventTests(DatabaseTestCase):
             connection.begin()
         self.assertEqual(seen[-1].attempts, 3)
         self.assertIn("after 3 attempts", str(seen[-1]))
+
+    def test_the_time_to_tell_comes_while_it_is_asked_for(self):
+        connection = self.connect()
+        self.forward.refuse()
+        asked = []
+
+        def until_told(outage):
+            asked.append(outage)
+            # Not yet; and at the next look it is overdue.
+            return 0.001 if len(asked) % 2 else -0.001
+
+        with (
+            mock.patch("zreconnect.outage.Outage.until_told", until_told),
+            mock.patch("zreconnect.outage.Outage.is_to_be_told", lambda outage: False),
+            policy_of(connection, timeout=0.1),
+            self.assertRaises(ReconnectTimeout),
+        ):
+            connection.begin()
+        self.assertGreater(len(asked), 1)
 
     def test_a_subscriber_that_fails_does_not_keep_the_connection_from_coming_back(self):
         def fail(event):
