@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-# Whether the code that asks is part of the call of a decorated function.
-_is_called: ContextVar[bool] = ContextVar("zreconnect_is_called", default=False)
+# The call of a decorated function that the code that asks is part of. What is started within has a
+# copy of it, also when it has ended, as the tasks of asyncio have.
+_present: ContextVar[_Call[Any] | None] = ContextVar("zreconnect_call", default=None)
 # Two units of work that met in a deadlock would meet again if they did not wait for times of
 # their own, in seconds. After a disconnect it is begin() that waits.
 FIRST_PAUSE, LONGEST_PAUSE = 0.02, 1.0
@@ -206,7 +207,8 @@ def retry_on_disconnect(
 
         @functools.wraps(function)
         def run(*args: Parameters.args, **keywords: Parameters.kwargs) -> Result:
-            if _is_called.get():
+            outer = _present.get()
+            if outer is not None and outer.is_running:
                 # A call of another decorated function, which runs this again when it is run again.
                 return function(*args, **keywords)
             call = _Call(lambda: function(*args, **keywords), name, timeout, idempotent)
@@ -232,6 +234,7 @@ class _Call(Generic[Result]):
         self._name = name
         self._timeout = timeout
         self._idempotent = idempotent
+        self.is_running = False
         # Of the present run.
         self._commits = commits.Commits()
         self._watches_engines = False
@@ -257,12 +260,13 @@ class _Call(Generic[Result]):
 
     def _run_once(self) -> Result:
         self._watches_engines = engines.watch_commits()
-        token = _is_called.set(True)
+        token, self.is_running = _present.set(self), True
         try:
             with commits.watched() as self._commits:
                 return self._function()
         finally:
-            _is_called.reset(token)
+            self.is_running = False
+            _present.reset(token)
 
     def _why_not_again(self, error: BaseException, seconds: float) -> str | None:
         if not self._idempotent and self._may_have_committed(error):

@@ -1,6 +1,7 @@
 """retry_on_disconnect: a function runs again until it succeeds, time is up, or it may be done."""
 
 import contextlib
+import contextvars
 import inspect
 import logging
 import os
@@ -423,6 +424,13 @@ class NestedTests(RetryTestCase):
         retry_on_disconnect(**SOON)(lambda: None)()
         add("a")
         self.assertEqual(self.runs, 2)
+
+    def test_what_it_has_started_retries_by_itself_when_it_has_ended(self):
+        """As the tasks of asyncio do, which go on in a copy of the context."""
+        connection = self.make_connection()
+        add = self.adder(connection, lambda: self.forward.drop() and connection.execute("SELECT 1"))
+        retry_on_disconnect(**SOON)(contextvars.copy_context)().run(add, "a")
+        self.assertEqual((self.runs, self.names()), (2, ["a"]))
 
     def test_the_commits_of_the_inner_one_count(self):
         connection, other = self.make_connection(), self.make_connection()
