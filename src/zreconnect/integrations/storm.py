@@ -7,6 +7,7 @@ to throw the connection away and to make another one at the next statement, is n
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -88,8 +89,17 @@ class StoreBranch(TwoPhaseDataManager):
         super().tpc_finish(transaction)
 
 
-_lock = threading.Lock()
+# A signal's handler may begin a part, too, while its thread has the lock.
+_lock = threading.RLock()
 _branches: weakref.WeakSet[StoreBranch] = weakref.WeakSet()
+
+
+def _forget_parents_branches() -> None:
+    global _lock, _branches
+    _lock, _branches = threading.RLock(), weakref.WeakSet()
+
+
+os.register_at_fork(after_in_child=_forget_parents_branches)
 
 
 class StoreConnection(ReconnectingConnection):

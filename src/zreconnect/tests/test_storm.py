@@ -43,12 +43,14 @@ from zreconnect import (
     recover,
 )
 from zreconnect.events import CommitLookedUp
+from zreconnect.integrations import storm as integrations_storm
 from zreconnect.integrations.storm import SCHEME, StormDisconnectionError, register
 from zreconnect.interfaces import IDatabaseUnavailable
 from zreconnect.testing import PortForward
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests.base import PATIENCE, DatabaseTestCase, wait_until, with_time_to_connect
 from zreconnect.tests.restarts import ATTEMPTS, SurvivesRestarts
+from zreconnect.tests.situations import Child
 from zreconnect.tests.test_twophase import DATABASES, Database, Hook, make_databases
 
 SETTINGS = {"fsync": "off", "max_prepared_transactions": 20}
@@ -1060,6 +1062,41 @@ class TwoPhaseOfAStoreTests(TwoPhaseTestCase):
             for store in self.stores:
                 getattr(store, ends)()
             self.check(*names)
+
+    def test_a_process_that_is_forked_has_parts_of_its_own(self):
+        """Also while another thread is about to begin one."""
+        (first, second) = self.stores
+        first.begin(Xid(0, "the same", "1"))
+        first.add(Item("parent's"))
+        first.flush()
+        first.prepare()
+
+        def work(child):
+            second.begin(Xid(0, "the same", "2"))
+            second.add(Item("child's"))
+            second.flush()
+            second.prepare()
+            # Of two, it would not be the one that decides.
+            second.commit()
+            second.close()
+
+        is_held, has_forked = threading.Event(), threading.Event()
+
+        def hold():
+            with integrations_storm._lock:
+                is_held.set()
+                has_forked.wait()
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        is_held.wait()
+        try:
+            Child(self, work).join()
+        finally:
+            has_forked.set()
+            holder.join()
+        first.rollback()
+        self.assertEqual([side.names() for side in self.sides], [[], ["child's"]])
 
     def test_a_store_that_begins_anew_is_part_of_what_goes_on(self):
         self.begin("the same")
