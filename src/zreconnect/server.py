@@ -381,7 +381,7 @@ def _no_answer(timeout: float) -> AttemptFailed:
 
 # A signal's handler may connect, too, while its thread has the lock.
 _lock = threading.RLock()
-_servers: weakref.WeakValueDictionary[tuple[str, Any], Server] = weakref.WeakValueDictionary()
+_servers: weakref.WeakValueDictionary[tuple[Any, ...], Server] = weakref.WeakValueDictionary()
 
 
 def server_from_dsn(dsn: str, driver_name: str | None = None) -> Server:
@@ -397,7 +397,7 @@ def server_from_dsn(dsn: str, driver_name: str | None = None) -> Server:
     def opening(parameters: Mapping[str, str]) -> OpenSession:
         return hosts.Places(driver, parameters, driver.connect).connect
 
-    return _shared(key, driver, opening(parameters), parameters, opening)
+    return shared_server(key, lambda: Server(driver, opening(parameters), parameters, opening))
 
 
 def server_from_factory(connection_factory: Callable[[], Any], driver_name: str) -> Server:
@@ -410,22 +410,19 @@ def server_from_factory(connection_factory: Callable[[], Any], driver_name: str)
     driver = load_driver(driver_name)
     # The server keeps the factory alive, so its id() is not given to another one meanwhile.
     key = (driver.name, id(connection_factory))
-    return _shared(key, driver, lambda timeout, pauses: connection_factory(), {})
+    return shared_server(
+        key, lambda: Server(driver, lambda timeout, pauses: connection_factory(), {})
+    )
 
 
-def _shared(
-    key: tuple[str, Any],
-    driver: Any,
-    open_session: OpenSession,
-    parameters: Mapping[str, str],
-    opening: Callable[[Mapping[str, str]], OpenSession] | None = None,
-) -> Server:
+def shared_server(key: tuple[Any, ...], make: Callable[[], Server]) -> Server:
+    """The server that goes by ``key``, as long as somebody has it; else what ``make`` returns."""
     # It stays locked for nobody: CPython runs no signal's handler between acquiring a lock of its
     # own and entering the block.
     with _lock:
         server = _servers.get(key)
         if server is None:
-            server = _servers[key] = Server(driver, open_session, parameters, opening)
+            server = _servers[key] = make()
         return server
 
 

@@ -24,6 +24,7 @@ from django.db.models import Value
 from django.db.models.functions import Coalesce
 from django.db.utils import DatabaseError, ProgrammingError
 from django.test.utils import CaptureQueriesContext
+from psycopg import IsolationLevel
 
 from zreconnect import (
     FAIL_FAST,
@@ -449,6 +450,20 @@ class CommitTests(DjangoTestCase):
         self.work(path="later")
         self.assertEqual(self.paths(), ["later", "lose_answer"])
 
+    def test_hooks_of_an_unknown_outcome_are_not_called_after_the_next_commit(self):
+        self.use(witness=None)
+        called = []
+
+        def lose():
+            transaction.on_commit(lambda: called.append("unknown"))
+            self.lose_answer()
+
+        with self.assertRaises(CommitOutcomeUnknown):
+            self.unit(lose, "a")
+        self.work(path="b")
+        self.assertEqual(self.paths(), ["a", "b"])
+        self.assertEqual(called, [])
+
 
 class WaitingTests(DjangoTestCase):
     def test_no_server_within_the_timeout(self):
@@ -491,6 +506,32 @@ class WaitingTests(DjangoTestCase):
         self.server.start()
         self.work()
         self.assertEqual(self.paths(), ["pack.py"])
+
+    def test_all_connections_know_the_same_of_the_server(self):
+        def server():
+            connection.ensure_connection()
+            return connection.connection.work.link.server
+
+        def server_of_another_thread():
+            servers.append(server())
+            connection.close()
+
+        first, servers = server(), []
+        thread = threading.Thread(target=server_of_another_thread)
+        thread.start()
+        thread.join()
+        connection.close()
+        self.assertEqual([*servers, server()], [first, first])
+        for name, value in {"USER": "nobody", "PASSWORD": "wrong"}.items():
+            self.use()
+            connection.settings_dict[name] = value
+            with self.assertRaises(django.db.OperationalError):
+                connection.ensure_connection()
+            connection.close()
+            connection.settings_dict[name] = getattr(self.server, name.lower())
+            self.assertIs(server(), first)
+        self.use(isolation_level=IsolationLevel.SERIALIZABLE)
+        self.assertIsNot(server(), first)
 
     def test_a_silent_host_keeps_no_other_from_being_tried(self):
         self.use(policy=FAIL_FAST)
@@ -551,6 +592,24 @@ class SessionTests(DjangoTestCase):
                     self.assertEqual(self.show("client_encoding"), "UTF8")
                     self.assertEqual(self.show("transaction_isolation"), "serializable")
                 self.server.restart()
+
+    def test_the_isolation_level_is_that_of_transactions(self):
+        def work():
+            with transaction.atomic():
+                levels.append(self.show("transaction_isolation"))
+            levels.append(self.show("transaction_isolation"))
+
+        trips, levels = [], []
+        for options in ({}, {"isolation_level": IsolationLevel.SERIALIZABLE}):
+            self.use(**options)
+            work()
+            trips.append(self.round_trips(work))
+        self.assertEqual(*trips)
+        # There nobody is to get it who has the process next.
+        self.use(**options, pooled=True)
+        work()
+        self.assertEqual(levels[:4], ["read committed"] * 4)
+        self.assertEqual(levels[4:], ["serializable", "read committed"] * 3)
 
     def test_a_role_would_stay_with_others_behind_a_pooler(self):
         self.use(assume_role="clerk", pooled=True)

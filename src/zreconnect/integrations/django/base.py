@@ -18,7 +18,7 @@ from zreconnect.drivers.conninfo import connect_keywords, known
 from zreconnect.exceptions import DisconnectionError
 from zreconnect.integrations import needs
 from zreconnect.interfaces import DOOMED
-from zreconnect.server import Server
+from zreconnect.server import Server, shared_server
 from zreconnect.states import State
 
 with needs(__name__, "zreconnect[django]"):
@@ -61,6 +61,11 @@ class DatabaseOperations(base.DatabaseOperations):
         return query
 
 
+def _by_value(value: Any) -> Any:
+    """What stands for a value of the settings in a dictionary's key."""
+    return value if isinstance(value, (str, int)) else id(value)
+
+
 class DatabaseWrapper(base.DatabaseWrapper):
     """One thread's connection to a database, as Django has it.
 
@@ -81,21 +86,32 @@ class DatabaseWrapper(base.DatabaseWrapper):
     def get_new_connection(self, conn_params: dict[str, Any]) -> ReconnectingConnection:
         ours = {name: conn_params.pop(name) for name in OPTIONS if name in conn_params}
         driver = load_driver(base.Database.__name__)
-        # It sets up each new connection of the driver's, too.
-        get_new_connection = super().get_new_connection
-
-        def open_session(place: Mapping[str, Any], timeout: float) -> Any:
-            return get_new_connection(connect_keywords(place, timeout))
-
-        connect = hosts.Places(driver, conn_params, open_session).connect
-        server = Server(driver, connect, known(conn_params))
+        # All threads have the same, and it is there for the next connection, too.
+        values = {name: _by_value(value) for name, value in conn_params.items()}
+        level = self.settings_dict["OPTIONS"].get("isolation_level")
+        key = driver.name, "django", _by_value(level), *sorted(values.items())
+        server = self._server = shared_server(key, partial(self._make_server, driver, conn_params))
         set_up = partial(self._set_up_session, driver=driver, pooled=ours.get("pooled"))
         connection = ReconnectingConnection(server, on_connect=set_up, **ours)
         connection.cursor_factory = conn_params["cursor_factory"]
+        self._level = None
         # One that there is not Django refuses when it connects.
         with contextlib.suppress(ValueError):
-            connection.isolation_level = self.settings_dict["OPTIONS"].get("isolation_level")
+            self._level = driver.isolation_level(level)
+        # As Django has it when it has connected.
+        levels = base.IsolationLevel
+        self.isolation_level = levels(self._level or levels.READ_COMMITTED)
         return connection
+
+    def _make_server(self, driver: Any, conn_params: dict[str, Any]) -> Server:
+        # Of its own, so that it has no thread's connection. It sets up each one of the driver's.
+        opener: Any = super(DatabaseWrapper, type(self)(self.settings_dict, self.alias))
+
+        def open_session(place: Mapping[str, Any], timeout: float) -> Any:
+            return opener.get_new_connection(connect_keywords(place, timeout))
+
+        connect = hosts.Places(driver, conn_params, open_session).connect
+        return Server(driver, connect, known(conn_params))
 
     def _set_up_session(self, raw: Any, driver: Any, pooled: bool | None) -> None:
         if base.is_psycopg3 and not self.features.uses_server_side_binding:
@@ -126,6 +142,16 @@ class DatabaseWrapper(base.DatabaseWrapper):
             if not (is_djangos and autocommit):
                 raise
 
+    def _set_autocommit(self, autocommit: bool) -> None:
+        if self._level is None:
+            super()._set_autocommit(autocommit)
+            return
+        # As with Django's own backend it is that of transactions only. For autocommit mode it would
+        # be SET each time, and behind a pooler for others.
+        level = "DEFAULT" if autocommit else self._level
+        with self.wrap_database_errors:
+            self.connection.set_session(isolation_level=level, autocommit=autocommit)
+
     # atomic() calls it by way of commit(). It rolls back after Django's errors, but not after
     # CommitOutcomeUnknown, and would then replace that by the error of a connection that waits for
     # a rollback. There is no public name in between.
@@ -133,6 +159,8 @@ class DatabaseWrapper(base.DatabaseWrapper):
         try:
             super()._commit()
         except BaseException as error:
+            # Else the next commit would have called what was to follow upon this one.
+            self.run_on_commit: list[Any] = []
             self.connection.rollback_after(error)
             raise
 
