@@ -121,7 +121,9 @@ class LedgerObserver(SessionObserver):
 
     def acknowledged(self) -> None:
         if self._is_entered and not self.is_replaced:
-            self._acknowledged, self._used, self._has_row = self._number, self._sent, True
+            # Where it was the first in another history, it has written over what was there.
+            number = None if self.is_elsewhere else self._number
+            self._acknowledged, self._used, self._has_row = number, self._sent, True
 
     def _is_to_enter(self) -> bool:
         """Whether the transaction is for the ledger. Where there was a standby, there is no row."""

@@ -292,6 +292,24 @@ class FailoverTests(DatabaseTestCase):
         self.assertEqual(self.standby.query("SELECT count(*) FROM item"), [(16,)])
 
     @unittest.skipUnless(EmbeddedPgBouncer.installed() or REQUIRED, "PgBouncer is not installed")
+    def test_a_pooler_that_leads_to_a_new_primary_which_lacks_work(self):
+        """Nobody is told that all is there; also not if the first transaction there has written
+        over what would have shown it, as one does whose BEGIN went along with a statement."""
+        connections, move = self.pooled()
+        self.standby.promote()
+        for number, connection in enumerate(connections, len(connections)):
+            connection.run(connection.execute, "INSERT INTO item VALUES (%s)", (str(number),))
+        move()
+        with self.events() as events:
+            for number, connection in enumerate(connections):
+                for _ in range(2):
+                    connection.execute("DELETE FROM item WHERE name = %s", (str(number),))
+                    connection.commit()
+        told = [event.is_missing for event in events if isinstance(event, HistoryChanged)]
+        self.assertEqual(len(told), 6)
+        self.assertNotIn(False, told)
+
+    @unittest.skipUnless(EmbeddedPgBouncer.installed() or REQUIRED, "PgBouncer is not installed")
     def test_a_pooler_that_repeats_what_the_primary_has_said(self):
         self.check_a_standby_behind_a_pooler(*self.pooled())
 
