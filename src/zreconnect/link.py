@@ -134,9 +134,12 @@ class Link:
             if before is not NO_SESSION:
                 before.end()
             try:
-                self._share(raw)
+                was_shared = self._kept is not None and self.settings.pooled
+                self._find_pooler(raw)
                 if self._kept is not None:
                     self.driver.inherit(raw, self._kept)
+                if self.settings.pooled and not was_shared:
+                    self.driver.pooling.share(raw)
                 if self.options.on_connect is not None:
                     self.options.on_connect(raw)
                 self.replaced = {}
@@ -179,8 +182,8 @@ class Link:
     def _no_settings(self) -> SessionSettings:
         return SessionSettings(pooled=bool(self.options.pooled))
 
-    def _share(self, raw: Any) -> None:
-        """Have the session used as befits, if others may have it as well."""
+    def _find_pooler(self, raw: Any) -> None:
+        """Note whether others may have the session as well."""
         pooling = self.driver.pooling
         if pooling is None:
             return
@@ -189,7 +192,6 @@ class Link:
             self.settings.pooled = self.is_behind_pooler
         if self.settings.pooled:
             self.is_behind_pooler = True
-            pooling.share(raw)
 
     def tell_changes(self) -> None:
         """Announce what the sessions have shown of the server's history."""

@@ -412,13 +412,16 @@ class TransactionModeTests(EitherModeTests):
             with listening:
                 connection.execute("LISTEN a")
             connection.autocommit = False
-            held = connection.cursor("held", withhold=True)
-            with self.assertRaisesRegex(self.module.ProgrammingError, "WITH HOLD is not"):
-                held.execute("SELECT 1")
-            connection.rollback()
+            for held in self.held_cursors(connection):
+                with self.assertRaisesRegex(self.module.ProgrammingError, "WITH HOLD is not"):
+                    held.execute("SELECT 1")
+                connection.rollback()
             connection.execute("SELECT '; listen'; SELECT 1")
             self.insert(connection, f"LISTEN {pooled}")
             connection.commit()
+
+    def held_cursors(self, connection):
+        yield connection.cursor("held", withhold=True)
 
     def test_startup_options_are_refused(self):
         for driver in ("psycopg2", "psycopg"):
@@ -490,6 +493,12 @@ class Psycopg2TransactionModeTests(TransactionModeTests, PoolerTestCase):
     # BEGIN has an answer of its own, as with psycopg2 alone.
     trips = 3
 
+    def held_cursors(self, connection):
+        yield from super().held_cursors(connection)
+        held = connection.cursor("held")
+        held.withhold = True
+        yield held
+
 
 @on_pgbouncer(TRANSACTION_POOL)
 class PsycopgTransactionModeTests(TransactionModeTests, PoolerTestCase):
@@ -505,6 +514,17 @@ class PsycopgTransactionModeTests(TransactionModeTests, PoolerTestCase):
                 connection.run(connection.execute, "SELECT %s::int", (1,))
                 other.rollback()
         self.assertIsNone(connection.prepare_threshold)
+
+    def test_nor_if_the_pooler_is_put_before_the_server_later(self):
+        with PortForward(self.server.host, self.server.port) as line:
+            connection = self.connect(self.server.dsn(port=line.port))
+            connection.run(lambda: None)
+            self.assertEqual(connection.prepare_threshold, 5)
+            line.stop()
+            line.target_port = self.pooler.port
+            line.start()
+            self.assertTrue(self.is_pooled(connection))
+            self.assertIsNone(connection.prepare_threshold)
 
     def test_unless_the_program_knows_better_how(self):
         def set_up(raw):
