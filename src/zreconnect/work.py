@@ -119,7 +119,7 @@ class Work:
         self.savepoints: list[Any] = []
         self.committing: Any = None
         self.own = OwnCommits()
-        _works.add(self)
+        _works[id(self)] = self
         self.waited = 0.0
 
     # What is known
@@ -359,11 +359,17 @@ class Work:
         self.turn.end()
 
 
-_works: weakref.WeakSet[Work] = weakref.WeakSet()
+_works: weakref.WeakValueDictionary[int, Work] = weakref.WeakValueDictionary()
+
+
+def works() -> list[Work]:
+    """Those of all connections of this process that anybody has, from any thread."""
+    # In one step: another thread may make a connection meanwhile.
+    return [work for reference in _works.valuerefs() if (work := reference()) is not None]
 
 
 def _leave_sessions_to_parent() -> None:
-    for work in list(_works):
+    for work in works():
         # Whatever is wrong with one of them, none may keep its parent's session.
         with contextlib.suppress(Exception):
             work.in_child()
