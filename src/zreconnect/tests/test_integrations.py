@@ -7,6 +7,8 @@ import unittest
 
 REQUIREMENTS = {
     "django": ("zreconnect.integrations.django.base", "zreconnect[django]"),
+    "opentelemetry": ("zreconnect.integrations.opentelemetry", "zreconnect[opentelemetry]"),
+    "prometheus_client": ("zreconnect.integrations.prometheus", "zreconnect[prometheus]"),
     "pyramid": ("zreconnect.integrations.pyramid", "zreconnect[pyramid]"),
     "sqlalchemy": ("zreconnect.integrations.sqlalchemy", "zreconnect[sqlalchemy]"),
     "sqlobject": ("zreconnect.integrations.sqlobject", "zreconnect[sqlobject]"),

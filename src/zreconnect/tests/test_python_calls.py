@@ -16,10 +16,13 @@ from unittest import mock
 
 import psycopg
 import transaction
+from opentelemetry.sdk.metrics import MeterProvider
+from prometheus_client import CollectorRegistry
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.engine import Engine
 
 from zreconnect import ReconnectingDatabaseAdapter, engines, initZopeless
+from zreconnect.integrations import opentelemetry, prometheus
 from zreconnect.integrations.sqlalchemy import register
 from zreconnect.tests.base import DatabaseTestCase
 
@@ -142,6 +145,19 @@ class Psycopg2Tests(TransactionCalls, CallsTestCase):
     statement_limit = 8
     fetchone_limit = 3
     row_limit = 0
+
+
+class MeasuredTests(Psycopg2Tests):
+    """Where metrics are registered, the limits are the same."""
+
+    def setUp(self):
+        super().setUp()
+        registry, provider = CollectorRegistry(), MeterProvider()
+        prometheus.register(registry)
+        self.addCleanup(prometheus.unregister, registry)
+        opentelemetry.register(provider)
+        self.addCleanup(opentelemetry.unregister, provider)
+        self.addCleanup(provider.shutdown)
 
 
 class PsycopgTests(TransactionCalls, CallsTestCase):
