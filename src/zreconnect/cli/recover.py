@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import psycopg2
 
+from zreconnect.cli.arguments import DONE, NOT_SO, add_parser, seconds
 from zreconnect.cli.errors import CommandError
+from zreconnect.cli.output import Output
 from zreconnect.exceptions import one_line
 from zreconnect.recovery import PreparedTransaction, recover
 
@@ -22,19 +25,22 @@ transaction's deciding branch was committed, else rollback. With --settle, do it
 Give the DSNs of all databases that took part. The role must be the one that prepared the
 transactions, or a superuser.
 """
-EPILOG = """\
-exit status: 0 if nothing is left prepared, 1 if something is, 2 if a database cannot be asked.
-"""
+EXAMPLES = (
+    "zreconnect recover postgresql://db.example.org/work postgresql://db.example.org/archive",
+    "zreconnect recover --settle postgresql://db.example.org/work",
+)
 
 
 def add_command(commands: Any) -> None:
     """Add the command to the argparse subparsers."""
-    parser = commands.add_parser(
+    parser = add_parser(
+        commands,
         "recover",
+        run,
         help="show and settle what two-phase commits have left prepared",
         description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
+        not_so="something is left prepared",
     )
     parser.add_argument("dsns", metavar="DSN", nargs="+", help="a database that took part")
     parser.add_argument(
@@ -43,29 +49,31 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--older-than",
         metavar="SECONDS",
-        type=_seconds,
+        type=seconds,
         default=DEFAULT_AGE,
         help="leave alone what was prepared more recently, because its process may be about to "
         "commit it (default: %(default)g)",
     )
-    parser.set_defaults(command="recover", run=run)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, output: Output) -> int:
     """Show what is left prepared, settle it if that is wanted, and return the exit status.
 
     Raises `CommandError` if a database cannot be asked.
     """
     found = _recover(options, settle=False)
     for each in found:
-        _show(each)
+        _show(each, output)
+    output.result(prepared=[asdict(each) for each in found])
     if not found:
-        print("Nothing is left prepared.")
-        return 0
+        output.line("Nothing is left prepared.")
+        return DONE
     if not options.settle:
-        print("Nothing was changed. To commit or roll back as shown, add --settle.")
-        return 1
-    return _report(_recover(options, settle=True))
+        output.line("Nothing was changed. To commit or roll back as shown, add --settle.")
+        return NOT_SO
+    results = _recover(options, settle=True)
+    output.result(prepared=[asdict(each) for each in results])
+    return _report(results, output)
 
 
 def _recover(options: argparse.Namespace, settle: bool) -> list[PreparedTransaction]:
@@ -77,27 +85,17 @@ def _recover(options: argparse.Namespace, settle: bool) -> list[PreparedTransact
         raise CommandError(f"cannot ask a database: {one_line(error)}") from error
 
 
-def _show(prepared: PreparedTransaction) -> None:
-    print(f"{prepared.gid}")
-    print(f"    in {prepared.server}, database {prepared.database}")
-    print(f"    prepared {prepared.prepared:%Y-%m-%d %H:%M:%S %z} by {prepared.owner}")
-    print(f"    {prepared.decision}: {prepared.reason}")
+def _show(prepared: PreparedTransaction, output: Output) -> None:
+    output.line(prepared.gid)
+    output.line(f"    in {prepared.server}, database {prepared.database}")
+    output.line(f"    prepared {prepared.prepared:%Y-%m-%d %H:%M:%S %z} by {prepared.owner}")
+    output.line(f"    {prepared.decision}: {prepared.reason}")
 
 
-def _report(results: Sequence[PreparedTransaction]) -> int:
+def _report(results: Sequence[PreparedTransaction], output: Output) -> int:
     for each in results:
         done = "done" if each.settled else f"NOT done, {each.reason}"
-        print(f"{each.gid}: {each.decision} {done}")
+        output.line(f"{each.gid}: {each.decision} {done}")
     left = sum(not each.settled for each in results)
-    print(f"{len(results) - left} settled, {left} left")
-    return 1 if left else 0
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not seconds >= 0:
-        raise argparse.ArgumentTypeError(f"it must be a number of at least 0, not {text!r}")
-    return seconds
+    output.line(f"{len(results) - left} settled, {left} left")
+    return NOT_SO if left else DONE

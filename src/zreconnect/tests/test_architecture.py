@@ -37,6 +37,7 @@ adapter zopeless
 zreconnect
 testing integrations
 cli
+__main__
 """
 LEVELS = {
     name: level for level, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()

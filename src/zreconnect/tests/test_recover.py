@@ -1,30 +1,33 @@
 """The commands ``zreconnect recover`` and ``zreconnect ledger``."""
 
-import argparse
 import contextlib
 import io
+import json
 
 import psycopg2
 import transaction
 
 import zreconnect
-from zreconnect.cli import ledger, recover
-from zreconnect.cli.errors import CommandError
+from zreconnect.cli import main
 from zreconnect.tests.base import with_time_to_connect
 from zreconnect.tests.test_twophase import Hook, TwoPhaseTestCase
 
 
 def run(*arguments):
     """The exit status and what a command prints."""
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers()
-    for module in (recover, ledger):
-        module.add_command(commands)
-    options = parser.parse_args(arguments)
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        status = options.run(options)
+        status = main(arguments)
     return status, output.getvalue()
+
+
+def refused(*arguments):
+    """What a command says that cannot be done."""
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        status, _output = run(*arguments)
+    if status != 2:
+        raise AssertionError(f"{arguments} ended with {status}")
+    return errors.getvalue()
 
 
 @with_time_to_connect
@@ -71,14 +74,22 @@ class RecoverCommandTests(TwoPhaseTestCase):
         self.assertIn("0 settled, 1 left", output)
 
     def test_bad_arguments(self):
-        for seconds in ("-1", "nan", "soon"):
-            with contextlib.redirect_stderr(io.StringIO()) as errors, self.assertRaises(SystemExit):
-                run("recover", "--older-than", seconds, "dbname=x")
-            self.assertIn("at least 0", errors.getvalue())
-        with self.assertRaisesRegex(CommandError, "argument DSN"):
-            run("recover", "mongodb://x")
-        with self.assertRaisesRegex(CommandError, "cannot ask a database"):
-            run("recover", self.server.dsn(dbname="none"))
+        for seconds in ("-1", "nan", "inf", "soon"):
+            self.assertIn("at least 0", refused("recover", "--older-than", seconds, "dbname=x"))
+        self.assertIn("argument DSN", refused("recover", "mongodb://x"))
+        missing = refused("recover", self.server.dsn(dbname="none"))
+        self.assertIn("cannot ask a database", missing)
+
+    def test_json(self):
+        self.leave()
+        arguments = ("recover", "--json", "--older-than", "0", *self.dsns)
+        for more, expected, settled in (((), 1, False), (("--settle",), 0, True)):
+            status, output = run(*arguments, *more)
+            self.assertEqual(status, expected)
+            told = json.loads(output)
+            self.assertEqual(told["status"], expected)
+            self.assertEqual([each["settled"] for each in told["prepared"]], [settled] * 2)
+            self.assertNotIn(self.server.password, output)
 
 
 class LedgerCommandTests(TwoPhaseTestCase):
@@ -111,14 +122,23 @@ class LedgerCommandTests(TwoPhaseTestCase):
             self.use(table)
             self.assertIn(f"{table} exists in", run("ledger", *arguments, self.dsn)[1])
 
+    def test_json(self):
+        for existed in (False, True):
+            status, output = run("ledger", "--json", self.dsn)
+            told = json.loads(output)
+            self.assertEqual((status, told["status"], told["existed"]), (0, 0, existed))
+            self.assertEqual(told["table"], "zreconnect_ledger")
+            self.assertNotIn(self.server.password, output)
+
     def test_it_cannot_be_made(self):
-        with self.assertRaisesRegex(CommandError, "permission denied for schema public"):
-            run("ledger", self.worker)
-        with self.assertRaisesRegex(CommandError, "does not exist"):
-            run("ledger", self.server.dsn(dbname="none"))
+        self.assertIn("permission denied for schema public", refused("ledger", self.worker))
+        missing = self.server.dsn(dbname="none")
+        self.assertIn("does not exist", refused("ledger", missing))
+        with contextlib.redirect_stderr(io.StringIO()):
+            status, output = run("ledger", "--json", missing)
+        self.assertEqual((status, json.loads(output)["status"]), (2, 2))
+        self.assertIn("does not exist", json.loads(output)["error"])
 
     def test_bad_arguments(self):
-        with self.assertRaisesRegex(CommandError, "argument --table"):
-            run("ledger", "--table", "a; b", self.dsn)
-        with self.assertRaisesRegex(CommandError, "argument DSN"):
-            run("ledger", "mongodb://x")
+        self.assertIn("argument --table", refused("ledger", "--table", "a; b", self.dsn))
+        self.assertIn("argument DSN", refused("ledger", "mongodb://x"))

