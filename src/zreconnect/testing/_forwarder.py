@@ -14,6 +14,7 @@ about however the test process dies, is the end of this one.
 
 from __future__ import annotations
 
+import copy
 import enum
 import errno
 import fcntl
@@ -32,7 +33,7 @@ from typing import Any
 
 DIRECTIONS = ("to_server", "to_client")
 #: Of one to or from the test process, in bytes.
-LONGEST_MESSAGE = 4096
+LONGEST_MESSAGE = 65536
 
 _CHUNK = 65536
 _HELD_BYTES_LIMIT = 1 << 20
@@ -48,13 +49,27 @@ _TCP_CLOSE = 7
 _SSL_REQUEST = 80877103
 _GSSENC_REQUEST = 80877104
 _LONGEST_STARTUP_PACKET = 10000
+# Of a message: a command tag, an answer's numbers, the beginning of a statement.
+_LOOKED_AT = 64
+# The first words of statements, as PostgreSQL's command tags and MySQL's statements have them.
+_CHANGES = {b"INSERT", b"UPDATE", b"DELETE", b"MERGE", b"REPLACE", b"COPY"}
+_ABOUT_SESSIONS = {
+    *(b"BEGIN", b"START", b"ROLLBACK", b"SAVEPOINT", b"RELEASE", b"SET", b"RESET", b"SHOW"),
+    *(b"DISCARD", b"USE", b"LISTEN", b"UNLISTEN", b"PREPARE", b"DEALLOCATE"),
+}
 
 
 class _Cut:
     """A cut that has not happened yet; see `PortForward.cut`."""
 
     def __init__(
-        self, number: int, direction: str, after: int, reset: bool, calls: bool, patience: float
+        self,
+        number: int,
+        direction: str,
+        after: int | None,
+        reset: bool,
+        calls: bool,
+        patience: float,
     ) -> None:
         self.number = number
         self.reset = reset
@@ -64,10 +79,17 @@ class _Cut:
         self._direction = direction
         self._remaining = after
 
-    def clip(self, direction: str, chunk: bytes) -> bytes:
-        """Return what may still pass of the bytes that are about to."""
+    def clip(self, direction: str, chunk: bytes, reading: _Reading) -> bytes:
+        """Return what may still pass of the bytes that are about to.
+
+        reading: of their connection, so far. It is the answer to a COMMIT that may not pass if
+        there is no number of bytes.
+        """
         if direction != self._direction:
             return chunk
+        if self._remaining is None:
+            self.due = "commits" in copy.deepcopy(reading).feed(direction, chunk)
+            return b"" if self.due else chunk
         passing = chunk[: self._remaining]
         self._remaining -= len(passing)
         self.due = not self._remaining
@@ -133,6 +155,9 @@ class Forwarder:
 
     def count(self) -> dict[str, int]:
         return dict(self._tally)
+
+    def server_ports(self) -> list[int]:
+        return [each.server.getsockname()[1] for each in self._connections if each.connected]
 
     def drop(self, reset: bool) -> int:
         connections = list(self._connections)
@@ -369,14 +394,14 @@ class Forwarder:
     def _pass_on(self, connection: _Connection, flow: _Flow, chunk: bytes) -> None:
         """Count the bytes and have them sent: all bytes of all connections go through here."""
         if self._cut is not None:
-            chunk = self._cut.clip(flow.direction, chunk)
+            chunk = self._cut.clip(flow.direction, chunk, connection.reading)
         if not chunk:
             return
         if flow.direction == "to_client" and connection.direction == "to_server":
             self._tally["round_trips"] += 1
         connection.direction = flow.direction
         self._tally["bytes_" + flow.direction] += len(chunk)
-        self._tally["messages_" + flow.direction] += connection.framing.feed(flow.direction, chunk)
+        self._tally.update(connection.reading.feed(flow.direction, chunk))
         flow.outgoing += chunk
 
     def _send(self, connection: _Connection, flow: _Flow) -> None:
@@ -470,13 +495,27 @@ class _Connection:
         self.to_client = _Flow("to_client", server, client)
         self.flows = (self.to_server, self.to_client)
         self.direction: str | None = None
-        self.framing = _Framing()
+        self.reading = _Reading()
 
     def flow_from(self, source: socket.socket) -> _Flow:
         return self.to_server if source is self.client else self.to_client
 
     def opposite(self, flow: _Flow) -> _Flow:
         return self.to_client if flow is self.to_server else self.to_server
+
+
+class _Reading:
+    """What the bytes of one connection say, in the protocol of whichever side begins."""
+
+    def __init__(self) -> None:
+        self._protocol: _Postgresql | _Mysql | None = None
+
+    def feed(self, direction: str, data: bytes) -> Counter[str]:
+        """Return what ends in these bytes, which come next in the direction: see `Count`."""
+        if self._protocol is None:
+            # MySQL's server speaks first.
+            self._protocol = _Postgresql() if direction == "to_server" else _Mysql()
+        return self._protocol.feed(direction, data)
 
 
 class _Stream:
@@ -486,9 +525,25 @@ class _Stream:
         self.header_size = header_size
         self.header = b""
         self.remaining = 0
+        self.kind = b""
+        # No more of it than is looked at.
+        self.body = b""
+
+    def take_header(self, rest: memoryview) -> memoryview:
+        """Take what it lacks of a header; return what follows."""
+        part = rest[: self.header_size - len(self.header)]
+        self.header += part
+        return rest[len(part) :]
+
+    def take_body(self, rest: memoryview) -> memoryview:
+        """Take what it lacks of a body; return what follows."""
+        part = rest[: self.remaining]
+        self.remaining -= len(part)
+        self.body += part[: max(0, _LOOKED_AT - len(self.body))]
+        return rest[len(part) :]
 
 
-class _Framing:
+class _Postgresql:
     """Finds where PostgreSQL's messages end, in both directions of one connection.
 
     A client first sends packets of a length and a code. When these request encryption they are
@@ -505,27 +560,43 @@ class _Framing:
             "to_client": _Stream(self._MESSAGE),
         }
         self._readable = True
+        # Whether a statement has changed something since the server was ready for one.
+        self._has_changed = False
 
-    def feed(self, direction: str, data: bytes) -> int:
-        """Return how many messages of the direction end in these bytes, which come next in it."""
+    def feed(self, direction: str, data: bytes) -> Counter[str]:
         stream = self._streams[direction]
-        ended = 0
+        ended: Counter[str] = Counter()
         rest = memoryview(data)
         while rest and self._readable:
             if stream.remaining:
-                body = rest[: stream.remaining]
-                rest = rest[len(body) :]
-                stream.remaining -= len(body)
+                rest = stream.take_body(rest)
             else:
-                part = rest[: stream.header_size - len(stream.header)]
-                rest = rest[len(part) :]
-                stream.header += part
+                rest = stream.take_header(rest)
                 if len(stream.header) < stream.header_size or not self._read_header(stream):
                     continue
-                stream.header = b""
+                stream.header = stream.body = b""
             if not stream.remaining:
-                ended += 1
+                ended["messages_" + direction] += 1
+                if direction == "to_client":
+                    self._answered(stream, ended)
         return ended
+
+    def _answered(self, stream: _Stream, ended: Counter[str]) -> None:
+        if stream.kind == b"C":
+            word = stream.body.rstrip(b"\0").partition(b" ")[0]
+            if word == b"COMMIT":
+                ended["commits"] += 1
+                self._has_changed = False
+            elif word not in _ABOUT_SESSIONS:
+                ended["results"] += 1
+                self._has_changed |= word in _CHANGES
+        elif stream.kind == b"Z":
+            # Outside of a transaction, each statement is one.
+            if self._has_changed and stream.body == b"I":
+                ended["commits"] += 1
+            self._has_changed = False
+        elif stream.kind == b"E":
+            self._has_changed = False
 
     def _read_header(self, stream: _Stream) -> bool:
         """Learn from a complete header what follows it; return False if it is not one yet."""
@@ -543,10 +614,97 @@ class _Framing:
             else:
                 stream.header_size = self._MESSAGE
         else:
-            _kind, length = struct.unpack("!ci", stream.header)
+            stream.kind, length = struct.unpack("!ci", stream.header)
             stream.remaining = length - 4
             self._readable = stream.remaining >= 0
         return self._readable
+
+
+class _Mysql:
+    """Finds the answers to the statements of MySQL's protocol.
+
+    All packets have a length and a number, which begins anew with each of the client's commands;
+    the first packet of the answer is number 1. Compressed and encrypted connections, for which the
+    client asks in its first packet, are not read.
+    """
+
+    _HEADER = 4
+    _QUERY, _EXECUTE = b"\x03", b"\x17"
+    _COMPRESS, _SSL, _ZSTD = 1 << 5, 1 << 11, 1 << 26
+    _OK, _ERROR = 0x00, 0xFF
+    _IN_TRANSACTION = 1
+
+    def __init__(self) -> None:
+        self._streams = {direction: _Stream(self._HEADER) for direction in DIRECTIONS}
+        self._readable = True
+        self._is_greeted = False
+        # What is not answered yet: the beginning of a statement.
+        self._statement: bytes | None = None
+        self._in_transaction = False
+
+    def feed(self, direction: str, data: bytes) -> Counter[str]:
+        stream = self._streams[direction]
+        ended: Counter[str] = Counter()
+        rest = memoryview(data)
+        while rest and self._readable:
+            if stream.remaining:
+                rest = stream.take_body(rest)
+            else:
+                rest = stream.take_header(rest)
+                if len(stream.header) < stream.header_size:
+                    continue
+                stream.remaining = int.from_bytes(stream.header[:3], "little")
+                stream.kind = stream.header[3:]
+                stream.header = stream.body = b""
+            if stream.remaining:
+                continue
+            if direction == "to_server":
+                self._asked(stream)
+            elif stream.kind == b"\1" and self._statement is not None and stream.body:
+                statement, self._statement = self._statement, None
+                self._answered(statement, stream.body, ended)
+        return ended
+
+    def _asked(self, stream: _Stream) -> None:
+        if not self._is_greeted:
+            self._is_greeted = True
+            wanted = int.from_bytes(stream.body[:4], "little")
+            self._readable = not wanted & (self._COMPRESS | self._SSL | self._ZSTD)
+        elif stream.kind == b"\0":
+            command = stream.body[:1]
+            is_statement = command in (self._QUERY, self._EXECUTE)
+            # A client that can send attributes says first, in two bytes, that there are none.
+            text = stream.body[1:].lstrip(b"\0\1 \t\r\n") if command == self._QUERY else b""
+            self._statement = text if is_statement else None
+
+    def _answered(self, statement: bytes, body: bytes, ended: Counter[str]) -> None:
+        if body[0] == self._ERROR:
+            return
+        text = statement.upper()
+        word = text.split(maxsplit=1)[0].rstrip(b";") if text else b""
+        is_commit = word == b"COMMIT"
+        if body[0] == self._OK:
+            changed, rest = _length_encoded(body[1:])
+            _last_id, rest = _length_encoded(rest)
+            was_in, self._in_transaction = (
+                self._in_transaction,
+                bool(int.from_bytes(rest[:2], "little") & self._IN_TRANSACTION),
+            )
+            # In a compound statement COMMIT is not the first word.
+            ends = was_in and b"ROLLBACK" not in text
+            is_commit = (is_commit or changed > 0 or ends) and not self._in_transaction
+        if is_commit:
+            ended["commits"] += 1
+        elif word not in _ABOUT_SESSIONS:
+            ended["results"] += 1
+
+
+def _length_encoded(data: bytes) -> tuple[int, bytes]:
+    """The integer that MySQL's packet has there, and what follows."""
+    size = {0xFC: 2, 0xFD: 3, 0xFE: 8}.get(data[0])
+    if size is None:
+        return data[0], data[1:]
+    return int.from_bytes(data[1 : 1 + size], "little"), data[1 + size :]
 
 
 def _unacknowledged(connected: socket.socket) -> int:

@@ -39,6 +39,11 @@ class Count:
     of PostgreSQL's protocol in clear text, the one-byte answer to a request for encryption
     included; other protocols and encrypted connections count none.
 
+    Commits are answers of success to a COMMIT, and to a statement that changed something outside of
+    a transaction; results are those to all other statements but the ones that only concern the
+    session or a transaction's beginning and end, such as SET, BEGIN and ROLLBACK. MySQL's are
+    counted, too; neither is on encrypted or compressed connections.
+
     Subtract an earlier count to get what has happened since.
     """
 
@@ -48,6 +53,8 @@ class Count:
     messages_to_server: int = 0
     messages_to_client: int = 0
     round_trips: int = 0
+    commits: int = 0
+    results: int = 0
 
     def __sub__(self, earlier: Count) -> Count:
         return Count(
@@ -199,6 +206,14 @@ class PortForward:
         present = self._call("count") if self._process is not None else {}
         return Count(**(self._tally + Counter(present)))
 
+    def server_ports(self) -> list[int]:
+        """Return the ports from which it is connected to the server at present.
+
+        By them a server tells its sessions: ``client_port`` in PostgreSQL's pg_stat_activity, the
+        end of ``host`` in MySQL's process list. Raises RuntimeError if it is not running.
+        """
+        return [int(port) for port in self._call("server_ports")]
+
     def drop(self, reset: bool = False) -> int:
         """End all present connections, to the client and to the server, with FIN.
 
@@ -247,6 +262,24 @@ class PortForward:
             raise ValueError(f"direction must be one of {list(DIRECTIONS)}, not {direction!r}")
         if not isinstance(after, int) or after < 0:
             raise ValueError(f"after must be a number of bytes, not {after!r}")
+        return self._prepare_cut(direction, after, reset, then)
+
+    def cut_at_commit(self, reset: bool = False, then: Callable[[], object] | None = None) -> Cut:
+        """End all connections once, in place of passing on the next answer to a COMMIT.
+
+        What the server has committed its client then never hears of; nor of what else came with
+        that answer. A change outside of a transaction is a COMMIT, too: see `Count.commits`, also
+        for what cannot be read. All else is as `cut()` has it, which raises the same.
+        """
+        return self._prepare_cut("to_client", None, reset, then)
+
+    def _prepare_cut(
+        self,
+        direction: str,
+        after: int | None,
+        reset: bool,
+        then: Callable[[], object] | None,
+    ) -> Cut:
         if then is not None and not callable(then):
             raise ValueError(f"then must be callable, not {then!r}")
         cut, number = Cut(then), next(self._numbers)

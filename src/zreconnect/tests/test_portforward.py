@@ -13,13 +13,13 @@ import sys
 import threading
 import time
 import unittest
-from collections import deque
+from collections import Counter, deque
 from unittest import mock
 
 import psycopg2
 
 from zreconnect.testing import Count, PortForward
-from zreconnect.testing._forwarder import _Framing
+from zreconnect.testing._forwarder import _Reading
 from zreconnect.testing.layers import PORT_FORWARD_LAYER
 
 TIMEOUT = 20.0
@@ -909,12 +909,13 @@ class FramingTests(unittest.TestCase):
     def check(self, conversation, to_server, to_client):
         """Check the numbers of messages, however the bytes of each turn are cut into chunks."""
         for size in (1, 2, 3, 5, 7, 100000):
-            framing = _Framing()
-            ended = {"to_server": 0, "to_client": 0}
+            reading = _Reading()
+            ended = Counter()
             for direction, data in conversation:
                 for start in range(0, len(data), size):
-                    ended[direction] += framing.feed(direction, data[start : start + size])
-            self.assertEqual(ended, {"to_server": to_server, "to_client": to_client}, size)
+                    ended += reading.feed(direction, data[start : start + size])
+            messages = (ended["messages_to_server"], ended["messages_to_client"])
+            self.assertEqual(messages, (to_server, to_client), size)
 
     def test_typed_messages(self):
         query = typed(b"Q", b"SELECT 1\0")
@@ -932,6 +933,32 @@ class FramingTests(unittest.TestCase):
             ("to_client", typed(b"R", b"\0" * 4)),
         ]
         self.check(conversation, 3, 3)
+
+    def passed(self, conversation):
+        """What passes of commits and results."""
+        reading, ended = _Reading(), Counter()
+        for direction, data in conversation:
+            ended += reading.feed(direction, data)
+        return ended["commits"], ended["results"]
+
+    def test_commits_and_results(self):
+        def after(*tags, status=b"I"):
+            answers = b"".join(typed(b"C", tag + b"\0") for tag in tags)
+            return self.passed(
+                [("to_server", STARTUP), ("to_client", answers + typed(b"Z", status))]
+            )
+
+        self.assertEqual(after(b"BEGIN", b"INSERT 0 1", b"COMMIT"), (1, 1))
+        self.assertEqual(after(b"COMMIT PREPARED"), (1, 0))
+        self.assertEqual(after(b"INSERT 0 1"), (1, 1))
+        self.assertEqual(after(b"INSERT 0 1", status=b"T"), (0, 1))
+        self.assertEqual(after(b"SELECT 1"), (0, 1))
+        self.assertEqual(after(b"SET"), (0, 0))
+        self.assertEqual(after(b"ROLLBACK"), (0, 0))
+
+    def test_what_failed_is_no_commit(self):
+        failed = typed(b"C", b"UPDATE 1\0") + typed(b"E", b"sorry\0") + typed(b"Z", b"I")
+        self.assertEqual(self.passed([("to_server", STARTUP), ("to_client", failed)]), (0, 1))
 
     def test_encryption_refused_by_an_error_message(self):
         conversation = [("to_server", SSL_REQUEST), ("to_client", typed(b"E", b"sorry\0"))]
