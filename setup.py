@@ -74,6 +74,7 @@ setup(
     package_data={
         "zreconnect": [
             "*.zcml",
+            "cli/drill/*.html",
             "integrations/monitoring/*",
             "py.typed",
             "testing/configurations/*",

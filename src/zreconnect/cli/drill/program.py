@@ -1,0 +1,134 @@
+"""The program that is put to the test: it is started, listened to and ended with all it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from zreconnect.cli.errors import CommandError
+
+# How many of the last lines of each output are kept.
+LAST_LINES = 20
+# How long a line may be, in characters; the middle of a longer one is left out.
+LONGEST_LINE = 500
+# Seconds that the program has to end when it is asked to, before it is killed.
+ORDERLY_END = 5.0
+POLL_INTERVAL = 0.02
+# Marks the environment of what the program starts, also if that leaves its process group.
+MARK = "ZRECONNECT_DRILL"
+
+
+class Program:
+    """A command in a process group of its own, with an environment that leads to the database.
+
+    arguments: of the command, its name first.
+    environment: what it has in addition.
+    secret: is never told of what the program prints.
+
+    Raises `CommandError` if it cannot be started.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], secret: str
+    ) -> None:
+        self._secret = secret
+        self._mark = secrets.token_hex(8)
+        #: The last lines that it has printed.
+        self.errors: deque[str] = deque(maxlen=LAST_LINES)
+        self.output: deque[str] = deque(maxlen=LAST_LINES)
+        try:
+            self._process = subprocess.Popen(
+                arguments,
+                env={**environment, MARK: self._mark},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                # An interrupt from the keyboard is for the drill, which then ends the program.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise CommandError(f"cannot start {shlex.join(arguments)}: {error}") from error
+        assert self._process.stderr is not None and self._process.stdout is not None
+        self._readers = [
+            threading.Thread(target=self._read, args=each, daemon=True)
+            for each in ((self._process.stderr, self.errors), (self._process.stdout, self.output))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def status(self) -> int | None:
+        """Its exit status, negative for a signal; None as long as it runs."""
+        status = self._process.poll()
+        if status is not None:
+            # What it said last is still on its way; a child may hold the pipe open.
+            for reader in self._readers:
+                reader.join(1.0)
+        return status
+
+    def last_lines(self, number: int = 5) -> list[str]:
+        """What it said last: of its errors, or else of its output."""
+        return list(self.errors or self.output)[-number:]
+
+    def end(self) -> None:
+        """End it and whatever it has started that still runs."""
+        self._signal_group(signal.SIGTERM)
+        self._process_ends(ORDERLY_END)
+        self._signal_group(signal.SIGKILL)
+        while marked := self._marked():
+            for pid in marked:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(POLL_INTERVAL)
+        self._process.wait()
+        for reader in self._readers:
+            reader.join(1.0)
+
+    def _process_ends(self, patience: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience)
+
+    def _signal_group(self, number: int) -> None:
+        # The group is there as long as one of its processes is.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+
+    def _marked(self) -> list[int]:
+        """The processes that have the mark, zombies excluded, which have no environment."""
+        mark = f"{MARK}={self._mark}".encode()
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    found.append(int(process.name))
+        return found
+
+    def _read(self, stream: IO[bytes], lines: deque[str]) -> None:
+        with stream:
+            for line in stream:
+                text = line.decode(errors="replace").rstrip()
+                if self._secret:
+                    text = text.replace(self._secret, "***")
+                if len(text) > LONGEST_LINE:
+                    text = f"{text[: LONGEST_LINE // 2]} … {text[-LONGEST_LINE // 2 :]}"
+                if text:
+                    lines.append(text)
+
+
+def how_it_ended(status: int) -> str:
+    """An exit status for people."""
+    if status >= 0:
+        return f"status {status}"
+    try:
+        return signal.Signals(-status).name
+    except ValueError:
+        return f"signal {-status}"
