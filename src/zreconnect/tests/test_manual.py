@@ -93,6 +93,14 @@ class ManualTests(unittest.TestCase):
                 with self.subTest(chapter.name):
                     self.assertIn(DIRECTORY / name, CHAPTERS)
 
+    def test_chapters_show_all_plots(self):
+        shown = {
+            DIRECTORY / name
+            for chapter in CHAPTERS
+            for name in re.findall(r"^\.\. image:: (.+)$", chapter.read_text("utf-8"), re.MULTILINE)
+        }
+        self.assertEqual(shown, {*DIRECTORY.glob("plots/*")})
+
 
 def test_suite():
     chapters = doctest.DocFileSuite(
