@@ -31,14 +31,20 @@ compiles := command -v cc >/dev/null && \
 builds_mysqlclient := pkg-config --exists mysqlclient 2>/dev/null && $(compiles)
 programs := bin/py bin/test bin/zreconnect bin/coverage bin/mypy bin/ruff
 unbuilt := $(filter-out $(wildcard bin/*),$(programs))
+tools := .venv/tools/bin
 
-.PHONY: help demo test coverage lint services suites bench clean .FORCE
+.PHONY: help demo test coverage lint docs package lowest changes services suites bench clean .FORCE
 
 help:
 	@echo 'make demo       import a source tree into a database that is interrupted meanwhile'
 	@echo 'make test       run the tests; TESTS="-t word -vv" hands options to bin/test'
 	@echo 'make coverage   run the tests and print which branches of the core they missed'
 	@echo 'make lint       ruff check, ruff format --check and mypy --strict'
+	@echo 'make docs       the site, in docs/_build/html; a warning, or a dead link within, is an error'
+	@echo 'make package    sdist and wheel, in dist, from what git knows, and what checks them'
+	@echo 'make lowest     the tests with the lowest versions that are stated, on each Python of 3.10 and 3.13'
+	@echo '                that there is; LOWEST=quick takes some tests'
+	@echo 'make changes    what the fragments in changes/ become at a release'
 	@echo 'make services   install what the tests need beyond Python (Debian, as root)'
 	@echo 'make suites     other projects'"'"' test suites, bare and through zreconnect (long; fetches them);'
 	@echo '                SUITES="storm django" chooses'
@@ -73,6 +79,41 @@ lint: .venv/built
 	bin/ruff format --check
 	bin/mypy
 
+docs: bin/sphinx-build
+	bin/sphinx-build --fail-on-warning --keep-going --quiet --jobs 2 docs docs/_build/html
+	@echo 'The site is docs/_build/html/index.html'
+
+bin/sphinx-build: .venv/built
+	@echo 'Installing Sphinx with zc.buildout'
+	@PYTHONWARNINGS='ignore:Module zc was already imported:UserWarning' \
+	    .venv/bin/buildout install docs 2>&1 | sed '/^root: /d'
+	@test -x $@ && touch $@
+
+# setuptools is that of the tools: nothing is fetched for a build. It would also take what an earlier
+# SOURCES.txt has. pyroma misses an address of the
+# authors' and one of a project page.
+package: .venv/tools/built
+	rm -rf dist src/*.egg-info/SOURCES.txt
+	$(tools)/check-manifest --no-build-isolation
+	$(tools)/python -m build --no-isolation --outdir dist >.venv/tools/build.log 2>&1 || { cat .venv/tools/build.log; exit 1; }
+	$(tools)/twine check --strict dist/*
+	$(tools)/check-wheel-contents dist/*.whl
+	$(tools)/pyroma --quiet --min 8 --file dist/*.tar.gz
+
+lowest: .venv/tools/built
+	.ci/lowest $(LOWEST)
+
+changes: .venv/tools/built
+	$(tools)/towncrier build $(or $(CHANGES),--draft) \
+	    --version `sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml`
+
+.venv/tools/built: .venv/ready pyproject.toml
+	@echo 'Installing what packages are made and checked with in .venv/tools'
+	@test -x $(tools)/python || .venv/bin/python -m venv --without-pip .venv/tools
+	@.venv/bin/python -m pip --python $(tools)/python install --quiet \
+	    --constraint .venv/constraints.txt --group package setuptools wheel
+	@touch .venv/tools/built
+
 # The first two packages have MariaDB's programs without the service; pgbouncer, haproxy, etcd-server and
 # prometheus come with one, on ports of their own, that the tests leave alone. iproute2 and iptables make networks
 # for root, openssl makes certificates. The others are for building mysqlclient, after which bin/ is to
@@ -103,8 +144,8 @@ bench: .venv/built
 
 clean:
 	rm -rf .benchmarks .suites .venv bin develop-eggs eggs parts .installed.cfg build dist src/*.egg-info
-	rm -rf .mypy_cache .ruff_cache .coverage .coverage.* htmlcov docs/_build
-	find src benchmarks doctests suites -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf .mypy_cache .ruff_cache .coverage .coverage.* htmlcov docs/_build docs/manual
+	find src benchmarks docs doctests suites -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The virtual environment, with the pinned versions of pip, zc.buildout and what buildout needs.
 # coverage is there for the .pth file that starts it in child processes, ruff for its program.
