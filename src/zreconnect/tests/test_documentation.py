@@ -1,14 +1,18 @@
 """What is public has a docstring, which is written once."""
 
+import ast
 import inspect
 import pydoc
+import re
 import unittest
 from dataclasses import dataclass
+from pathlib import Path
 
 from zope.interface import Attribute, Interface
 from zope.interface.verify import verifyClass, verifyObject
 
 import zreconnect
+import zreconnect.testing
 from zreconnect import adapter, datamanager, events, exceptions, interfaces, witness
 from zreconnect.connection import Savepoint
 from zreconnect.documented import documented_by, implements
@@ -263,6 +267,37 @@ class PublicNamesTests(unittest.TestCase):
             for name in names.split():
                 with self.subTest(f"{cls.__name__}.{name}"):
                     self.assertIn(squeezed(interface[name].__doc__), text)
+
+
+class ReferenceTests(unittest.TestCase):
+    """docs/reference has every public name."""
+
+    def setUp(self):
+        directory = Path(__file__).resolve().parents[3] / "docs/reference"
+        text = "".join(path.read_text(encoding="utf-8") for path in directory.glob("*.rst"))
+        directives = r"^\.\. (?:auto\w+|interface|py:\w+):: ([\w.]+)$"
+        self.shown = re.findall(directives, text, re.MULTILINE)
+        self.last_parts = {name.rpartition(".")[2] for name in self.shown}
+
+    def test_has_those_of_the_package_and_of_testing(self):
+        for module in (zreconnect, zreconnect.testing):
+            self.assertEqual(set(module.__all__) - self.last_parts, set())
+
+    def test_has_the_interfaces_each_once(self):
+        names = [
+            f"{interfaces.__name__}.{name}"
+            for name, value in public(vars(interfaces))
+            if getattr(value, "__module__", None) == interfaces.__name__
+        ]
+        shown = [name for name in self.shown if name.startswith(f"{interfaces.__name__}.")]
+        self.assertEqual(sorted(shown), sorted(names))
+
+    def test_has_the_functions_of_the_integrations(self):
+        package = Path(zreconnect.__file__).parent / "integrations"
+        for path in package.glob("*.py"):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.FunctionDef) and node.name in ("register", "includeme"):
+                    self.assertIn(f"zreconnect.integrations.{path.stem}.{node.name}", self.shown)
 
 
 def undocumented(name, value):
