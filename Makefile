@@ -80,7 +80,8 @@ lint: .venv/built
 	bin/mypy
 
 docs: bin/sphinx-build
-	bin/sphinx-build --fail-on-warning --keep-going --quiet --jobs 2 docs docs/_build/html
+	bin/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env --write-all --jobs 2 \
+	    docs docs/_build/html
 	@echo 'The site is docs/_build/html/index.html'
 
 bin/sphinx-build: .venv/built

@@ -73,7 +73,8 @@ def write(parts: Iterable[Part]) -> str:
 
 def rst(table: Table) -> str:
     """The table as the manual has tables."""
-    rows = [list(table.columns), *map(list, table.rows)]
+    # A row whose first cell is empty would be a part of the one above it; ".." is shown as nothing.
+    rows = [[table.columns[0] or "..", *table.columns[1:]], *map(list, table.rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     border = "  ".join("=" * width for width in widths)
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -26,7 +26,7 @@ default_role = "py:obj"
 highlight_language = "default"
 
 add_module_names = False
-autodoc_class_signature = "separated"
+toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 # A default is shown as the source has it.

@@ -29,7 +29,9 @@ def with_fields(lines: list[str], names: set[str]) -> list[str]:
     result: list[str] = []
     is_argument = False
     for line in split_at_names(lines, names):
-        match = ARGUMENT.fullmatch(line)
+        # One that begins within a sentence is a word of that.
+        is_beginning = not result or result[-1][-1:] in ("", ".", ";")
+        match = ARGUMENT.fullmatch(line) if is_beginning else None
         if match and set(re.findall(r"\w+", match[1])) <= names:
             if not is_argument and result and result[-1]:
                 result.append("")
@@ -66,6 +68,13 @@ def show_arguments(
     app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
 ) -> None:
     lines[:] = with_fields(lines, arguments_of(thing))
+
+
+def skip_classes(
+    app: Sphinx, what: str, name: str, thing: Any, skip: bool, options: Any
+) -> bool | None:
+    """What a class uses to make its parts is not for those who use it."""
+    return True if what == "class" and isinstance(thing, type) else None
 
 
 class InterfaceDirective(SphinxDirective):
@@ -134,6 +143,7 @@ def find_elsewhere(
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", show_arguments)
+    app.connect("autodoc-skip-member", skip_classes)
     app.connect("missing-reference", find_elsewhere)
     app.add_directive("interface", InterfaceDirective)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -26,7 +26,7 @@ ARROWS = {
     ("prepared", "idle"): ("M324 42 Q160 60 120 168", (170, 76), "end"),
     ("active", "doomed"): ("M650 212 Q640 400 436 428", (625, 360), "start"),
     ("idle", "doomed"): ("M104 212 Q110 420 324 434", (120, 372), "end"),
-    ("doomed", "idle"): ("M350 408 Q200 340 128 212", (228, 316), "start"),
+    ("doomed", "idle"): ("M350 408 Q200 340 128 212", (262, 296), "start"),
 }
 # Where these lead is the same in every state, or nearly, and told in words.
 EVERYWHERE = {Event.CLOSED, Event.FORKED}
@@ -126,7 +126,9 @@ def meaning(constant: Any) -> str:
 
 def legend(constants: type[enum.Enum]) -> nodes.Node:
     """The names with what they mean, under what their class is."""
-    heading = nodes.paragraph("", (inspect.getdoc(constants) or "").splitlines()[0])
+    heading = nodes.paragraph(
+        "", (inspect.getdoc(constants) or "").splitlines()[0].replace("`", "")
+    )
     rows = [[constant.name, meaning(constant)] for constant in constants]
     block = nodes.container(classes=["legend"])
     block += [heading, table([], rows)]
