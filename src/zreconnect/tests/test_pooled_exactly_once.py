@@ -61,7 +61,7 @@ def sweep_layer(pool_mode):
 class Innocents:
     """Clients of a pool who do nothing but their work; none of their transactions may be ended.
 
-    pooler: an `EmbeddedPgBouncer`.
+    pooler: an `EmbeddedPgBouncer`, or what has its `dsn()` and `server`.
     """
 
     name = "innocent"
@@ -71,6 +71,7 @@ class Innocents:
 
     def __init__(self, pooler):
         self.pooler = pooler
+        self.has_own_process = getattr(pooler, "pool_mode", "session") == "session"
         self.stopped = threading.Event()
         self.errors = []
         self.counts = [0] * self.number
@@ -117,8 +118,8 @@ class Innocents:
                     cursor.execute("SELECT times FROM innocent WHERE client = %s", (client,))
                     assert cursor.fetchone() == (times,)
                 self.counts[client] += 1
-                if self.pooler.pool_mode == "session":
-                    # The process is others' only then.
+                if self.has_own_process:
+                    # It is others' only when that ends.
                     break
 
 
