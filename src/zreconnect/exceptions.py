@@ -134,7 +134,7 @@ class ReconnectTimeout(Exception):
     def __str__(self) -> str:
         return (
             f"No connection to {self.server} after {attempts_made(self.attempts)} in "
-            f"{self.seconds:.1f} seconds; no transaction was begun. {advice(self.last_error)} or "
+            f"{self.seconds:.1f} seconds; no transaction was begun. {advice(self.last_error)}, or "
             f"begin again later. The last error was: {one_line(self.last_error)}"
         )
 
