@@ -417,7 +417,8 @@ class ThreadsTestCase(DatabaseTestCase):
     def setUp(self):
         super().setUp()
         self.barrier = threading.Barrier(THREADS, self.lose, PATIENCE)
-        self.numbers = itertools.count()
+        # A server of its own, of which nothing was told before.
+        self.dsn += f"?application_name={self.id()}"
 
     def lose(self):
         self.forward.refuse()
@@ -440,9 +441,7 @@ class ThreadsTestCase(DatabaseTestCase):
             finally:
                 at_end()
 
-        # A server of its own, of which nothing was told before.
-        dsn = f"{self.dsn}?application_name={self.id()}.{next(self.numbers)}"
-        connections = [self.connect(dsn, policy=self.policy) for _ in range(THREADS)]
+        connections = [self.connect(policy=self.policy) for _ in range(THREADS)]
         threads = [threading.Thread(target=work, args=[each]) for each in connections]
         for thread in threads:
             thread.start()
@@ -518,14 +517,19 @@ class TenMinutesTests(ThreadsTestCase):
 
         nightly_sums()
 
+    def give_up(self, **policy):
+        self.policy = RetryPolicy(**policy)
+        seen, by_name = self.outage_of_ten_minutes(self.again_and_again)
+        told = collections.Counter(record.event_name for record in seen)
+        self.assertLessEqual(max(told.values()), 4, told)
+        self.assertGreater(len(by_name["GaveUp"]), 5 * THREADS)
+        self.assertIn("; it was away for ", seen[-1].getMessage())
+
     def test_threads_that_give_up_and_begin_again(self):
-        for policy in (RetryPolicy(timeout=60.0, maximum=20.0), RetryPolicy(attempts=1)):
-            with self.subTest(policy), mock.patch.object(self, "policy", policy):
-                seen, by_name = self.outage_of_ten_minutes(self.again_and_again)
-                told = collections.Counter(record.event_name for record in seen)
-                self.assertLessEqual(max(told.values()), 4, told)
-                self.assertGreater(len(by_name["GaveUp"]), 5 * THREADS)
-                self.assertIn("; it was away for ", seen[-1].getMessage())
+        self.give_up(timeout=60.0, maximum=20.0)
+
+    def test_threads_that_fail_at_once_and_come_again(self):
+        self.give_up(attempts=1)
 
 
 class ShortOutageTests(ThreadsTestCase):
@@ -577,6 +581,17 @@ class ShortOutageTests(ThreadsTestCase):
             self.forward.accept()
             connection.begin()
         self.assertIn("Connected again", logs.output[-1])
+
+    def test_that_a_server_is_back_is_told_by_whoever_has_the_first_session(self):
+        gave_up, other = self.connect(), self.connect()
+        self.forward.refuse()
+        with policy_of(gave_up, timeout=0), self.assertRaises(ReconnectTimeout):
+            gave_up.begin()
+        self.forward.accept()
+        with self.assertLogs("zreconnect") as logs:
+            other.begin()
+        (line,) = logs.output
+        self.assertIn(f"Connected again to {other.server} after 1 attempt", line)
 
     def test_a_traceback_has_frames_of_this_package_only(self):
         connection = self.connect()
