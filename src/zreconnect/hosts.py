@@ -60,7 +60,7 @@ def connect(
     timeout: seconds for all of them. open_session: called with the parameters of one place and a
     timeout; as `IDriver.connect`. share: the seconds in which all are to be tried; None for all of
     the timeout. pauses: between asking those again that have failed, while others are silent.
-    silent: the numbers of the places that were silent the last time; it is kept for the next one.
+    silent: what stands for the places that were silent the last time; it is kept for the next one.
 
     Raises what ``open_session`` raised: if there are several places, what one of them refuses for
     good, or the module's OperationalError with the messages of all, or TimeoutError if there are
@@ -98,6 +98,8 @@ class _Race:
         self._places = places
         self._pauses = pauses
         self._silent = silent
+        # The next attempt may have them in another order.
+        self._names = [hash(repr(place)) for place in places]
         # A place with its connection, or with the error that there is none.
         self._outcomes: Answers[tuple[int, Any, BaseException | None]] = Answers()
         self._under_way: set[int] = set()
@@ -107,7 +109,7 @@ class _Race:
     def run(self, seconds: float) -> Any:
         """The connection. seconds: what is shared among the places."""
         end, rounds = time.monotonic() + seconds, 0
-        places = sorted(range(len(self._places)), key=self._silent.__contains__)
+        places = sorted(range(len(self._places)), key=self._was_silent)
         while (raw := self._ask(places, end)) is None and self._may_go_on():
             rounds += 1
             pause = self._pauses(rounds) if self._errors else math.inf
@@ -131,12 +133,15 @@ class _Race:
             # The last share is for all that are still under way.
             share = max(0.0, end - now) / (len(places) - number + 1)
             self._start(place, share)
-            raw = self._first(now if place in self._silent else now + share, place)
+            raw = self._first(now if self._was_silent(place) else now + share, place)
             if raw is not None:
                 return raw
             if place in self._under_way:
-                self._silent.add(place)
+                self._silent.add(self._names[place])
         return None
+
+    def _was_silent(self, place: int) -> bool:
+        return self._names[place] in self._silent
 
     def _start(self, place: int, share: float) -> None:
         self._under_way.add(place)
@@ -173,7 +178,7 @@ class _Race:
         while self._under_way and (outcome := self._outcomes.get(until)) is not None:
             found, raw, error = outcome
             self._under_way.remove(found)
-            self._silent.discard(found)
+            self._silent.discard(self._names[found])
             if error is None:
                 return raw
             self._errors[found] = error
