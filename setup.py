@@ -5,7 +5,7 @@ CLI = ["rich >= 13.0", "shtab >= 1.7", *EMBEDDED]
 DJANGO = ["Django >= 4.2"]
 MYSQL = ["mysqlclient >= 2.2"]
 OPENTELEMETRY = ["opentelemetry-api >= 1.30"]
-PROMETHEUS = ["prometheus_client >= 0.19"]
+PROMETHEUS = ["prometheus_client >= 0.20"]
 PYMYSQL = ["PyMySQL >= 1.1"]
 PYRAMID = ["pyramid >= 2.0"]
 # 3.3.0 loses rows of server-side cursors.
