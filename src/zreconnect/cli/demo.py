@@ -24,7 +24,14 @@ from typing import Any
 import psycopg2
 import zope.event
 
-from zreconnect.cli.arguments import DONE, NOT_SO, add_parser, directory, natural_number
+from zreconnect.cli.arguments import (
+    DONE,
+    NOT_SO,
+    add_parser,
+    directory,
+    natural_number,
+    new_file,
+)
 from zreconnect.cli.comparison import Comparison, compare
 from zreconnect.cli.display import Display
 from zreconnect.cli.errors import CommandError
@@ -32,8 +39,9 @@ from zreconnect.cli.file import FileTarget
 from zreconnect.cli.interruptions import Interrupter, Interruption, make_plan
 from zreconnect.cli.job import import_files
 from zreconnect.cli.output import Output
+from zreconnect.cli.picture import Picture
 from zreconnect.cli.target import Target, target_for
-from zreconnect.cli.ways import ways_to_interrupt
+from zreconnect.cli.ways import RESTART, ways_to_interrupt
 from zreconnect.drivers.base import DRIVERS
 from zreconnect.events import ConnectionLost
 from zreconnect.exceptions import CommitOutcomeUnknown, ReconnectTimeout, one_line
@@ -42,6 +50,8 @@ from zreconnect.testing import EmbeddedPostgres, EmbeddedPostgresError
 
 DEFAULT_INTERRUPTIONS = 24
 LARGEST_RANDOM_SEED = 999999
+# Of the picture.
+TITLE = "A batch job goes through a restart of its database"
 # The tests are more than half of the standard library; with them the import takes over a minute
 # on a slow machine.
 NOT_IN_DEFAULT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -60,6 +70,7 @@ EXAMPLES = (
     "zreconnect demo",
     "zreconnect demo --interruptions 100 --seed 7 ~/src/project",
     "zreconnect demo --dsn mysql://me@127.0.0.1/test --verbose",
+    "zreconnect demo --record restart.svg",
 )
 
 
@@ -86,8 +97,7 @@ def add_command(commands: Any) -> None:
         "--interruptions",
         metavar="N",
         type=natural_number,
-        default=DEFAULT_INTERRUPTIONS,
-        help="how often to interrupt the database (default: %(default)s)",
+        help=f"how often to interrupt the database (default: {DEFAULT_INTERRUPTIONS})",
     )
     parser.add_argument(
         "--seed",
@@ -113,6 +123,13 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--verbose", action="store_true", help="show what zreconnect logs meanwhile"
     )
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        type=new_file,
+        help="make a picture (SVG) of what is shown, with what zreconnect logs; unless "
+        "--interruptions says otherwise, of one restart",
+    )
 
 
 def run(options: argparse.Namespace, output: Output) -> int:
@@ -124,10 +141,19 @@ def run(options: argparse.Namespace, output: Output) -> int:
     names = python_files(directory, () if options.directory else NOT_IN_DEFAULT)
     if not names:
         raise CommandError(f"there are no .py files in {directory}")
+    # Not with all arguments: a DSN may have a password.
+    shown = options.directory or "", "--record", options.record and options.record.name
+    picture = Picture(" ".join(["zreconnect demo", *map(str, filter(None, shown))]))
+    output.listeners.append(picture.add)
     try:
         comparison = _demonstrate(options, directory, names, Display(output))
     except (EmbeddedPostgresError, psycopg2.Error) as error:
         raise CommandError(str(error)) from error
+    if options.record is not None:
+        exactly = "each exactly once" if comparison.is_exact else "not each exactly once"
+        told = f"{comparison.recorded} of {comparison.found} files were recorded, {exactly}"
+        picture.write(options.record, TITLE, f"A terminal shows a batch job: {told}.")
+        output.line(f"The picture is {options.record}")
     output.result(lost_paths=comparison.lost, doubled_paths=comparison.twice)
     return DONE if comparison.is_exact else NOT_SO
 
@@ -137,14 +163,19 @@ def _demonstrate(
 ) -> Comparison:
     started = time.monotonic()
     seed = random.randrange(LARGEST_RANDOM_SEED) if options.seed is None else options.seed
-    with _database(options, display) as (target, server), _logging(display, options.verbose):
+    number, is_shown = options.interruptions, options.verbose or options.record is not None
+    if number is None:
+        number = DEFAULT_INTERRUPTIONS if options.record is None else 1
+    with _database(options, display) as (target, server), _logging(display, is_shown):
         display.line(
             f"Importing the {len(names)} .py files of {directory} into {target.address}, "
-            f"with {options.interruptions} interruptions, --seed {seed}"
+            f"with {number} interruption{'' if number == 1 else 's'}, --seed {seed}"
         )
         stopping = threading.Event()
         ways = ways_to_interrupt(target, server, stopping)
-        plan = make_plan(list(ways), options.interruptions, len(names), seed)
+        is_picture = options.record is not None and options.interruptions is None
+        kinds = [RESTART] if is_picture and RESTART in ways else list(ways)
+        plan = make_plan(kinds, number, len(names), seed)
         interrupter = Interrupter(
             plan,
             ways,

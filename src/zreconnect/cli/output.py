@@ -39,6 +39,8 @@ class Output:
         self._as_json = as_json
         self._console = None if as_json else _console()
         self._result: dict[str, Any] = {}
+        #: Called with each line for people, whether it is printed or not.
+        self.listeners: list[Callable[[str], object]] = []
 
     @property
     def width(self) -> int:
@@ -47,6 +49,11 @@ class Output:
 
     def line(self, text: str = "", style: str = "") -> None:
         """Print a line for people, above the progress bar. style: as rich has it, like "red"."""
+        for listener in self.listeners:
+            listener(text)
+        self._show(text, style)
+
+    def _show(self, text: str, style: str = "") -> None:
         if self._as_json:
             return
         if self._console is None:
@@ -109,7 +116,7 @@ class Output:
             nonlocal done
             done += 1
             if done * PROGRESS_LINES // total > (done - 1) * PROGRESS_LINES // total:
-                self.line(f"{description}: {done} of {total}")
+                self._show(f"{description}: {done} of {total}")
 
         return advance
 

@@ -15,6 +15,7 @@ from zreconnect.testing import EmbeddedPostgres, PortForward
 DELAY = 0.05
 # How long the job's session is looked for, which may have ended just before, in seconds.
 SESSION_TIMEOUT = 1.0
+RESTART = "fast restart"
 
 
 def ways_to_interrupt(
@@ -92,7 +93,7 @@ def _ways_on_server(
             server.resume_backend(process_id)
 
     return {
-        "fast restart": lambda seconds: server.restart(),
+        RESTART: lambda seconds: server.restart(),
         "immediate stop, start": stop_immediately,
         "SIGKILL of one process": kill_one,
         "SIGKILL of all, start": kill_all,

@@ -15,6 +15,7 @@ import textwrap
 import threading
 import unittest
 from pathlib import Path
+from xml.etree import ElementTree
 
 import psycopg2
 
@@ -23,6 +24,7 @@ from zreconnect.cli.comparison import compare
 from zreconnect.cli.demo import python_files
 from zreconnect.cli.interruptions import Interrupter, make_plan
 from zreconnect.cli.job import import_files
+from zreconnect.cli.picture import Picture
 from zreconnect.testing import EmbeddedPostgres
 from zreconnect.testing.layers import PORT_FORWARD_LAYER
 from zreconnect.tests.base import PATIENCE, on_mariadb, wait_until
@@ -245,6 +247,69 @@ class OwnServerTests(CommandTestCase):
         self.assertEqual(processes_that_name(self.temporary), [])
         with EmbeddedPostgres(directory) as server:
             self.assertEqual(server.query(f"SELECT count(*) FROM {schema}.file"), [(files,)])
+
+
+class RecordTests(CommandTestCase):
+    def test_a_restart(self):
+        files, _definitions = make_tree(self.tree)
+        path = self.tree.parent / "restart.svg"
+        output, errors = self.run_command("demo", self.tree, "--record", path, status=0)
+        self.assertEqual(without_notices(errors), [])
+        self.assertEqual([kind for _item, kind in happened(output)], ["fast restart"])
+        texts = self.texts(path)
+        self.assertEqual(texts[0], f"$ zreconnect demo {self.tree} --record restart.svg")
+        self.assertTrue([text for text in texts if "fast restart" in text])
+        self.assertTrue([text for text in texts if "Connected again to" in text])
+        self.assertTrue([text for text in texts if re.fullmatch(f" *recorded +{files}", text)])
+
+    def test_a_given_server(self):
+        make_tree(self.tree, plain_files=0)
+        path = self.tree.parent / "demo.svg"
+        arguments = ("--dsn", self.direct_dsn, "--interruptions", 2, "--record", path)
+        self.run_command("demo", self.tree, *arguments, status=0)
+        self.texts(path)
+        self.assertNotIn(self.server.password, path.read_text(encoding="utf-8"))
+
+    def texts(self, path):
+        """The lines of a picture that all can read."""
+        root = ElementTree.parse(path).getroot()
+        named = {element.get("id"): element.text for element in root if element.get("id")}
+        self.assertEqual(root.get("role"), "img")
+        self.assertTrue(all(named[name] for name in root.get("aria-labelledby").split()))
+        self.assertIn("prefers-color-scheme: dark", path.read_text(encoding="utf-8"))
+        return [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+
+    def test_no_file_can_be_there(self):
+        for path in (self.tree / "none" / "restart.svg", self.temporary):
+            _output, errors = self.run_command("demo", "--record", path, status=2)
+            self.assertIn("no file can be written to", errors)
+
+
+class PictureTests(unittest.TestCase):
+    def test_lines(self):
+        picture = Picture("command <&>")
+        picture.add("  Lost it: " + "word " * 100)
+        picture.add("")
+        picture.add("")
+        picture.add("    at postgresql://me@127.0.0.1:5432/work")
+        with tempfile.TemporaryDirectory() as holder:
+            path = Path(holder, "picture.svg")
+            picture.write(path, "A <title>", "A description & more")
+            root = ElementTree.parse(path).getroot()
+        texts = list(root.iter("{http://www.w3.org/2000/svg}text"))
+        self.assertEqual(texts[0].text, "$ command <&>")
+        self.assertEqual([text.get("class") for text in texts[:3]], ["prompt", "lost", "lost"])
+        self.assertTrue(texts[2].text.startswith("    word") and texts[2].text.endswith(" …"))
+        self.assertEqual(texts[3].text, "    at postgresql://…/work")
+        places = [int(text.get("y")) for text in texts]
+        self.assertEqual([places[n + 1] - places[n] for n in range(3)], [19, 19, 38])
+
+    def test_what_the_readme_shows(self):
+        directory = Path(__file__).resolve().parents[3]
+        (path,) = re.findall(
+            r"^\.\. image:: (\S+)$", (directory / "README.rst").read_text(encoding="utf-8"), re.M
+        )
+        ElementTree.parse(directory / path)
 
 
 class GivenServerTests(CommandTestCase):
