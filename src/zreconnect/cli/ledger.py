@@ -8,10 +8,11 @@ from typing import Any
 from zreconnect.cli.arguments import DONE, add_parser
 from zreconnect.cli.errors import CommandError
 from zreconnect.cli.output import Output
+from zreconnect.cli.servers import server_for
 from zreconnect.drivers.base import Condition
 from zreconnect.exceptions import one_line
 from zreconnect.ledger import Ledger, make_ledger
-from zreconnect.server import Server, server_from_dsn
+from zreconnect.server import Server
 
 CONNECT_TIMEOUT = 10.0
 
@@ -55,10 +56,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
         table = Ledger(options.table).table
     except ValueError as error:
         raise CommandError(f"argument --table: {error}") from None
-    try:
-        server = server_from_dsn(options.dsn)
-    except ValueError as error:
-        raise CommandError(f"argument DSN: {error}") from None
+    server = server_for(options.dsn)
     if not server.driver.has_sessions:
         raise CommandError(f"{server.address} needs no ledger: it has no answers that can be lost")
     try:
