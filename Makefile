@@ -19,10 +19,10 @@ made_of := $(shell cat .venv/made-of 2>/dev/null | tr '\n' '|')
 ifneq ($(made_of),$(python_id)|$(CURDIR)|)
 stale := yes
 endif
-debian_packages := mariadb-server-core mariadb-client-core default-libmysqlclient-dev etcd-server \
-    galera-4 gcc haproxy iproute2 iptables openssl patroni pgbouncer pkg-config prometheus python3-dev
-server_programs := mariadbd mariadb-install-db my_print_defaults pgbouncer haproxy patroni etcd \
-    ip iptables openssl prometheus promtool
+debian_packages := chromium mariadb-server-core mariadb-client-core default-libmysqlclient-dev \
+    etcd-server galera-4 gcc haproxy iproute2 iptables openssl patroni pgbouncer pkg-config prometheus python3-dev
+server_programs := chromium mariadbd mariadb-install-db my_print_defaults pgbouncer haproxy patroni \
+    etcd ip iptables openssl prometheus promtool
 has_server := (PATH="$$PATH:/usr/sbin"; for program in $(server_programs); do \
     command -v $$program || exit 1; done; ls /usr/lib*/galera*/libgalera_smm.so) >/dev/null 2>&1
 compiles := command -v cc >/dev/null && \
@@ -115,7 +115,7 @@ changes: .venv/tools/built
 	    --constraint .venv/constraints.txt --group package setuptools wheel
 	@touch .venv/tools/built
 
-# The first two packages have MariaDB's programs without the service; pgbouncer, haproxy, etcd-server and
+# chromium looks at reports. The next two packages have MariaDB's programs without the service; pgbouncer, haproxy, etcd-server and
 # prometheus come with one, on ports of their own, that the tests leave alone. iproute2 and iptables make networks
 # for root, openssl makes certificates. The others are for building mysqlclient, after which bin/ is to
 # be made anew.
@@ -123,7 +123,7 @@ services:
 	@if $(has_server) && $(builds_mysqlclient); then \
 	    echo 'services: all that the tests need is installed.'; \
 	elif ! command -v apt-get >/dev/null; then \
-	    echo 'services: the tests need a MariaDB server with galera, pgbouncer, haproxy, patroni, etcd and Prometheus, and as root' \
+	    echo 'services: the tests need a MariaDB server with galera, pgbouncer, haproxy, patroni, etcd, Prometheus and Chromium, and as root' \
 	        'ip and iptables; building' \
 	        'mysqlclient needs a C compiler, pkg-config and the headers of Python and of a MySQL or MariaDB client.' \
 	        'Only on Debian and Ubuntu this can install them; tests that miss one are skipped.' >&2; \

@@ -230,7 +230,7 @@ def _table(
 
     body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return (
-        f"<table><caption>{escape(caption)}</caption>"
+        f'<div class="wide"><table><caption>{escape(caption)}</caption>'
         f"<thead><tr>{cells('th scope=col', headings)}</tr></thead>"
-        f"<tbody>\n{body}\n</tbody></table>"
+        f"<tbody>\n{body}\n</tbody></table></div>"
     )
