@@ -83,8 +83,6 @@ def _faults(interruptions: Sequence[Interruption]) -> str:
             f'<span aria-hidden="true">{SIGNS.get(each.outcome, "✓")}</span> '
             f"{escape(how)}</span>"
         )
-        if said:
-            outcome += f"<pre>{escape(said)}</pre>"
         seconds = (
             f"{each.seconds:.2f} s" if each.outcome == WORKED and each.seconds is not None else ""
         )
@@ -101,6 +99,10 @@ def _faults(interruptions: Sequence[Interruption]) -> str:
             f'<td class="number">{_connections(each)}</td>'
             f'<td class="number">{len(each.findings) or ""}</td></tr>'
         )
+        if said:
+            rows.append(
+                f'<tr class="said"><td></td><td colspan="7"><pre>{escape(said)}</pre></td></tr>'
+            )
     headings = "".join(
         f'<th scope="col"{" class=number" if is_number else ""}>{name}</th>'
         for name, is_number in (
@@ -110,8 +112,9 @@ def _faults(interruptions: Sequence[Interruption]) -> str:
         )
     )
     return (
-        "<table><caption>In the order in which they happened. Works again: seconds from the end "
-        "of the fault until the next transaction. Connections: before, and then if it has others."
+        '<table class="faults"><caption>In the order in which they happened. Works again: seconds '
+        "from the end of the fault until the next transaction. Connections: before, and then if it "
+        "has others."
         f"</caption><thead><tr>{headings}</tr></thead><tbody>\n"
         + "\n".join(rows)
         + "\n</tbody></table>"
