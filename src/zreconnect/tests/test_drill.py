@@ -15,14 +15,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+from zreconnect.cli.drill import observation as module_of_observation
 from zreconnect.cli.drill import schedule, trial
 from zreconnect.cli.drill.faults import KINDS
+from zreconnect.cli.drill.observation import Observation
 from zreconnect.cli.drill.program import how_it_ended
 from zreconnect.cli.drill.report import report
 from zreconnect.cli.drill.result import Result
 from zreconnect.cli.drill.timeline import rates
 from zreconnect.cli.drill.trial import Interruption
-from zreconnect.testing import EmbeddedMariaDB, PortForward
+from zreconnect.testing import Count, EmbeddedMariaDB, PortForward
 from zreconnect.testing.layers import POSTGRES_LAYER
 from zreconnect.tests import test_command
 from zreconnect.tests.base import PATIENCE, REQUIRED, wait_until
@@ -142,17 +144,6 @@ def all_of(faults, outcome):
 
 
 class OwnServerTests(unittest.TestCase):
-    def test_a_plain_program_dies_of_each_fault(self):
-        faults = "close,lost-commit,restart"
-        result = drill("--faults", faults, *python(PLAIN, "{dsn}"), status=1)
-        self.assertEqual(outcomes(result), all_of(faults, "ended"))
-        self.assertIs(result["survived"], False)
-        self.assertEqual(result["starts"], 3)
-        self.assertEqual(result["measure"], "transactions")
-        for each in result["faults"]:
-            self.assertEqual(each["status"], 1)
-            self.assertIn("psycopg2.", " ".join(each["said"]))
-
     def test_with_zreconnect_it_survives_and_nothing_is_there_twice(self):
         faults = "lost-commit,terminate,freeze,crash-session"
         result = drill(
@@ -168,7 +159,7 @@ class OwnServerTests(unittest.TestCase):
         EmbeddedMariaDB.installed() or REQUIRED, "MariaDB's server is not installed: make services"
     )
     def test_mariadb(self):
-        faults = "lost-commit,terminate,freeze,crash"
+        faults = "lost-commit,terminate,restart"
         result = drill(*("--server", "mariadb", "--faults", faults), *python(ON_MARIADB), status=0)
         self.assertEqual(outcomes(result), all_of(faults, "worked again"))
         self.assertEqual(result["measure"], "transactions")
@@ -182,6 +173,17 @@ class GivenServerTests(unittest.TestCase):
 
     def drill(self, *arguments, status):
         return drill("--dsn", self.dsn, *arguments, status=status)
+
+    def test_a_plain_program_dies_of_each_fault(self):
+        faults = "close,lost-commit,terminate"
+        result = self.drill("--faults", faults, *python(PLAIN, "{dsn}"), status=1)
+        self.assertEqual(outcomes(result), all_of(faults, "ended"))
+        self.assertIs(result["survived"], False)
+        self.assertEqual(result["starts"], 3)
+        self.assertEqual(result["measure"], "transactions")
+        for each in result["faults"]:
+            self.assertEqual(each["status"], 1)
+            self.assertIn("psycopg2.", " ".join(each["said"]))
 
     def test_what_is_there_twice_is_found(self):
         """Whatever happens on the line, the program goes on, and does again what was done."""
@@ -198,7 +200,7 @@ class GivenServerTests(unittest.TestCase):
 
     def test_a_program_that_hangs(self):
         result = self.drill(
-            *("--faults", "reset,close", "--patience", "2", "--once"),
+            *("--faults", "reset,close", "--patience", "1.5", "--once"),
             *("--check", "SELECT 'old'"),
             *python(HANGS, "{dsn}"),
             status=1,
@@ -350,6 +352,43 @@ class ScheduleTests(unittest.TestCase):
         )
         self.assertEqual(first, again)
         self.assertNotEqual(first, other)
+
+
+class ObservationTests(unittest.TestCase):
+    """What is counted, by what passes on the line."""
+
+    def measure(self, *counts, server=(0, 0)):
+        passed, ended = iter(counts), itertools.chain(server, itertools.repeat(server[-1]))
+        observation = Observation(lambda: next(passed), lambda: next(ended))
+        quiet = mock.patch.multiple(module_of_observation, INTERVAL=PATIENCE, SERVER_INTERVAL=0.0)
+        with quiet, observation:
+            settled = [observation.settle() for _ in counts[:-1]]
+            return settled, observation.measure, observation.done()
+
+    def test_transactions(self):
+        counts = Count(commits=2, results=5), Count(commits=3)
+        self.assertEqual(self.measure(*counts), ([True], "transactions", 3))
+
+    def test_statements_as_long_as_there_are_no_transactions(self):
+        first = Count(results=1)
+        self.assertEqual(self.measure(first, Count(results=4)), ([True], "statements", 4))
+        counts = first, Count(results=4, commits=1), Count(results=5, commits=2)
+        self.assertEqual(self.measure(*counts), ([True, True], "transactions", 2))
+
+    def test_what_the_server_says_if_the_line_cannot_be_read(self):
+        few, many = Count(round_trips=3), Count(round_trips=300)
+        self.assertEqual(self.measure(few, few)[:2], ([False], None))
+        settled, measure, done = self.measure(many, many, server=(7, 8, 9))
+        self.assertEqual((settled, done), ([True], 2))
+        self.assertEqual(measure, "writing transactions of all clients")
+
+    def test_a_server_that_does_not_answer_has_done_nothing(self):
+        def fail():
+            raise OSError
+
+        with Observation(Count, fail) as observation:
+            self.assertFalse(observation.settle())
+            self.assertEqual(observation.done(), 0)
 
 
 class Page(html.parser.HTMLParser):

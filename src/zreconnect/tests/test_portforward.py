@@ -1007,6 +1007,30 @@ class PostgresTests(unittest.TestCase):
             self.assertEqual((passed.messages_to_server, passed.messages_to_client), (3, 8))
             self.assertEqual(passed.connections, 0)
 
+    def test_a_commit_whose_answer_is_lost(self):
+        connection = self.connect()
+        connection.cursor().execute("CREATE TABLE IF NOT EXISTS lost_answer (number int)")
+        connection.commit()
+        connection.cursor().execute("INSERT INTO lost_answer VALUES (1)")
+        before, cut = self.forward.count(), self.forward.cut_at_commit()
+        # Whatever is not the answer to a COMMIT passes.
+        connection.cursor().execute("SELECT 1")
+        self.assertFalse(cut.happened)
+        with self.assertRaises(psycopg2.OperationalError):
+            connection.commit()
+        self.assertTrue(cut.wait(TIMEOUT))
+        self.assertEqual((self.forward.count() - before).commits, 0)
+        rows = self.layer.server.query("SELECT count(*) FROM lost_answer")
+        self.layer.server.query("DROP TABLE lost_answer")
+        self.assertEqual(rows, [(1,)])
+
+    def test_the_server_knows_its_sessions_by_the_ports(self):
+        connection = self.connect()
+        ((port,),) = self.layer.server.query(
+            "SELECT client_port FROM pg_stat_activity WHERE pid = %s", connection.info.backend_pid
+        )
+        self.assertEqual(self.forward.server_ports(), [port])
+
     def test_large_results_count_each_row(self):
         connection = self.connect()
         connection.autocommit = True

@@ -81,8 +81,15 @@ class Program:
 
     def end(self) -> None:
         """End it and whatever it has started that still runs."""
-        self._signal_group(signal.SIGTERM)
-        self._process_ends(ORDERLY_END)
+        try:
+            self._signal_group(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(ORDERLY_END)
+        finally:
+            # Also if somebody has pressed Ctrl-C once more.
+            self._kill()
+
+    def _kill(self) -> None:
         self._signal_group(signal.SIGKILL)
         while marked := self._marked():
             for pid in marked:
@@ -92,10 +99,6 @@ class Program:
         self._process.wait()
         for reader in self._readers:
             reader.join(1.0)
-
-    def _process_ends(self, patience: float) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(patience)
 
     def _signal_group(self, number: int) -> None:
         # The group is there as long as one of its processes is.

@@ -78,9 +78,11 @@ class Result:
             if not seconds:
                 return f"Survived: {number} happened."
             longest, kind = max(seconds)
+            fewer = sum(has_fewer(each) for each in happened)
+            reservation = f", but with fewer connections after {fewer} of them" if fewer else ""
             return (
                 f"Survived: worked again after each of {number}, at the latest after "
-                f"{longest:.2f} s ({kind})."
+                f"{longest:.2f} s ({kind}){reservation}."
             )
         parts = []
         if times[ENDED]:
@@ -130,10 +132,15 @@ def _fault(each: Interruption) -> dict[str, Any]:
     }
 
 
+def has_fewer(each: Interruption) -> bool:
+    """Whether the program has fewer connections than before: a part of it may have ended."""
+    return each.connections_after is not None and each.connections_after < each.connections
+
+
 def line_for(each: Interruption) -> Iterator[str]:
     """What is told of a fault when its outcome is final."""
     fewer = ""
-    if each.connections_after is not None and each.connections_after < each.connections:
+    if has_fewer(each):
         fewer = f", with {each.connections_after} of {each.connections} connections"
     found = f"; the check found {len(each.findings)} more" if each.findings else ""
     yield f"{each.began:7.1f} s  {each.kind:<15}{each.how}{fewer}{found}"

@@ -169,7 +169,7 @@ class Trial:
         self.observation.settle()
         observation, program = self.observation, self._running_program()
         connections = self._connections()
-        began, done = observation.now(), observation.done()
+        began = observation.now()
         happened = self._ways[planned.kind](planned)
         each = Interruption(
             len(self.interruptions) + 1, planned.kind, began, observation.now(), connections
@@ -177,7 +177,7 @@ class Trial:
         self.interruptions.append(each)
         if happened is False and program.status() is None:
             return
-        self._await_outcome(each, program, observation.done(), done)
+        self._await_outcome(each, program, observation.done())
         if self.check is not None:
             self._note_findings(each)
         if each.outcome in DEADLY:
@@ -185,13 +185,8 @@ class Trial:
         elif each.outcome == FINISHED:
             self.over = FINISHED_ITSELF
 
-    def _await_outcome(
-        self, each: Interruption, program: Program, done: int, done_before: int
-    ) -> None:
-        """Find out what became of the program.
-
-        done, done_before: what it had done when the fault ended, and when it began.
-        """
+    def _await_outcome(self, each: Interruption, program: Program, done: int) -> None:
+        """Find out what became of the program. done: what it had done when the fault ended."""
         observation = self.observation
         while each.outcome == MISSED:
             # In this order, so that what it did before it ended is seen.
@@ -200,7 +195,7 @@ class Trial:
             each.seconds = observation.now() - each.ended
             if status is not None:
                 # It may have been about to end anyway.
-                was_done = not each.connections or (each.kind in HARMLESS and done > done_before)
+                was_done = not each.connections or each.kind in HARMLESS
                 is_fine = status == 0 and (has_worked or was_done)
                 each.outcome, each.status = FINISHED if is_fine else ENDED, status
             elif has_worked:
