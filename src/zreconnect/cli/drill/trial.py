@@ -29,7 +29,7 @@ FINISHED_ITSELF = "the command finished its work by itself, with status 0"
 # Seconds in which the sessions of a program that has ended are gone from the server.
 SESSIONS_END = 10.0
 # Seconds in which a program has made the tables that the check asks.
-CHECK_PATIENCE = 5.0
+CHECK_PATIENCE = 15.0
 
 #: A row that the check has returned, as text.
 Row = tuple[str, ...]
