@@ -13,6 +13,8 @@ PSYCOPG = [
     "psycopg[binary] >= 3.2, != 3.3.0",
     "psycopg[binary] >= 3.2.2, != 3.3.0; python_version >= '3.13'",
 ]
+# Their fixtures, and the server of these.
+PYTEST = ["pytest >= 8.0", *EMBEDDED]
 SQLALCHEMY = [
     "SQLAlchemy >= 2.0.30",
     "SQLAlchemy >= 2.0.31; python_version >= '3.13'",
@@ -79,6 +81,7 @@ setup(
         "psycopg": PSYCOPG,
         "pymysql": PYMYSQL,
         "pyramid": PYRAMID,
+        "pytest": PYTEST,
         "sqlalchemy": SQLALCHEMY,
         "sqlobject": SQLOBJECT,
         "storm": STORM,
@@ -86,6 +89,7 @@ setup(
             "alembic >= 1.13",
             "coverage >= 7.13",
             "opentelemetry-sdk >= 1.30",
+            "pytest-xdist >= 3.5",
             "zope.testrunner >= 8.1",
             *CLI,
             *DJANGO,
@@ -94,6 +98,7 @@ setup(
             *PROMETHEUS,
             *PSYCOPG,
             *PYMYSQL,
+            *PYTEST,
             *SQLALCHEMY,
             *SQLOBJECT,
             *STORM,
@@ -102,6 +107,7 @@ setup(
     },
     entry_points={
         "console_scripts": ["zreconnect = zreconnect.cli:main"],
+        "pytest11": ["zreconnect = zreconnect.integrations.pytest"],
         "paste.filter_app_factory": [
             "service_unavailable = zreconnect.integrations.wsgi:make_service_unavailable",
             "whole_response = zreconnect.integrations.wsgi:make_whole_response",

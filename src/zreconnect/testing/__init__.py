@@ -3,13 +3,16 @@
 `EmbeddedPostgres` and `EmbeddedMariaDB` are servers to crash, `EmbeddedPatroni` and
 `EmbeddedGalera` are clusters of them, `EmbeddedPgBouncer` is a pooler, `EmbeddedHAProxy` a load
 balancer, `PortForward` is a line to cut. `zreconnect.testing.layers` has layers for zope.testrunner
-that provide them. `DriverConformance` tests a driver of one's own.
+that provide them, `zreconnect.integrations.pytest` fixtures. `losing` is for unit tests without a
+server. `DriverConformance` tests a driver of one's own.
 """
 
 from zreconnect.testing.conformance import DriverConformance
-from zreconnect.testing.embedded import EmbeddedServerError
+from zreconnect.testing.embedded import EmbeddedServer, EmbeddedServerError
 from zreconnect.testing.galera import EmbeddedGalera, EmbeddedGaleraError, GaleraNode
 from zreconnect.testing.haproxy import EmbeddedHAProxy, EmbeddedHAProxyError
+from zreconnect.testing.lines import Line, line_to_fresh_database
+from zreconnect.testing.losing import losing, no_waiting
 from zreconnect.testing.mariadb import EmbeddedMariaDB, EmbeddedMariaDBError
 from zreconnect.testing.patroni import EmbeddedPatroni, EmbeddedPatroniError, PatroniMember
 from zreconnect.testing.pgbouncer import EmbeddedPgBouncer, EmbeddedPgBouncerError
@@ -32,9 +35,14 @@ __all__ = [
     "EmbeddedPgBouncerError",
     "EmbeddedPostgres",
     "EmbeddedPostgresError",
+    "EmbeddedServer",
     "EmbeddedServerError",
     "EmbeddedStandby",
     "GaleraNode",
+    "Line",
     "PatroniMember",
     "PortForward",
+    "line_to_fresh_database",
+    "losing",
+    "no_waiting",
 ]

@@ -364,6 +364,8 @@ class EmbeddedServer(EmbeddedProgram):
     # The database that is there from the start.
     _dbname: str
     _scheme: str
+    # What has a database dropped that somebody uses.
+    _ending_sessions = ""
 
     def __init__(
         self,
@@ -408,6 +410,11 @@ class EmbeddedServer(EmbeddedProgram):
     def create_database(self, name: str) -> None:
         """Create an empty database. Raises the module's errors, so if there is one of this name."""
         self.query(f"CREATE DATABASE {self._quoted(name)}")
+
+    def drop_database(self, name: str) -> None:
+        """Remove a database, and end its sessions. Raises the module's errors, so if there is none
+        of this name."""
+        self.query(f"DROP DATABASE {self._quoted(name)}{self._ending_sessions}")
 
     def fresh_database(self) -> str:
         """Create an empty database with a name of its own, and return the URL to connect to it."""

@@ -17,11 +17,14 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zreconnect.testing import _forwarder
 from zreconnect.testing._forwarder import DIRECTIONS
 from zreconnect.testing._ports import LOCALHOST, bind
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _DIRECTIONS = {"to_server": ["to_server"], "to_client": ["to_client"], "both": list(DIRECTIONS)}
 _COMMAND_TIMEOUT = 30.0
@@ -147,7 +150,7 @@ class PortForward:
             f" to {self.target_host}:{self.target_port}>"
         )
 
-    def __enter__(self) -> PortForward:
+    def __enter__(self) -> Self:
         self.start()
         return self
 

@@ -42,6 +42,7 @@ class PostgresProtocol(EmbeddedServer):
     user = "postgres"
     _dbname = "postgres"
     _scheme = "postgresql"
+    _ending_sessions = " WITH (FORCE)"
     _environment_prefixes: tuple[str, ...] = ("PG",)
 
     @staticmethod

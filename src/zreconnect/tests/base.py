@@ -14,7 +14,7 @@ import transaction
 import zope.event
 
 import zreconnect
-from zreconnect import RetryPolicy, retry, session
+from zreconnect import RetryPolicy
 from zreconnect.policy import LONGEST_ATTEMPT
 from zreconnect.testing import (
     EmbeddedGalera,
@@ -101,30 +101,6 @@ def policy_of(connection, **keywords):
     Where it is to succeed, a short timeout may pass on a busy machine.
     """
     with mock.patch.object(connection.work.patience, "policy", RetryPolicy(**keywords)):
-        yield
-
-
-class _SleeplessTime:
-    """Stands for the module time: who sleeps does not wait, and time goes on all the same."""
-
-    def __init__(self):
-        self._slept = 0.0
-
-    def monotonic(self):
-        return time.monotonic() + self._slept
-
-    def sleep(self, seconds):
-        self._slept += seconds
-
-
-@contextmanager
-def without_sleep():
-    """Pauses between attempts take no time in the block, however long a policy makes them."""
-    sleepless = _SleeplessTime()
-    with (
-        mock.patch.object(retry, "time", sleepless),
-        mock.patch.object(session, "time", sleepless),
-    ):
         yield
 
 

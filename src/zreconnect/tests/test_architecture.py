@@ -36,7 +36,7 @@ descriptor
 adapter zopeless
 zreconnect
 testing integrations
-cli
+cli integrations.pytest
 __main__
 """
 LEVELS = {

@@ -40,13 +40,13 @@ from zreconnect.interfaces import (
 from zreconnect.link import Link
 from zreconnect.server import Server
 from zreconnect.session import NO_SESSION
+from zreconnect.testing import no_waiting
 from zreconnect.tests.base import (
     PATIENCE,
     DatabaseTestCase,
     LineTestCase,
     on_mariadb,
     wait_until,
-    without_sleep,
 )
 from zreconnect.witness import Outcome
 
@@ -361,7 +361,7 @@ class LateEndTests:
                     connection.rollback()
 
             self.forward.refuse()
-            with self.subTest(interface.__name__), subscriber(undo), without_sleep():
+            with self.subTest(interface.__name__), subscriber(undo), no_waiting():
                 with self.assertRaises(error):
                     connection.cursor().execute("SELECT 1")
                 self.assertEqual(connection.state, "doomed")

@@ -26,7 +26,8 @@ from zreconnect.events import (
     Waiting,
 )
 from zreconnect.server import AttemptFailed, server_from_dsn
-from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until, without_sleep
+from zreconnect.testing import no_waiting
+from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until
 
 
 class WaitingTests(DatabaseTestCase):
@@ -88,7 +89,7 @@ class WaitingTests(DatabaseTestCase):
         self.forward.refuse()
         with (
             policy_of(connection, timeout=30),
-            without_sleep(),
+            no_waiting(),
             self.assertRaises(ReconnectTimeout) as gave_up,
         ):
             connection.begin()
@@ -194,7 +195,7 @@ class EventTests(DatabaseTestCase):
             connection.rollback()
             with (
                 policy_of(connection, timeout=5),
-                without_sleep(),
+                no_waiting(),
                 self.assertRaises(ReconnectTimeout) as gave_up,
             ):
                 connection.begin()

@@ -32,7 +32,8 @@ from zreconnect import (
 from zreconnect.drivers.base import load_driver
 from zreconnect.events import GaveUpRunning, RunAgain
 from zreconnect.interfaces import IRetryOnDisconnect
-from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until, without_sleep
+from zreconnect.testing import no_waiting
+from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until
 from zreconnect.tests.test_sqlalchemy import LAYER, Item
 
 # No test waits for an interval.
@@ -512,7 +513,7 @@ class TimeTests(RetryTestCase):
             self.assertIn(f"WARNING:zreconnect:{event}", log.output)
 
     def test_the_last_run_begins_when_the_time_is_up(self):
-        with self.assertLogs("zreconnect", logging.ERROR) as log, without_sleep():
+        with self.assertLogs("zreconnect", logging.ERROR) as log, no_waiting():
             error, (again, gave_up) = self.lose_always(
                 timeout=600, min_interval=6000, max_interval=6000
             )
