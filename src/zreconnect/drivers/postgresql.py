@@ -192,14 +192,16 @@ FIRST_VERSION_WITH_XACT_STATUS = 130000
 # As the role that has logged in: after SET ROLE its other sessions may neither be seen nor ended.
 # Statements that are sent together are one transaction.
 AS_WHO_LOGGED_IN = "SET LOCAL SESSION AUTHORIZATION DEFAULT; SET LOCAL ROLE NONE; "
+# As text, because the program may have types of its own for times.
+STARTED = "to_char(backend_start AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US+00')"
 IDENTIFY = (
-    f"{AS_WHO_LOGGED_IN}SELECT pid, backend_start, pg_is_in_recovery(){{history}}"
+    f"{AS_WHO_LOGGED_IN}SELECT pid, {STARTED}, pg_is_in_recovery(){{history}}"
     " FROM pg_stat_activity WHERE pid = pg_backend_pid()"
 )
 # backend_xid has the lower half of a transaction id's 64 bits, as xmax has.
 # Who has been given the session, or the lock of our row, has it after our transaction's end.
 SINCE_BEGIN = "xact_start <= clock_timestamp() - make_interval(secs => %s)"
-BY_SESSION = f"(pid = %s AND backend_start = %s AND {SINCE_BEGIN})"
+BY_SESSION = f"(pid = %s AND {STARTED} = %s AND {SINCE_BEGIN})"
 BY_MARK = "(pid = %s AND extract(epoch FROM xact_start)::text = %s)"
 BY_ROW = f"(backend_xid::text = %s AND {SINCE_BEGIN})"
 # Whoever writes to a table keeps one of the other locks on it until the transaction ends; an index

@@ -185,6 +185,10 @@ class FencingTests:
                     self.assertEqual(cursor.fetchone(), ("clerk",))
                 connection.rollback()
 
+    def test_whatever_times_are_to_the_program(self):
+        for connection in self.connections(on_connect=self.read_times_as_objects):
+            self.check_that_the_orphan_is_ended(connection)
+
     def test_behind_a_pooler(self):
         """As far as is known here: one that passes on the server's numbers."""
         for connection in self.connections(pooled=True):
@@ -258,10 +262,19 @@ class FencingTests:
 
 
 class Psycopg2FencingTests(FencingTests, FencingTestCase):
-    pass
+    def read_times_as_objects(self, raw):
+        kind = psycopg2.extensions.new_type((1184,), "OBJECT", lambda value, cursor: object())
+        psycopg2.extensions.register_type(kind, raw)
 
 
 class PsycopgFencingTests(FencingTests, FencingTestCase):
+    def read_times_as_objects(self, raw):
+        class ObjectLoader(psycopg.adapt.Loader):
+            def load(self, data):
+                return object()
+
+        raw.adapters.register_loader("timestamptz", ObjectLoader)
+
     driver = "psycopg"
     module = psycopg
 
