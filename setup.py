@@ -26,6 +26,7 @@ STORM = ["storm >= 1.0"]
 PEERS = ["oslo.db >= 18.0", "psycopg_pool >= 3.2", *DJANGO, *PSYCOPG, *SQLALCHEMY, *STORM]
 # What zope.publisher, which Zope's integration serves, does not need itself.
 ZOPE = ["zope.component[zcml] >= 5.1", "zope.configuration >= 5.0", "zope.schema >= 7.0"]
+ZSQL = ["Products.ZSQLMethods >= 4.2", *ZOPE]
 # The servers and middleware of the example applications, which the tests run.
 EXAMPLES = [
     "PasteDeploy >= 3.0",
@@ -53,6 +54,8 @@ setup(
             "*.zcml",
             "cli/drill/*.html",
             "integrations/monitoring/*",
+            "integrations/zsql/*.dtml",
+            "integrations/zsql/*.zcml",
             "py.typed",
             "testing/configurations/*",
         ]
@@ -102,8 +105,10 @@ setup(
             *SQLALCHEMY,
             *SQLOBJECT,
             *STORM,
+            *ZSQL,
         ],
         "zope": ZOPE,
+        "zsql": ZSQL,
     },
     entry_points={
         "console_scripts": ["zreconnect = zreconnect.cli:main"],

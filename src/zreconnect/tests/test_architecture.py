@@ -59,6 +59,8 @@ FOREIGN_NAMES = {
     ("integrations.sqlobject", "_connection"): "that of an SQLObject, as its manual has it",
     ("integrations.sqlobject", "_obsolete"): "what says that an SQLObject is destroyed",
     ("integrations.sqlobject", "_SO_createValues"): "what waits for syncUpdate()",
+    ("integrations.zsql.connection", "_p_activate"): "what loads a persistent object's state",
+    ("integrations.zsql.connection", "_setObject"): "what puts an object into a folder",
     ("testing.conformance", "_exit"): "that of os, documented",
     ("zopeless", "_connection"): "that of an SQLObject class, as its manual has it",
 }
