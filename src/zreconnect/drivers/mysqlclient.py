@@ -10,6 +10,7 @@ from MySQLdb import connections, cursors
 
 from zreconnect.documented import implements
 from zreconnect.drivers.base import AT_HAND, addresses, reads_as
+from zreconnect.drivers.greenlets import tell_if_it_blocks
 from zreconnect.drivers.mysql import (
     CR_SSL_CONNECTION_ERROR,
     REQUIRED,
@@ -20,6 +21,9 @@ from zreconnect.interfaces import IDriver
 
 # The option of a DSN, and the key that mysqlclient has for it.
 TLS_FILES = {"ssl_ca": "ca", "ssl_cert": "cert", "ssl_key": "key"}
+
+# What to do under gevent.
+GREENLETS = "Use PyMySQL (mysql+pymysql://), which waits as gevent does."
 
 
 class MysqlclientDisconnectionError(MysqlDisconnectionError, MySQLdb.OperationalError):
@@ -43,6 +47,10 @@ class MysqlclientDriver(MysqlDriver):
             *("change_user", "set_server_option"),
         }
     )
+
+    def prepare(self, raw: Any) -> None:
+        super().prepare(raw)
+        tell_if_it_blocks("mysqlclient", GREENLETS)
 
     def rows_at_hand(self, raw_cursor: Any) -> int:
         return AT_HAND if reads_as(raw_cursor.__class__, cursors.Cursor) else 1

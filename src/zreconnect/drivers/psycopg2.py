@@ -22,6 +22,7 @@ from psycopg2 import extensions, sql
 
 from zreconnect.documented import implements
 from zreconnect.drivers.base import AT_HAND, Begun, SessionSettings, reads_as
+from zreconnect.drivers.greenlets import tell_if_it_blocks
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
     PostgresqlDriver,
@@ -53,6 +54,11 @@ IN_TRANSACTION = (
 FIRST_LINE = re.compile(rb"\ABEGIN[^\n]*; -- zreconnect\n")
 # The number of a line, in the server's message of an error.
 LINE = re.compile(r"^LINE (\d+):", re.MULTILINE)
+# What to do under gevent.
+GREENLETS = (
+    "Install psycogreen, and call psycogreen.gevent.patch_psycopg() where the program begins (with "
+    "gunicorn in post_fork); or use psycopg 3 (postgresql+psycopg://), which waits as gevent does."
+)
 # Cursor classes of psycopg2's own, in psycopg2.extras, that do nothing but execute the statement.
 PLAIN_CURSORS = ("DictCursor", "NamedTupleCursor", "RealDictCursor")
 
@@ -100,6 +106,8 @@ class Psycopg2Driver(PostgresqlDriver):
             )
         raw.autocommit = True
         _tell_overridden(raw)
+        if extensions.get_wait_callback() is None:
+            tell_if_it_blocks("psycopg2", GREENLETS)
 
     def restore(self, raw: Any, settings: SessionSettings, replaced: dict[str, str]) -> None:
         raw.autocommit = True  # Again, because on_connect may have changed it.
