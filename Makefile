@@ -33,7 +33,7 @@ programs := bin/py bin/test bin/zreconnect bin/coverage bin/mypy bin/ruff
 unbuilt := $(filter-out $(wildcard bin/*),$(programs))
 tools := .venv/tools/bin
 
-.PHONY: help demo test coverage lint docs package lowest changes services suites bench clean .FORCE
+.PHONY: help demo test coverage lint docs package lowest changes tell services suites bench clean .FORCE
 
 help:
 	@echo 'make demo       import a source tree into a database that is interrupted meanwhile'
@@ -60,14 +60,24 @@ help:
 demo: .venv/built
 	$(strip bin/zreconnect demo $(DEMO))
 
+# How long it takes, and what is skipped and why, before it begins.
+tell:
+	@echo '$(if $(TESTS),Tests of $(TESTS).,All tests: 20 minutes on two cores with TESTS=-j4, longer without. CONTRIBUTING.rst has a part that takes one.)'
+	@missing=$$(PATH="$$PATH:/usr/sbin"; for program in $(server_programs); do \
+	    command -v $$program >/dev/null || printf ' %s' $$program; done); \
+	    test -z "$$missing" || echo "Skipped where there is no$$missing: make services"
+	@$(builds_mysqlclient) || echo 'Skipped without mysqlclient, which cannot be built here: make services'
+	@test "`id -u`" = 0 || echo 'Skipped because only root can: networks, file systems and servers of another user'
+	@test "$$ZRECONNECT_SWEEP" = full || echo 'Skipped without ZRECONNECT_SWEEP=full: the whole of sweeps, of which a part is run'
+
 ifdef COVERAGE
-test: .venv/built
+test: .venv/built tell
 	@bin/coverage erase
 	$(strip bin/coverage run bin/test $(TESTS))
 	@bin/coverage combine --quiet
 	bin/coverage report
 else
-test: .venv/built
+test: .venv/built tell
 	$(strip bin/test $(TESTS))
 endif
 

@@ -9,7 +9,8 @@ MYSQL = ["mysqlclient >= 2.2"]
 OPENTELEMETRY = ["opentelemetry-api >= 1.30"]
 PROMETHEUS = ["prometheus_client >= 0.20"]
 PYMYSQL = ["PyMySQL >= 1.1"]
-PYRAMID = ["pyramid >= 2.0"]
+# Those before it import pkg_resources, which setuptools has no longer, and take any setuptools.
+PYRAMID = ["pyramid >= 2.1"]
 # 3.3.0 loses rows of server-side cursors.
 PSYCOPG = [
     "psycopg[binary] >= 3.2, != 3.3.0",
