@@ -111,7 +111,7 @@ package: .venv/tools/built
 	$(tools)/check-wheel-contents dist/*.whl
 	$(tools)/pyroma --quiet --min 8 --file dist/*.tar.gz
 
-lowest: .venv/tools/built
+lowest: package
 	.ci/lowest $(LOWEST)
 
 changes: .venv/tools/built

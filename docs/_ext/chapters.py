@@ -30,6 +30,10 @@ def write_pages(app: Sphinx, config: Config) -> None:
         "index" if path == CONTENTS else path.stem: f".. include:: ../../doctests/{path.name}\n"
         for path in DOCTESTS.glob("*.rst")
     }
+    for pictures in filter(Path.is_dir, DOCTESTS.iterdir()):
+        # A picture is looked for beside the page.
+        if not (directory / pictures.name).exists():
+            (directory / pictures.name).symlink_to(pictures, target_is_directory=True)
     for page in directory.glob("*.rst"):
         if page.stem not in pages:
             page.unlink()
