@@ -115,7 +115,9 @@ class ReadmeTests(unittest.TestCase):
         LAYER.server.create_database(self.database)
         LAYER.server.query("CREATE TABLE done (number integer)", dbname=self.database)
         self.addCleanup(leave_nothing_installed)
-        self.enterContext(quiet_log())
+        quiet = contextlib.ExitStack()
+        quiet.enter_context(quiet_log())
+        self.addCleanup(quiet.close)
         self.scripts = [
             textwrap.dedent(script)
             for script in re.findall(
