@@ -23,9 +23,6 @@ answer to a lost COMMIT is then `CommitOutcomeUnknown`, a 500 of which nobody co
 should have been. The same is right if a COMMIT is lost to a long outage: these, in 3 and 4, are
 accepted up to the number that the application's log has, and listed as unknown.
 
-Retries are counted in the log: transactions that were lost or could not begin, minus those whose
-request was answered for it, with 503, with 500 as unknown, or as committed after all.
-
 The seed decides on the faults and the requests, though not on the moment at which they meet.
 Exits with 1, and says what failed, if anything did.
 """
@@ -298,17 +295,7 @@ class Phase:
     def unknown(self):
         """The answers that are right because the outcome of a COMMIT is unknown."""
         found = [each for each in self.answers if each.status == 500 and each.kind == WRITE]
-        return found[: self._logged("was lost: unknown")]
-
-    @property
-    def retries(self):
-        lost = self._logged("while active: ") - self._logged("was lost: committed")
-        # Who looks an outcome up in vain, gives up as well.
-        not_begun = self._logged("Gave up connecting to ") - self._logged("was lost: unknown")
-        return lost - self._logged("was lost: unknown") + not_begun - len(self.refused)
-
-    def _logged(self, words):
-        return self.log.count(words)
+        return found[: self.log.count("was lost: unknown")]
 
     def latencies(self, kind):
         """The seconds until each answer that is 200, sorted."""
@@ -419,12 +406,12 @@ def check_table(server, dbname, phases, problems):
 
 def show_header(name):
     latencies = "".join(f"{kind:>16}" for kind in KINDS)
-    print(f"{name:<20}{'requests':>9}{'retries':>9}{'503':>7}{'unknown':>9}{latencies}")
-    print(f"{'':<54}{'   p50 ms p99 ms' * len(KINDS)}", flush=True)
+    print(f"{name:<20}{'requests':>9}{'503':>7}{'unknown':>9}{latencies}")
+    print(f"{'':<45}{'   p50 ms p99 ms' * len(KINDS)}", flush=True)
 
 
 def show_phase(phase):
-    counts = f"{len(phase.answers):>9}{phase.retries:>9}{len(phase.refused):>7}"
+    counts = f"{len(phase.answers):>9}{len(phase.refused):>7}"
     print(f"  {phase.name:<18}{counts}{len(phase.unknown):>9}", end="")
     for kind in KINDS:
         latencies = phase.latencies(kind) or [float("nan")]
@@ -530,7 +517,6 @@ def load_stacks(options):
     for name, (phases, problems) in results.items():
         print(f"  {name:<18}{'FAILED' if problems else 'holds':<7}", end="")
         print(f"{sum(len(phase.answers) for phase in phases)} requests, ", end="")
-        print(f"{sum(phase.retries for phase in phases)} retries, ", end="")
         print(f"{sum(len(phase.refused) for phase in phases)} answered 503, ", end="")
         print(f"{sum(len(phase.unknown) for phase in phases)} unknown")
     return 1 if any(problems for _, problems in results.values()) else 0
