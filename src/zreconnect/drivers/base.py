@@ -59,6 +59,7 @@ class ServerSession:
     start: what tells it from the others of that number.
     is_standby: whether the server takes no writes.
     is_pooled: whether any transaction may be in another one, see `SessionSettings`.
+    is_lent: whether a pooler has it, and gives it to others afterwards.
     history: that of the server; None if it is a standby, or does not tell.
     """
 
@@ -66,6 +67,7 @@ class ServerSession:
     start: Any
     is_standby: bool = False
     is_pooled: bool = False
+    is_lent: bool = False
     history: History | None = None
 
 

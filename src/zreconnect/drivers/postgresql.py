@@ -489,12 +489,13 @@ class PostgresqlDriver:
             (row,) = self.query(raw, IDENTIFY.format(history=""))
         pid, start, is_standby, *told = row
         history = History(*told) if told and not is_standby else None
-        return ServerSession(pid, start, is_standby, history=history)
+        is_lent = pid != raw.info.backend_pid
+        return ServerSession(pid, start, is_standby, is_lent=is_lent, history=history)
 
     def end_session(self, raw: Any, session: ServerSession, evidence: Evidence) -> bool:
         seconds = max(0.0, time.monotonic() - evidence.began)
         found: list[tuple[str, Any]] = [(BY_MARK, mark) for mark in evidence.marks]
-        if not session.is_pooled:
+        if not (session.is_pooled or session.is_lent):
             found.append((BY_SESSION, (session.pid, session.start, seconds)))
         if evidence.xid is not None:
             found.append((BY_ROW, (evidence.xid, seconds)))

@@ -85,8 +85,9 @@ class EvidenceTests:
 
     def test_behind_a_pooler_the_session_tells_nothing(self):
         self.begin()
-        session = replace(self.session, is_pooled=True)
-        self.assertFalse(self.ends(session, began=time.monotonic()))
+        for kind in ({"is_pooled": True}, {"is_lent": True}):
+            session = replace(self.session, **kind)
+            self.assertFalse(self.ends(session, began=time.monotonic()))
         self.assert_lives()
 
     def test_the_transactions_own_mark(self):

@@ -564,6 +564,36 @@ class SessionModeTests(EitherModeTests):
         self.assertEqual(held.fetchall(), [(1,)])
         held.close()
 
+    def test_a_process_that_others_have_by_now_is_left_to_them(self):
+        """It is free as soon as the line is gone on which BEGIN has not arrived."""
+        with (
+            self.another_pooler(default_pool_size=2) as pooler,
+            PortForward(pooler.host, pooler.port) as line,
+        ):
+            for witness in WITNESSES:
+                with self.subTest(witness=witness):
+                    self.check_that_an_heir_lives(pooler, line, witness)
+
+    def check_that_an_heir_lives(self, pooler, line, witness):
+        dsn = pooler.dsn(dbname=self.dbname, port=line.port)
+        connection = self.connect(dsn, witness=witness, pooled=False)
+        process = "SELECT pg_backend_pid()"
+        pid = connection.run(lambda: connection.execute(process).fetchone())
+        with self.other_client(pooler) as other, contextlib.ExitStack() as stack:
+            other.cursor().execute("SELECT 1")
+            line.cut("to_server", 0)
+            with self.assertRaises(DisconnectionError):
+                connection.execute(INSERT, ("never",))
+            heir = stack.enter_context(self.other_client(pooler))
+            cursor = heir.cursor()
+            cursor.execute(process)
+            self.assertEqual(cursor.fetchone(), pid)
+            other.close()
+            connection.rollback()
+            connection.run(self.insert, connection, repr(witness))
+            cursor.execute("SELECT 1")
+        connection.close()
+
 
 @on_pgbouncer(SESSION_POOL)
 class Psycopg2SessionModeTests(SessionModeTests, PoolerTestCase):
