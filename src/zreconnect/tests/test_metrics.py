@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import unittest
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from unittest import mock
@@ -44,6 +44,11 @@ DASHBOARD = json.loads((MONITORING / "dashboard.json").read_text(encoding="utf-8
 PATIENT = RetryPolicy(timeout=60, initial=0.05, maximum=0.05)
 SERVER = "postgresql://job@db/work"
 LOSS = events.ConnectionLost(SERVER, ConnectionError("gone"), IDLE)
+
+
+def reconnected(seen):
+    """How many of the events say so. On a busy machine the first session may take two attempts."""
+    return sum(isinstance(event, events.Reconnected) for event in seen)
 
 
 class PrometheusTestCase(unittest.TestCase):
@@ -95,7 +100,7 @@ class LossTestCase(DatabaseTestCase):
 
 class PrometheusTests(PrometheusTestCase, LossTestCase):
     def test_connections_by_state(self):
-        connection = self.connect(policy=FAIL_FAST)
+        connection = self.connect()
         server = connection.server
 
         def shown():
@@ -122,17 +127,24 @@ class PrometheusTests(PrometheusTestCase, LossTestCase):
     def test_a_loss_between_transactions(self):
         connection = self.connect()
         server = connection.server
-        self.use(connection)
-        # It begins with 0: so the first loss is an increase.
-        self.assertEqual(self.value("connection_losses_total", server=server, state="idle"), 0)
-        self.assertEqual(self.value("reconnect_duration_seconds_count", server=server), 0)
-        self.forward.drop()
-        self.use(connection)
+        with self.events() as seen:
+            self.use(connection)
+            # It begins with 0: so the first loss is an increase.
+            self.assertEqual(self.value("connection_losses_total", server=server, state="idle"), 0)
+            self.assertEqual(
+                self.value("reconnect_duration_seconds_count", server=server), reconnected(seen)
+            )
+            self.forward.drop()
+            self.use(connection)
         self.assertEqual(self.value("connection_losses_total", server=server, state="idle"), 1)
         self.assertEqual(self.value("connection_losses_total", server=server, state="active"), 0)
-        self.assertEqual(self.value("reconnect_duration_seconds_count", server=server), 1)
+        self.assertGreater(reconnected(seen), 0)
         self.assertEqual(
-            self.value("reconnect_attempts_total", server=server, outcome="succeeded"), 1
+            self.value("reconnect_duration_seconds_count", server=server), reconnected(seen)
+        )
+        self.assertEqual(
+            self.value("reconnect_attempts_total", server=server, outcome="succeeded"),
+            reconnected(seen),
         )
 
     def test_a_loss_inside_a_transaction(self):
@@ -327,7 +339,7 @@ class CountingTests(PrometheusTestCase):
 
         counted = 0
         with alarms(handle, 0.0005, 0.0005):
-            while len(handled) < 200:
+            while len(handled) < 50:
                 events.announce(LOSS)
                 counted += 1
                 self.losses()
@@ -335,7 +347,7 @@ class CountingTests(PrometheusTestCase):
 
     def test_threads(self):
         def lose():
-            for _ in range(200):
+            for _ in range(50):
                 events.announce(LOSS)
                 self.losses()
 
@@ -343,11 +355,11 @@ class CountingTests(PrometheusTestCase):
         for thread in threads:
             thread.start()
         # Connections come and go meanwhile.
-        for _ in range(200):
+        for _ in range(50):
             connect("postgresql://nobody@127.0.0.1/nothing")
         for thread in threads:
             thread.join()
-        self.assertEqual(self.losses(), 800)
+        self.assertEqual(self.losses(), 200)
 
     def test_a_forked_child_counts_from_0(self):
         events.announce(LOSS)
@@ -479,14 +491,15 @@ class OpenTelemetryTests(LossTestCase):
     def test_losses(self):
         connection = self.connect()
         server = connection.server
-        self.use(connection)
-        self.assertEqual(self.values("zreconnect.connection.losses", server), {})
-        self.forward.drop()
-        self.use(connection)
-        connection.begin()
-        self.forward.drop()
-        with self.assertRaises(DisconnectionError):
-            connection.cursor().execute("SELECT 1")
+        with self.events() as seen:
+            self.use(connection)
+            self.assertEqual(self.values("zreconnect.connection.losses", server), {})
+            self.forward.drop()
+            self.use(connection)
+            connection.begin()
+            self.forward.drop()
+            with self.assertRaises(DisconnectionError):
+                connection.cursor().execute("SELECT 1")
         self.assertEqual(
             self.values("zreconnect.connection.losses", server), {("idle",): 1, ("used",): 1}
         )
@@ -495,9 +508,10 @@ class OpenTelemetryTests(LossTestCase):
             {("idle",): 0, ("used",): 0, ("prepared",): 0, ("doomed",): 1},
         )
         point = self.points("zreconnect.reconnect.duration", server)[()]
-        self.assertEqual(point.count, 1)
+        self.assertEqual(point.count, reconnected(seen))
         self.assertEqual(tuple(point.explicit_bounds), metrics.BUCKETS)
-        self.assertEqual(self.values("zreconnect.reconnect.attempts", server), {("succeeded",): 1})
+        attempts = self.values("zreconnect.reconnect.attempts", server)
+        self.assertEqual(attempts["succeeded",], reconnected(seen))
 
     def test_waiting(self):
         connection = self.connect(policy=PATIENT)
@@ -829,10 +843,10 @@ class ScrapeTests(PrometheusTestCase, LossTestCase):
         with self.away(), self.assertRaises(DisconnectionError):
             impatient.begin()
         events.announce(events.HistoryChanged(job.server, "as after a failover", True))
-        with suppress(DisconnectionError):
-            impatient.begin()
-            self.forward.drop()
-            record(impatient)
+        doomed = self.write(self.connect(policy=PATIENT))
+        self.forward.drop()
+        with self.assertRaises(DisconnectionError):
+            record(doomed)
         return job.server
 
     def test_each_metric_moves(self):
