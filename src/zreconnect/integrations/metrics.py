@@ -74,6 +74,13 @@ COMMITS = Metric(
     "outcome",
     tuple(outcome.value for outcome in Outcome),
 )
+# The server of its event is that of several.
+PARTIAL_COMMITS = Metric(
+    "partial.commits",
+    "{commit}",
+    "Transactions of several databases, committed in some of them and not, or perhaps not, in all",
+    by_server=False,
+)
 CHANGES = Metric(
     "history.changes",
     "{change}",
@@ -88,7 +95,10 @@ ABANDONED_RUNS = Metric(
     "abandoned.runs", "{run}", "Units of work that were not run again, and failed", by_server=False
 )
 #: All that only grow.
-COUNTERS = (LOSSES, ATTEMPTS, TIMEOUTS, COMMITS, CHANGES, REPEATED_RUNS, ABANDONED_RUNS)
+COUNTERS = (
+    *(LOSSES, ATTEMPTS, TIMEOUTS, COMMITS, CHANGES),
+    *(PARTIAL_COMMITS, REPEATED_RUNS, ABANDONED_RUNS),
+)
 DURATION = Metric("reconnect.duration", "s", "Seconds until there was a session again")
 CONNECTIONS = Metric("connections", "{connection}", "Connections, by state", "state", STATES)
 WAITING = Metric("waiting.threads", "{thread}", "Threads that wait for a connection to the server")
@@ -113,6 +123,7 @@ _MEASURES: dict[Any, Measure] = {
     ],
     interfaces.IGaveUp: lambda event: [(ATTEMPTS, "failed", 1), (TIMEOUTS, "", 1)],
     interfaces.ICommitLookedUp: lambda event: [(COMMITS, event.outcome, 1)],
+    interfaces.ICommittedInPart: lambda event: [(PARTIAL_COMMITS, "", 1)],
     interfaces.IHistoryChanged: lambda event: [(CHANGES, _MISSING[event.is_missing], 1)],
     interfaces.IRunAgain: lambda event: [(REPEATED_RUNS, "", 1)],
     interfaces.IGaveUpRunning: lambda event: [(ABANDONED_RUNS, "", 1)],

@@ -43,6 +43,7 @@ RULES = (MONITORING / "alerts.yml").read_text(encoding="utf-8")
 DASHBOARD = json.loads((MONITORING / "dashboard.json").read_text(encoding="utf-8"))
 PATIENT = RetryPolicy(timeout=60, initial=0.05, maximum=0.05)
 SERVER = "postgresql://job@db/work"
+IN_PART = events.CommittedInPart("two servers", ("one",), ("two",), (), ConnectionError("gone"))
 LOSS = events.ConnectionLost(SERVER, ConnectionError("gone"), IDLE)
 
 
@@ -248,6 +249,10 @@ class CountingTests(PrometheusTestCase):
             events.announce(events.HistoryChanged(SERVER, "evidence", is_missing))
         for missing in ("yes", "no", "unknown"):
             self.assertEqual(self.value("history_changes_total", server=SERVER, missing=missing), 1)
+
+    def test_a_commit_in_part(self):
+        events.announce(IN_PART)
+        self.assertEqual(self.value("partial_commits_total"), 1)
 
     def test_events_of_others_are_left_alone(self):
         zope.event.notify(object())
@@ -722,6 +727,8 @@ tests:
         values: '_ _ 1 1x90'
       - series: 'zreconnect_lost_commits_total{{job="fine",outcome="committed",server="s"}}'
         values: '0 0 1 1x90'
+      - series: 'zreconnect_partial_commits_total{{job="j"}}'
+        values: '0 0 1 1x90'
       - series: 'zreconnect_history_changes_total{{job="j",missing="yes",server="s"}}'
         values: '_ _ 1 1x90'
       - series: 'zreconnect_history_changes_total{{job="j",missing="no",server="s"}}'
@@ -746,6 +753,7 @@ FIRING = {
     "DatabaseConnectionsGivenUp": {1: [], 3: ["j"], 20: []},
     "DatabaseSessionsLostOften": {15: [], 60: ["j"]},
     "CommitOutcomeUnknown": {1: [], 3: ["counted", "born"], 50: ["counted", "born"], 90: []},
+    "CommittedInPart": {1: [], 3: ["j"], 70: []},
     "AcknowledgedWorkMissing": {1: [], 3: ["j"], 90: []},
     "WorkFailedForGood": {1: [], 3: ["j"], 20: []},
     "TransactionLeftDoomed": {10: [], 20: ["j"]},
@@ -843,6 +851,7 @@ class ScrapeTests(PrometheusTestCase, LossTestCase):
         with self.away(), self.assertRaises(DisconnectionError):
             impatient.begin()
         events.announce(events.HistoryChanged(job.server, "as after a failover", True))
+        events.announce(IN_PART)
         doomed = self.write(self.connect(policy=PATIENT))
         self.forward.drop()
         with self.assertRaises(DisconnectionError):
@@ -913,7 +922,12 @@ class ScrapeTests(PrometheusTestCase, LossTestCase):
                         for name, state in prometheus_server.alerts().items()
                         if state == "firing"
                     }
-                    >= {"CommitOutcomeUnknown", "AcknowledgedWorkMissing", "WorkFailedForGood"}
+                    >= {
+                        "CommitOutcomeUnknown",
+                        "CommittedInPart",
+                        "AcknowledgedWorkMissing",
+                        "WorkFailedForGood",
+                    }
                 )
             )
             self.assertEqual(set(alerts), set(FIRING))
