@@ -345,8 +345,8 @@ def check_replication(patient: Patient) -> Findings:
         if replicas:
             yield note(
                 "replication",
-                f"{len(replicas)} standbys follow without being waited for: what was acknowledged "
-                "last can be missing after a failover",
+                f"Standbys follow ({len(replicas)}) without being waited for: what was "
+                "acknowledged last can be missing after a failover",
                 "If it must not: synchronous_standby_names, or Patroni's synchronous_mode; and "
                 "witness=Ledger()",
             )

@@ -10,15 +10,17 @@ from urllib.parse import quote
 
 import psycopg2
 
-from zreconnect.cli import postgresqlchecks
+from zreconnect.cli import findings, postgresqlchecks
+from zreconnect.testing import EmbeddedStandby
 from zreconnect.testing.layers import (
     MARIADB_PORT_FORWARD_LAYER,
     POSTGRES_LAYER,
     PgBouncerLayer,
     PostgresLayer,
 )
-from zreconnect.tests.base import needs_mysqlclient, on_mariadb, on_pgbouncer
+from zreconnect.tests.base import needs_mysqlclient, on_mariadb, on_pgbouncer, wait_until
 from zreconnect.tests.test_command import run_here
+from zreconnect.tests.tls import Terminator, make_certificate, needs_openssl
 
 SETTINGS = {
     "max_prepared_transactions": 20,
@@ -240,6 +242,52 @@ class PostgresDoctorTests(PostgresDoctorTestCase):
             self.assertEqual(list(found), [("connection", "error")])
             self.assertIn(remedy, self.finding(found, "connection", "error")["remedy"])
 
+    def test_a_line_that_leaves_the_machine(self):
+        with mock.patch.object(findings.Patient, "is_local", False):
+            found = self.examine(self.dsn())
+            self.assertIn("one host", self.finding(found, "hosts", "note")["reason"])
+            finding = self.finding(found, "tls", "warning")
+            self.assertIn("not encrypted", finding["reason"])
+            self.assertIn("sslmode=verify-full", finding["remedy"])
+
+    @needs_openssl
+    def test_tls(self):
+        certificate, key = make_certificate(self)
+        terminator = Terminator(self, self.server, certificate, key)
+        dsn = self.server.dsn(user=ROLE, host=terminator.host, port=terminator.port)
+        with mock.patch.object(findings.Patient, "is_local", False):
+            for mode, severity, told in (
+                ("prefer", "note", "could be without TLS"),
+                ("require", "note", "nobody looks with whom"),
+                (f"verify-full&sslrootcert={certificate}", "ok", "known with whom"),
+            ):
+                with self.subTest(mode):
+                    found = self.examine(f"{dsn}?sslmode={mode}")
+                    self.assertIn(told, self.finding(found, "tls", severity)["reason"])
+        found = self.examine(f"{dsn}?sslmode=verify-full&sslrootcert=/nothing/here")
+        self.assertIn("certificate", self.finding(found, "connection", "error")["remedy"])
+
+    def test_no_room(self):
+        with mock.patch.object(postgresqlchecks, "NEARLY_ALL", 0.0):
+            found = self.examine(self.dsn())
+        self.finding(found, "connections", "warning")
+        self.finding(found, "prepared transactions", "warning")
+
+    def test_what_the_role_may_not_ask(self):
+        self.query("REVOKE SELECT ON pg_prepared_xacts FROM PUBLIC")
+        self.addCleanup(self.query, "GRANT SELECT ON pg_prepared_xacts TO PUBLIC")
+        status, output, _errors = run_here("doctor", self.dsn())
+        self.assertEqual(status, 0)
+        self.assertIn("note: prepared\n    The server does not tell: permission denied", output)
+
+    def test_a_connection_that_is_lost_meanwhile(self):
+        def lose(patient):
+            patient.query("SELECT pg_terminate_backend(pg_backend_pid())")
+
+        with mock.patch.object(postgresqlchecks, "CHECKS", (lose,)):
+            found = self.examine(self.dsn(), is_bad=True)
+        self.assertIn("It was lost", self.finding(found, "connection", "error")["reason"])
+
     def test_bad_arguments(self):
         for arguments, complaint in (
             (("--table", "a; b", "dbname=x"), "argument --table"),
@@ -248,6 +296,28 @@ class PostgresDoctorTests(PostgresDoctorTestCase):
             status, _output, errors = run_here("doctor", *arguments)
             self.assertEqual(status, 2)
             self.assertIn(complaint, errors)
+
+
+class StandbyDoctorTests(PostgresDoctorTestCase):
+    # A standby must have the settings of the primary.
+    layer = POSTGRES_LAYER
+
+    def test_replicas(self):
+        with EmbeddedStandby(self.server) as standby:
+            found = self.examine(standby.dsn())
+            self.assertIn("standby", self.finding(found, "writes", "warning")["reason"])
+            wait_until(lambda: self.query(postgresqlchecks.REPLICAS))
+            self.finding(self.examine(self.dsn()), "replication", "note")
+            self.query("ALTER SYSTEM SET synchronous_standby_names = '*'")
+            self.query("SELECT pg_reload_conf()")
+            try:
+                wait_until(lambda: self.query(postgresqlchecks.REPLICAS)[0][1] == "sync")
+                self.finding(self.examine(self.dsn(user="postgres")), "replication", "ok")
+                found = self.finding(self.examine(self.dsn()), "replication", "note")
+                self.assertIn("may not see", found["reason"])
+            finally:
+                self.query("ALTER SYSTEM RESET synchronous_standby_names")
+                self.query("SELECT pg_reload_conf()")
 
 
 class PsycopgDoctorTests(PostgresDoctorTestCase):
