@@ -405,6 +405,16 @@ class GivenServerTests(CommandTestCase):
         self.assertEqual(process.returncode, 130)
         self.assertEqual(self.schemas(), [])
 
+    def test_whoever_reads_has_enough(self):
+        make_tree(self.tree)
+        process = self.start("demo", self.tree, "--dsn", self.direct_dsn, "--verbose")
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+        self.assertEqual(process.wait(TIMEOUT), 141, errors)
+        self.assertEqual(without_notices(errors), [])
+        self.assertEqual(self.schemas(), [])
+
     def test_what_the_database_loses_and_doubles_is_found(self):
         files, _definitions = make_tree(self.tree, plain_files=0)
         (self.tree / "forgotten.py").write_text("def forgotten(): pass\ndef kept(): pass\n")
