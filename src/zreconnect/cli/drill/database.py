@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from zreconnect.cli.drill.program import POLL_INTERVAL
 from zreconnect.cli.errors import CommandError
 from zreconnect.drivers.base import load_driver
 from zreconnect.drivers.mysql import ER_NO_SUCH_THREAD, MysqlDriver, errno
@@ -207,10 +209,16 @@ class Database:
         self.query("SELECT pg_terminate_backend(%s)", session)
 
     def terminate_all(self) -> bool:
-        """End the program's sessions, and whether there were any."""
+        """End the program's sessions, and return whether there were any.
+
+        They have ended by then: what is done afterwards is done by others.
+        """
         sessions = self.sessions()
         for session in sessions:
             self.terminate(session)
+        deadline = time.monotonic() + TIMEOUT
+        while not set(sessions).isdisjoint(self.sessions()) and time.monotonic() < deadline:
+            time.sleep(POLL_INTERVAL)
         return bool(sessions)
 
     def may_terminate(self) -> bool:
