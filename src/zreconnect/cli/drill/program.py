@@ -23,6 +23,8 @@ LAST_LINES = 20
 LONGEST_LINE = 500
 # Seconds that the program has to end when it is asked to, before it is killed.
 ORDERLY_END = 5.0
+# Seconds in which the kernel ends what was killed, unless that waits for a disk.
+KILL_TIMEOUT = 10.0
 POLL_INTERVAL = 0.02
 # Marks the environment of what the program starts, also if that leaves its process group.
 MARK = "ZRECONNECT_DRILL"
@@ -91,7 +93,8 @@ class Program:
 
     def _kill(self) -> None:
         self._signal_group(signal.SIGKILL)
-        while marked := self._marked():
+        deadline = time.monotonic() + KILL_TIMEOUT
+        while (marked := self._marked()) and time.monotonic() < deadline:
             for pid in marked:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -101,8 +104,8 @@ class Program:
             reader.join(1.0)
 
     def _signal_group(self, number: int) -> None:
-        # The group is there as long as one of its processes is.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        # When its first process is gone, another group may come to have its number.
+        if self._process.poll() is None:
             os.killpg(self._process.pid, number)
 
     def _marked(self) -> list[int]:

@@ -80,8 +80,9 @@ class Result:
             longest, kind = max(seconds)
             fewer = sum(has_fewer(each) for each in happened)
             reservation = f", but with fewer connections after {fewer} of them" if fewer else ""
+            each_of = "each of " if len(happened) > 1 else ""
             return (
-                f"Survived: worked again after each of {number}, at the latest after "
+                f"Survived: worked again after {each_of}{number}, at the latest after "
                 f"{longest:.2f} s ({kind}){reservation}."
             )
         parts = []
