@@ -1,14 +1,17 @@
 """Docstrings as the reference shows them, and the interfaces.
 
 ``.. interface:: zreconnect.interfaces.INAME`` shows an interface of zope.interface.
+``.. others:: MODULE`` shows the public names of a module that no page of the reference names.
 A paragraph ``name: what it is`` of a docstring is about an argument.
 """
 
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import re
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -20,6 +23,10 @@ from sphinx.util.docutils import SphinxDirective
 from zope.interface.interface import InterfaceClass, Method
 
 ARGUMENT = re.compile(r"(\*{0,2}[A-Za-z_]\w*(?:, [A-Za-z_]\w*)*): (.*)")
+# What a page names, by its full name or below a ``currentmodule``.
+NAMED = re.compile(r"^\.\. (?:auto\w+|interface|py:\w+):: ([\w.]+)$", re.MULTILINE)
+# The directive for what is one of these, the first that fits.
+KINDS: dict[type, str] = {InterfaceClass: "interface", type: "autoclass", object: "autofunction"}
 # Where a name without a module is looked for.
 MODULES = ("zreconnect", "zreconnect.interfaces", "zreconnect.testing", "zreconnect.events")
 
@@ -105,6 +112,45 @@ class InterfaceDirective(SphinxDirective):
         return parent.children
 
 
+class OthersDirective(SphinxDirective):
+    """What is public in a module, and has no place in the reference yet."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        (module,) = self.arguments
+        pages = (Path(self.env.srcdir) / "reference").glob("*.rst")
+        named = set(NAMED.findall("".join(page.read_text(encoding="utf-8") for page in pages)))
+        lines = []
+        for name, thing in public_names(module):
+            if not {name, name.rpartition(".")[2]} & named:
+                kind = KINDS[next(kind for kind in KINDS if isinstance(thing, kind))]
+                lines += [f".. {kind}:: {name}", ""]
+        parent = nodes.Element()
+        parent.document = self.state.document
+        self.state.nested_parse(StringList(lines, source=module), 0, parent)
+        return parent.children
+
+
+def public_names(module: str) -> list[tuple[str, Any]]:
+    """Those of a module, or the functions that switch an integration on, by their full names."""
+    imported = import_module(module)
+    if module == "zreconnect.integrations":
+        found = []
+        for info in pkgutil.iter_modules(imported.__path__, f"{module}."):
+            part = import_module(info.name)
+            for name in ("register", "unregister", "includeme"):
+                if getattr(getattr(part, name, None), "__module__", None) == part.__name__:
+                    found.append((f"{part.__name__}.{name}", getattr(part, name)))
+        return found
+    names = getattr(imported, "__all__", None) or [
+        name
+        for name, thing in vars(imported).items()
+        if isinstance(thing, InterfaceClass) and thing.__module__ == module
+    ]
+    return [(f"{module}.{name}", getattr(imported, name)) for name in names]
+
+
 def described(element: Any) -> list[str]:
     lines = inspect.cleandoc(element.__doc__ or "").splitlines()
     names = arguments_of(element) if isinstance(element, Method) else set()
@@ -146,4 +192,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-skip-member", skip_classes)
     app.connect("missing-reference", find_elsewhere)
     app.add_directive("interface", InterfaceDirective)
+    app.add_directive("others", OthersDirective)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,6 +1,5 @@
 """What is public has a docstring, which is written once."""
 
-import ast
 import inspect
 import pydoc
 import re
@@ -12,6 +11,7 @@ from zope.interface import Attribute, Interface
 from zope.interface.verify import verifyClass, verifyObject
 
 import zreconnect
+import zreconnect.integrations
 import zreconnect.testing
 from zreconnect import adapter, datamanager, events, exceptions, interfaces, witness
 from zreconnect.connection import Savepoint
@@ -270,34 +270,24 @@ class PublicNamesTests(unittest.TestCase):
 
 
 class ReferenceTests(unittest.TestCase):
-    """docs/reference has every public name."""
+    """docs/reference has every public name: in its place, or where a module's rest is shown."""
 
     def setUp(self):
         directory = Path(__file__).resolve().parents[3] / "docs/reference"
         text = "".join(path.read_text(encoding="utf-8") for path in directory.glob("*.rst"))
         directives = r"^\.\. (?:auto\w+|interface|py:\w+):: ([\w.]+)$"
         self.shown = re.findall(directives, text, re.MULTILINE)
-        self.last_parts = {name.rpartition(".")[2] for name in self.shown}
+        self.rests = re.findall(r"^\.\. others:: ([\w.]+)$", text, re.MULTILINE)
 
-    def test_has_those_of_the_package_and_of_testing(self):
-        for module in (zreconnect, zreconnect.testing):
-            self.assertEqual(set(module.__all__) - self.last_parts, set())
+    def test_has_the_rest_of_each_module(self):
+        modules = [zreconnect, interfaces, zreconnect.integrations, zreconnect.testing]
+        self.assertEqual(sorted(self.rests), sorted(module.__name__ for module in modules))
 
-    def test_has_the_interfaces_each_once(self):
-        names = [
-            f"{interfaces.__name__}.{name}"
-            for name, value in public(vars(interfaces))
-            if getattr(value, "__module__", None) == interfaces.__name__
-        ]
-        shown = [name for name in self.shown if name.startswith(f"{interfaces.__name__}.")]
-        self.assertEqual(sorted(shown), sorted(names))
-
-    def test_has_the_functions_of_the_integrations(self):
-        package = Path(zreconnect.__file__).parent / "integrations"
-        for path in package.glob("*.py"):
-            for node in ast.parse(path.read_text(encoding="utf-8")).body:
-                if isinstance(node, ast.FunctionDef) and node.name in ("register", "includeme"):
-                    self.assertIn(f"zreconnect.integrations.{path.stem}.{node.name}", self.shown)
+    def test_has_what_there_is_each_once(self):
+        self.assertEqual(len(self.shown), len(set(self.shown)))
+        for name in self.shown:
+            if name.startswith(f"{interfaces.__name__}."):
+                self.assertTrue(hasattr(interfaces, name.rpartition(".")[2]), name)
 
 
 def undocumented(name, value):
