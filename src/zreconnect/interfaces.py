@@ -494,6 +494,9 @@ class IPipeliningDriver(IDriver):
     )
     returns_cursor = Attribute("Whether the cursor's ``execute()`` returns the cursor.")
 
+    def is_to_write(query):
+        """Whether a statement is one of those that always are to write, as its first word says."""
+
     def may_begin_with(raw, raw_cursor, query, parameters=None):
         """Whether a statement means the same when it travels along with BEGIN.
 
@@ -560,10 +563,10 @@ class IObserver(Interface):
 
     needs_row = Attribute("Whether `began` has to be told at once what the rider has returned.")
 
-    def rider(raw, settings, along=False):
+    def rider(raw, settings, along=None):
         """The statement that goes along with BEGIN, or an empty string.
 
-        along: whether the program's first statement goes along, too.
+        along: the program's first statement, if that goes along, too.
         """
 
     def began(row):
