@@ -33,7 +33,8 @@ from zreconnect import (
 )
 from zreconnect.integrations import metrics, opentelemetry, prometheus
 from zreconnect.interfaces import ACTIVE, IDLE
-from zreconnect.tests.base import REQUIRED, DatabaseTestCase, wait_until, without_sleep
+from zreconnect.testing import no_waiting
+from zreconnect.tests.base import REQUIRED, DatabaseTestCase, wait_until
 from zreconnect.tests.interrupts import alarms
 from zreconnect.tests.prometheus_server import JOB, EmbeddedPrometheus, promtool
 from zreconnect.tests.situations import Child
@@ -214,7 +215,7 @@ class PrometheusTests(PrometheusTestCase, LossTestCase):
             self.forward.drop()
             connection.cursor().execute("SELECT 1")
 
-        with without_sleep(), self.assertRaises(DisconnectionError):
+        with no_waiting(), self.assertRaises(DisconnectionError):
             connection.run(lose, attempts=3)
         self.assertEqual(self.value("repeated_runs_total"), 2)
         self.assertEqual(self.value("abandoned_runs_total"), 1)
@@ -845,7 +846,7 @@ class ScrapeTests(PrometheusTestCase, LossTestCase):
             self.forward.drop()
             record()
 
-        with without_sleep(), self.assertRaises(DisconnectionError):
+        with no_waiting(), self.assertRaises(DisconnectionError):
             job.run(lose, attempts=2)
         impatient = self.connect(policy=FAIL_FAST)
         with self.away(), self.assertRaises(DisconnectionError):
