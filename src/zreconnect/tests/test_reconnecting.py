@@ -268,7 +268,6 @@ class EventTests(DatabaseTestCase):
 
         with (
             mock.patch("zreconnect.outage.Outage.until_told", until_told),
-            mock.patch("zreconnect.outage.Outage.is_to_be_told", lambda outage: False),
             policy_of(connection, timeout=0.1),
             self.assertRaises(ReconnectTimeout),
         ):
