@@ -753,7 +753,7 @@ class CommandTests(SqliteTestCase):
         self.assertEqual(status, 0, written)
         for line in ("locked by a writer", "locked by a reader", "locked for all"):
             self.assertIn(line, written)
-        self.assertRegex(written, r"  recorded +5 ")
+        self.assertRegex(written, r"  recorded +5\b")
         self.assertEqual(self.files(), ["job.db"])
 
     def test_the_demo_keeps_its_file_if_it_is_asked_to(self):
