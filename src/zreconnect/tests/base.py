@@ -23,8 +23,14 @@ from zreconnect.testing import (
     EmbeddedPatroni,
     EmbeddedPgBouncer,
 )
-from zreconnect.testing.layers import MARIADB_PORT_FORWARD_LAYER, PORT_FORWARD_LAYER
+from zreconnect.testing.layers import (
+    MARIADB_PORT_FORWARD_LAYER,
+    PortForwardLayer,
+    PostgresLayer,
+)
 
+# That of most tests. The first layers, by name, begin first, and this takes longest.
+LAYER = PortForwardLayer(PostgresLayer("BasicPostgresLayer"), "BasicForwardLayer")
 PATIENCE = 60.0
 # Whether it is an error if what tests need is not installed.
 REQUIRED = os.environ.get("ZRECONNECT_REQUIRE_SERVERS") == "1"
@@ -126,7 +132,7 @@ class LineTestCase(unittest.TestCase):
 class DatabaseTestCase(LineTestCase):
     """``self.dsn`` leads to an empty database through ``self.forward``."""
 
-    layer = PORT_FORWARD_LAYER
+    layer = LAYER
 
     dbname = "postgres"
     #: The driver of `connect`, and its module.

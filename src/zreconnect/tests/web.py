@@ -203,7 +203,8 @@ class WebTestCase(DatabaseTestCase):
     """Has the table of the guest book, and starts an application whose database it is."""
 
     # Not that of the other tests, so that both can run at once.
-    layer = PortForwardLayer(PostgresLayer("WebPostgresLayer"), "WebPortForwardLayer")
+    # Its tests take long: the first layers, by name, begin first.
+    layer = PortForwardLayer(PostgresLayer("ApplicationsPostgresLayer"), "ApplicationsForwardLayer")
 
     def setUp(self):
         super().setUp()
