@@ -889,6 +889,7 @@ class LedgerTests(WitnessTestCase):
 
     def test_it_is_found_whatever_the_path_became(self):
         self.query("CREATE SCHEMA tenant")
+        self.addCleanup(self.query, "DROP SCHEMA tenant CASCADE")
         with self.connect(
             witness=Ledger(),
             on_connect=lambda raw: raw.cursor().execute("SET search_path TO tenant"),
