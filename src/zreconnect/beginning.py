@@ -93,7 +93,7 @@ def begin_along(
     link, session = work.link, work.link.session
     session.watch.reset()
     driver, limit = link.driver, link.options.response_timeout
-    rider = link.observer.rider(session.raw, link.settings, arguments[0])
+    rider = link.observer.rider(session.raw, link.settings, along=True)
     send = partial(
         driver.begin_with, session.raw, raw_cursor, link.settings, rider, arguments, options
     )

@@ -494,9 +494,6 @@ class IPipeliningDriver(IDriver):
     )
     returns_cursor = Attribute("Whether the cursor's ``execute()`` returns the cursor.")
 
-    def is_to_write(query):
-        """Whether a statement is one of those that always are to write, as its first word says."""
-
     def may_begin_with(raw, raw_cursor, query, parameters=None):
         """Whether a statement means the same when it travels along with BEGIN.
 
@@ -563,10 +560,10 @@ class IObserver(Interface):
 
     needs_row = Attribute("Whether `began` has to be told at once what the rider has returned.")
 
-    def rider(raw, settings, along=None):
+    def rider(raw, settings, along=False):
         """The statement that goes along with BEGIN, or an empty string.
 
-        along: the program's first statement, if that goes along, too.
+        along: whether the program's first statement goes along, too.
         """
 
     def began(row):

@@ -98,8 +98,8 @@ class LedgerObserver(SessionObserver):
         known = f"of this connection's transactions number {acknowledged} was acknowledged, {there}"
         return Change("; ".join(filter(None, (evidence, known))), is_missing)
 
-    def rider(self, raw: Any, settings: SessionSettings, along: Any = None) -> str:
-        self._note_begin(raw, settings, along is not None)
+    def rider(self, raw: Any, settings: SessionSettings, along: bool = False) -> str:
+        self._note_begin(raw, settings, along)
         self._is_entered = False
         if self.waits:
             return ""

@@ -109,7 +109,7 @@ class NoObserver:
     def record_session(self, raw: Any, settings: SessionSettings) -> Change | None:
         return None
 
-    def rider(self, raw: Any, settings: SessionSettings, along: Any = None) -> str:
+    def rider(self, raw: Any, settings: SessionSettings, along: bool = False) -> str:
         return ""
 
     def began(self, row: Any) -> None:
@@ -332,15 +332,10 @@ class XidObserver(SessionObserver):
             evidence = "; ".join(filter(None, (evidence, lost)))
         return Change(evidence, is_missing) if evidence else None
 
-    def rider(self, raw: Any, settings: SessionSettings, along: Any = None) -> str:
-        assert self._session is not None
-        has_answer = (
-            along is None
-            or self._driver.answers_begin
-            or (self._session.has_messages and self._driver.is_to_write(along))
-        )
+    def rider(self, raw: Any, settings: SessionSettings, along: bool = False) -> str:
+        has_answer = not along or self._driver.answers_begin
         self._asks_at_commit = self._at_commit or self.waits or not has_answer
-        self._note_begin(raw, settings, along is not None)
+        self._note_begin(raw, settings, along)
         self.xid = None
         # An id is given to every transaction that asks, and there are but 2**31 before a vacuum.
         if not self._asks_at_commit and self.may_have_written and self._knows_ids:

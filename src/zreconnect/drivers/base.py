@@ -61,7 +61,6 @@ class ServerSession:
     is_pooled: whether any transaction may be in another one, see `SessionSettings`.
     is_lent: whether a pooler has it, and gives it to others afterwards.
     history: that of the server; None if it is a standby, or does not tell.
-    has_messages: whether a question that goes along with a statement can be answered in a message.
     """
 
     pid: int
@@ -70,7 +69,6 @@ class ServerSession:
     is_pooled: bool = False
     is_lent: bool = False
     history: History | None = None
-    has_messages: bool = False
 
 
 # A transaction as its server knows it: the number of its session, and its start there.

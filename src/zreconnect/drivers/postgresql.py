@@ -194,14 +194,8 @@ FIRST_VERSION_WITH_XACT_STATUS = 130000
 AS_WHO_LOGGED_IN = "SET LOCAL SESSION AUTHORIZATION DEFAULT; SET LOCAL ROLE NONE; "
 # As text, because the program may have types of its own for times.
 STARTED = "to_char(backend_start AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US+00')"
-# Whoever the program becomes by SET ROLE may do it, too. A message takes the server 40 µs more than
-# a question, and through a unix socket a round trip takes less.
-HAS_MESSAGES = (
-    "inet_client_addr() IS NOT NULL AND EXISTS (SELECT FROM pg_language WHERE lanname = 'plpgsql'"
-    " AND has_language_privilege('public', oid, 'USAGE'))"
-)
 IDENTIFY = (
-    f"{AS_WHO_LOGGED_IN}SELECT pid, {STARTED}, pg_is_in_recovery(), {HAS_MESSAGES}{{history}}"
+    f"{AS_WHO_LOGGED_IN}SELECT pid, {STARTED}, pg_is_in_recovery(){{history}}"
     " FROM pg_stat_activity WHERE pid = pg_backend_pid()"
 )
 # backend_xid has the lower half of a transaction id's 64 bits, as xmax has.
@@ -248,7 +242,6 @@ class PostgresqlDriver:
     rollback_request: Any = ()
     quote = '"'
     may_chain = re.compile(BLANK + ENDS, re.IGNORECASE).match
-    is_to_write = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|MERGE)\b", re.IGNORECASE).match
     disconnect_messages: tuple[str, ...] = DISCONNECT_MESSAGES
     ledger_table = (
         "CREATE TABLE IF NOT EXISTS {table} ("
@@ -494,16 +487,10 @@ class PostgresqlDriver:
         except self.module.ProgrammingError:
             # Somebody took the right to ask for the history away.
             (row,) = self.query(raw, IDENTIFY.format(history=""))
-        pid, start, is_standby, has_messages, *told = row
+        pid, start, is_standby, *told = row
         history = History(*told) if told and not is_standby else None
-        return ServerSession(
-            pid,
-            start,
-            is_standby,
-            is_lent=pid != raw.info.backend_pid,
-            history=history,
-            has_messages=has_messages,
-        )
+        is_lent = pid != raw.info.backend_pid
+        return ServerSession(pid, start, is_standby, is_lent=is_lent, history=history)
 
     def end_session(self, raw: Any, session: ServerSession, evidence: Evidence) -> bool:
         seconds = max(0.0, time.monotonic() - evidence.began)

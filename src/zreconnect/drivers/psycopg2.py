@@ -7,7 +7,7 @@ a failure leaves it open which of the two the server has seen.
 
 A transaction can begin along with its first statement, in one string. The server reads all of it
 before it executes any of it, so that after a syntax error there is no transaction. The results of
-all statements but the last are lost; what has to be told all the same is sent as a message.
+all statements but the last are lost.
 """
 
 from __future__ import annotations
@@ -52,14 +52,6 @@ IN_TRANSACTION = (
 )
 # What goes before the first statement, in a line of its own.
 FIRST_LINE = re.compile(rb"\ABEGIN[^\n]*; -- zreconnect\n")
-# Gets an answer past the results that are lost. INFO is sent whatever client_min_messages is. There
-# is no percent sign, at which psycopg2 would look for a parameter. A query would take PL/pgSQL a
-# third more than an expression.
-ASKS = "SELECT "
-MESSAGE = "DO $zreconnect$BEGIN RAISE INFO USING MESSAGE = 'zreconnect: ' || {};END$zreconnect$"
-TOLD = re.compile(r"zreconnect: (.*)")
-# As many as psycopg2 keeps in a list.
-NOTICES = 50
 # The number of a line, in the server's message of an error.
 LINE = re.compile(r"^LINE (\d+):", re.MULTILINE)
 # What to do under gevent.
@@ -196,40 +188,22 @@ class Psycopg2Driver(PostgresqlDriver):
         answered: Callable[[Any], object] | None = None,
     ) -> Begun | None:
         query, *parameters = arguments
-        messages, sent = None, rider
-        if rider.startswith(ASKS):
-            messages, sent = _Messages(raw.notices), MESSAGE.format(rider.removeprefix(ASKS))
-        first_line = f"{_begin(raw, settings)};{sent}; -- zreconnect\n"
+        first_line = f"{_begin(raw, settings)};{rider}; -- zreconnect\n"
         try:
-            if messages is not None:
-                raw.notices = messages
             raw_cursor.execute(first_line + query, *parameters, **options)
         except BaseException as error:
             if not self.is_at_rest(raw) or self.meaning(error, raw) is Meaning.DISCONNECT:
                 raise
-            told = messages and messages.told
             if self.in_transaction(raw):
-                if messages and told is None and isinstance(error, psycopg2.Error):
-                    # It is that of the message: the right to send any was taken away.
-                    self.rollback(raw)
-                    return None
                 _leave_out_first_line(error)
-                return told, error
+                return None, error
             if isinstance(error, psycopg2.Error):
                 return None
             if not isinstance(error, Exception):
                 raise
             # Nothing was sent: a parameter is missing, or has raised it.
             return self.begin(raw, settings, rider), error
-        finally:
-            if messages is not None:
-                raw.notices = messages.others
-        if messages is None:
-            return None, None
-        if messages.told is None:
-            # A class of the program's, or somebody on the way, keeps messages to itself.
-            (messages.told,) = self.query(raw, rider)
-        return messages.told, None
+        return None, None
 
     # Statements
 
@@ -341,25 +315,6 @@ class Psycopg2Driver(PostgresqlDriver):
     def looks_like_reading(self, raw_cursor: Any) -> bool:
         text = FIRST_LINE.sub(b"", raw_cursor.query or b"", count=1)
         return looks_like_reading(raw_cursor.statusmessage, text)
-
-
-class _Messages:
-    """Takes what is told along out of the server's messages; the others go where they belong.
-
-    others: the connection's ``notices``.
-    """
-
-    def __init__(self, others: Any) -> None:
-        self.others = others
-        self.told: tuple[str] | None = None
-
-    def append(self, message: str) -> None:
-        if self.told is None and (found := TOLD.search(message)) is not None:
-            self.told = (found[1],)
-        elif self.others is not None:
-            self.others.append(message)
-            if isinstance(self.others, list):
-                del self.others[:-NOTICES]
 
 
 class _Overridden(extensions.connection):

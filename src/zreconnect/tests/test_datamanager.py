@@ -111,7 +111,7 @@ class DataManagerTests(DatabaseTestCase):
             self.insert("one")
             transaction.commit()
 
-        self.assertEqual(self.round_trips(one_statement), 2)
+        self.assertEqual(self.round_trips(one_statement), 3)
 
     def test_a_doomed_connection_cannot_be_committed(self):
         other = OtherDataManager()

@@ -10,11 +10,10 @@ of a direction, until there is no such byte, for each witness:
 - of connecting again and looking the outcome up, when the answer to COMMIT was lost, and when
   COMMIT itself was: at every sixth byte, by FIN and by RST in turn.
 
-With psycopg 3 the transaction begins along with its first statement, and with psycopg2, which tells
-its id along if that writes. A witness that asks at COMMIT differs from one that asks at BEGIN only
-there, and takes a SELECT that writes for one that reads until then. These are spared the last two;
-every byte of a transaction is cut by FIN or by RST in turn, and the server crashes at some bytes of
-COMMIT.
+With psycopg 3 the transaction begins along with its first statement. A witness that asks at COMMIT
+differs from one that asks at BEGIN only there, and takes a SELECT that writes for one that reads
+until then. These are spared the last two; every byte of a transaction is cut by FIN or by RST in
+turn, and the server crashes at some bytes of COMMIT.
 
 With ZRECONNECT_SWEEP=full in the environment it is every byte by FIN and by RST everywhere.
 """
@@ -204,15 +203,12 @@ class Lane:
     def work(self, number):
         self.runs += 1
         with self.connection.cursor() as cursor:
-            self.execute(cursor, number)
+            watch = self.connection.watch
+            watch("statement", cursor.execute, "SELECT count(*) FROM item WHERE number = 0")
+            watch("statement", cursor.fetchall)
+            watch("statement", cursor.execute, self.statement, (number,))
         if self.at_commit is not None and self.runs == 1:
             self.at_commit()
-
-    def execute(self, cursor, number):
-        watch = self.connection.watch
-        watch("statement", cursor.execute, "SELECT count(*) FROM item WHERE number = 0")
-        watch("statement", cursor.fetchall)
-        watch("statement", cursor.execute, self.statement, (number,))
 
     def run(self, number):
         connection = self.connection
@@ -367,13 +363,6 @@ class Lane:
             return self.look(statement, *parameters)
 
 
-class WritingLane(Lane):
-    """A unit of work that only writes."""
-
-    def execute(self, cursor, number):
-        self.connection.watch("statement", cursor.execute, self.statement, (number,))
-
-
 class SweepTestCase:
     layer = SWEEP_LAYER
     lane = Lane
@@ -460,12 +449,6 @@ class BeginAlongSweepTestCase(CrashSweepTestCase):
 class BeginAlongXidSweepTests(BeginAlongSweepTestCase, unittest.TestCase):
     name = "BEGIN along, xid"
     witness = "xid"
-
-
-class ToldAlongSweepTests(BeginAlongSweepTestCase, unittest.TestCase):
-    name = "id told along with the first statement"
-    witness = "xid"
-    lane = WritingLane
 
 
 class BeginAlongLedgerSweepTests(BeginAlongSweepTestCase, unittest.TestCase):

@@ -1505,6 +1505,7 @@ class RoundTripTests(Psycopg, test_round_trips.RoundTripTests):
     test_either_witness_costs_none = None
     test_a_server_side_cursor_costs_one_more = None
     test_reconnecting_sends_begin_once_more = None
+    trips_of_writing = 2
 
     def test_a_server_side_cursor(self):
         connection = self.connect()

@@ -173,7 +173,7 @@ class RegisterTests(StormTestCase):
                 transaction.commit()
 
             spent.append(self.round_trips(work))
-        self.assertEqual(spent, [3, 2])
+        self.assertEqual(spent, [3, 3])
 
 
 class SettingsTests(StormTestCase):
