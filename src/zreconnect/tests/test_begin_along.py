@@ -1,5 +1,6 @@
 """psycopg2: BEGIN travels along with the first statement, and nobody sees it."""
 
+import signal
 from unittest import mock
 
 from psycopg2 import errors, extensions, extras, sql
@@ -169,6 +170,34 @@ class RoundTripTests(BeginAlongTestCase):
             connection.commit()
             self.assertEqual(len(self.names()), number)
         self.assertEqual(self.executions(), 2)
+
+
+class MeanwhileTests(BeginAlongTestCase):
+    """What is told along must not come as one of the server's messages, in ``notices``.
+
+    psycopg2 drops what is raised while it decodes one, which is Python for UTF-8: there the handler
+    of a signal runs that has come while the statement was executed.
+    """
+
+    def test_what_a_signals_handler_raises_is_raised(self):
+        class Alarm(Exception):
+            pass
+
+        def ring(number, frame):
+            raise Alarm
+
+        self.addCleanup(signal.signal, signal.SIGALRM, signal.signal(signal.SIGALRM, ring))
+        self.addCleanup(signal.setitimer, signal.ITIMER_REAL, 0)
+        for witness in WITNESSES:
+            with self.subTest(witness=witness):
+                connection = self.ready(witness=witness)
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                with self.assertRaises(Alarm):
+                    connection.cursor().execute("INSERT INTO item SELECT 'one' FROM pg_sleep(0.3)")
+                # As with psycopg2 alone, it was executed.
+                self.assertEqual(connection.state, "active")
+                connection.commit()
+                self.assertEqual(self.query("DELETE FROM item RETURNING name"), [("one",)])
 
 
 class HiddenTests(BeginAlongTestCase):
