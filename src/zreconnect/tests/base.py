@@ -24,13 +24,14 @@ from zreconnect.testing import (
     EmbeddedPgBouncer,
 )
 from zreconnect.testing.layers import (
-    MARIADB_PORT_FORWARD_LAYER,
+    MariaDBLayer,
     PortForwardLayer,
     PostgresLayer,
 )
 
-# That of most tests. The first layers, by name, begin first, and this takes longest.
+# Those of most tests. The first layers, by name, begin first, and these take longest.
 LAYER = PortForwardLayer(PostgresLayer("BasicPostgresLayer"), "BasicForwardLayer")
+MARIADB_LAYER = PortForwardLayer(MariaDBLayer("BasicMariaDBLayer"), "BasicMariaDBForwardLayer")
 PATIENCE = 60.0
 # Whether it is an error if what tests need is not installed.
 REQUIRED = os.environ.get("ZRECONNECT_REQUIRE_SERVERS") == "1"
@@ -45,7 +46,7 @@ def needs_mysqlclient(test_case):
     return unittest.skipIf(is_missing, "mysqlclient is not installed: make services")(test_case)
 
 
-def on_mariadb(layer=MARIADB_PORT_FORWARD_LAYER):
+def on_mariadb(layer=MARIADB_LAYER):
     """A decorator: give the tests a layer with MariaDB, or skip them if it is not installed, unless
     it must be."""
 

@@ -13,7 +13,6 @@ import psycopg2
 from zreconnect.cli import findings, postgresqlchecks
 from zreconnect.testing import EmbeddedStandby
 from zreconnect.testing.layers import (
-    MARIADB_PORT_FORWARD_LAYER,
     POSTGRES_LAYER,
     PgBouncerLayer,
     PostgresLayer,
@@ -375,7 +374,7 @@ class MysqlDoctorTestCase(DoctorTestCase):
             self.query(f"SET GLOBAL {name} = {before}")
 
 
-@on_mariadb(MARIADB_PORT_FORWARD_LAYER)
+@on_mariadb()
 class PymysqlDoctorTests(MysqlDoctorTestCase):
     def test_all_is_well(self):
         found = self.examine(self.dsn)
@@ -437,7 +436,7 @@ class PymysqlDoctorTests(MysqlDoctorTestCase):
 
 
 @needs_mysqlclient
-@on_mariadb(MARIADB_PORT_FORWARD_LAYER)
+@on_mariadb()
 class MysqlclientDoctorTests(MysqlDoctorTestCase):
     scheme = "mysql+mysqldb"
 

@@ -9,7 +9,7 @@ import socket
 import threading
 import unittest
 
-from zreconnect.testing.layers import MARIADB_PORT_FORWARD_LAYER, PORT_FORWARD_LAYER
+from zreconnect.testing.layers import PORT_FORWARD_LAYER
 from zreconnect.tests.base import needs_mysqlclient, on_mariadb, with_time_to_connect
 from zreconnect.tests.test_command import PATIENCE, run, run_here, start
 
@@ -88,13 +88,13 @@ class WaitTests(unittest.TestCase):
         self.assertEqual(errors.splitlines()[-1], b"Interrupted.")
 
 
-@on_mariadb(MARIADB_PORT_FORWARD_LAYER)
+@on_mariadb()
 class PymysqlWaitTests(WaitTests):
     schemes = ("mysql+pymysql",)
 
 
 @needs_mysqlclient
-@on_mariadb(MARIADB_PORT_FORWARD_LAYER)
+@on_mariadb()
 class MysqlclientWaitTests(WaitTests):
     schemes = ("mysql+mysqldb",)
 
