@@ -98,7 +98,9 @@ class _Losses:
         self._unknown = unknown
         self._outstanding = {"statement": statement, "commit": commit}
         self._counts = {"statement": itertools.count(1), "commit": itertools.count(1)}
+        # Those of a block around this one, if there is one.
         self._cursor, self._commit = sqlite.driver.cursor, sqlite.driver.commit
+        self._has_committed = sqlite.driver.has_committed
         self._is_committed: list[Any] = []
 
     def cursor(self, raw: Any, name: str | None, options: Any) -> Any:
@@ -114,7 +116,7 @@ class _Losses:
         self._commit(raw, rider)
 
     def has_committed(self, raw: Any) -> bool:
-        return any(raw is each for each in self._is_committed)
+        return any(raw is each for each in self._is_committed) or self._has_committed(raw)
 
     def is_due(self, kind: str) -> bool:
         """Whether this one, which counts, is the one that is lost."""

@@ -85,6 +85,16 @@ class LosingTests(unittest.TestCase):
         self.connection.run(self.connection.execute, "DELETE FROM item")
         self.assertEqual(self.names(), [])
 
+    def test_a_block_within_another(self):
+        with (
+            losing(commit=1, unknown=True),
+            losing(statement=1),
+            self.assertRaises(CommitOutcomeUnknown),
+        ):
+            self.connection.run(self.work)
+        self.assertEqual(self.runs, 2)
+        self.assertEqual(self.names(), ["first", "second", "third"])
+
     def test_a_transaction_manager(self):
         ztm = initZopeless(self.dsn, implicitBegin=False)
         self.addCleanup(ztm.uninstall)
