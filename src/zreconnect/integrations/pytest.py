@@ -7,7 +7,7 @@ module of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from zreconnect.integrations import needs
@@ -34,8 +34,21 @@ class _InOrder:
             self._server.ensure_running()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(
+    fixturedef: Any, request: pytest.FixtureRequest
+) -> Generator[None, Any, Any]:
+    """Have the server in order for each test, also one that the program's own fixture returns."""
+    server = yield
+    if fixturedef.argname == "zreconnect_server" and hasattr(server, "ensure_running"):
+        plugins, in_order = request.config.pluginmanager, _InOrder(server)
+        plugins.register(in_order)
+        fixturedef.addfinalizer(lambda: plugins.unregister(in_order))
+    return server
+
+
 @pytest.fixture(scope="session")
-def zreconnect_server(request: pytest.FixtureRequest) -> Iterator[EmbeddedPostgres]:
+def zreconnect_server() -> Iterator[EmbeddedPostgres]:
     """An `EmbeddedPostgres` for all tests, of this process if there are several, as with
     pytest-xdist. A test may crash it and suspend its processes.
 
@@ -44,12 +57,7 @@ def zreconnect_server(request: pytest.FixtureRequest) -> Iterator[EmbeddedPostgr
     from zreconnect.testing import EmbeddedPostgres
 
     with EmbeddedPostgres() as server:
-        in_order = _InOrder(server)
-        request.config.pluginmanager.register(in_order)
-        try:
-            yield server
-        finally:
-            request.config.pluginmanager.unregister(in_order)
+        yield server
 
 
 @pytest.fixture

@@ -119,6 +119,24 @@ def test_what_is_imported():
 """
 
 
+OWN_SERVER = """
+import pytest
+from zreconnect.testing import EmbeddedPostgres
+
+
+@pytest.fixture(scope="session")
+def zreconnect_server():
+    with EmbeddedPostgres(settings={"work_mem": "9MB"}) as server:
+        yield server
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_after_the_end(zreconnect_server, number):
+    assert zreconnect_server.query("SHOW work_mem") == [("9MB",)]
+    zreconnect_server.shut_down()
+"""
+
+
 class FixtureTests(unittest.TestCase):
     def pytest(self, *options, status=0, **tests):
         """What pytest says of these modules of tests. status: with which it is to exit."""
@@ -143,6 +161,9 @@ class FixtureTests(unittest.TestCase):
         )
         self.assertRegex(said, r"\b10 passed, 1 error\b")
         self.assertIn("no COMMIT has passed on zreconnect_line", said)
+
+    def test_a_server_of_the_programs_own_fixture_is_in_order(self):
+        self.assertRegex(self.pytest(own=OWN_SERVER), r"\b2 passed\b")
 
     def test_who_does_not_use_them_has_nothing_of_them(self):
         said = self.pytest(nothing=NOTHING_OF_OURS)
