@@ -730,6 +730,8 @@ tests:
         values: '0 0 1 1x90'
       - series: 'zreconnect_partial_commits_total{{job="j"}}'
         values: '0 0 1 1x90'
+      - series: 'zreconnect_partial_commits_total{{job="born"}}'
+        values: '_ _ 1 1x90'
       - series: 'zreconnect_history_changes_total{{job="j",missing="yes",server="s"}}'
         values: '_ _ 1 1x90'
       - series: 'zreconnect_history_changes_total{{job="j",missing="no",server="s"}}'
@@ -754,7 +756,7 @@ FIRING = {
     "DatabaseConnectionsGivenUp": {1: [], 3: ["j"], 20: []},
     "DatabaseSessionsLostOften": {15: [], 60: ["j"]},
     "CommitOutcomeUnknown": {1: [], 3: ["counted", "born"], 50: ["counted", "born"], 90: []},
-    "CommittedInPart": {1: [], 3: ["j"], 70: []},
+    "CommittedInPart": {1: [], 3: ["j", "born"], 70: []},
     "AcknowledgedWorkMissing": {1: [], 3: ["j"], 90: []},
     "WorkFailedForGood": {1: [], 3: ["j"], 20: []},
     "TransactionLeftDoomed": {10: [], 20: ["j"]},
