@@ -73,7 +73,9 @@ def check_encryption(patient: Patient) -> Findings:
 def check_role(patient: Patient) -> Findings:
     """Whether a later session will be let in as this one was."""
     ((name, is_super, days),) = patient.query(
-        "SELECT rolname, rolsuper, extract(epoch FROM rolvaliduntil - now())::float / 86400"
+        # PostgreSQL before 17 has no difference to infinity.
+        "SELECT rolname, rolsuper,"
+        " (extract(epoch FROM rolvaliduntil) - extract(epoch FROM now()))::float / 86400"
         " FROM pg_roles WHERE rolname = session_user"
     )
     if days is not None and days < EXPIRES_SOON:
