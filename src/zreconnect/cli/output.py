@@ -24,6 +24,10 @@ class OutputClosed(Exception):
     """Whoever read the output has closed it, as ``head`` does when it has enough."""
 
 
+class OutputFailed(OutputClosed):
+    """The output cannot be written, as to a full disk."""
+
+
 class Output:
     """One command's output.
 
@@ -148,3 +152,5 @@ def _write(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         raise OutputClosed from None
+    except OSError as error:
+        raise OutputFailed(str(error)) from error

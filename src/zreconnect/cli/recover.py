@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import psycopg2
-
 from zreconnect.cli.arguments import DONE, NOT_SO, add_parser, seconds
 from zreconnect.cli.errors import CommandError
 from zreconnect.cli.output import Output
+from zreconnect.cli.servers import server_for
+from zreconnect.drivers.postgresql import PostgresqlDriver
 from zreconnect.exceptions import one_line
 from zreconnect.recovery import PreparedTransaction, recover
 
@@ -77,11 +77,18 @@ def run(options: argparse.Namespace, output: Output) -> int:
 
 
 def _recover(options: argparse.Namespace, settle: bool) -> list[PreparedTransaction]:
+    servers = [server_for(dsn) for dsn in options.dsns]
+    for server in servers:
+        if not isinstance(server.driver, PostgresqlDriver):
+            raise CommandError(
+                f"{server.address} is not PostgreSQL: nothing is left prepared there"
+            )
+    errors = tuple({server.driver.module.Error for server in servers})
     try:
         return recover(*options.dsns, older_than=options.older_than, settle=settle)
     except ValueError as error:
         raise CommandError(f"argument DSN: {error}") from None
-    except (psycopg2.Error, TimeoutError) as error:
+    except (*errors, TimeoutError) as error:
         raise CommandError(f"cannot ask a database: {one_line(error)}") from error
 
 

@@ -13,12 +13,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import unittest
 from unittest import mock
 
 from zreconnect.cli import main
 from zreconnect.cli.commands import make_parser
 from zreconnect.cli.output import Output, OutputClosed
+from zreconnect.testing._ports import bind
 from zreconnect.tests.base import PATIENCE
 
 ESCAPE = "\x1b"
@@ -128,6 +130,45 @@ class HelpTests(unittest.TestCase):
         )
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertRegex(done.stdout, r"^zreconnect \d+\.")
+
+
+class ArgumentTests(unittest.TestCase):
+    def test_complaints_have_no_password(self):
+        url, options = "postgresql://me:zqx/zqx@h/work", "host=h password = 'zqx zqx' user=me"
+        for arguments in (
+            (url,),
+            ("wait", "here", url),
+            ("wait", "here", options),
+            ("wait", "--timeout", options, "here"),
+            ("doctor", f"{url}?sslpassword=zqx", "there"),
+        ):
+            with self.subTest(arguments):
+                status, output, errors = run_here(*arguments)
+                self.assertEqual((status, output), (2, ""))
+                self.assertNotIn("zqx", errors)
+                self.assertIn("error: ", errors)
+
+    def test_recover_takes_what_it_cannot_ask_for_no_success(self):
+        with bind() as bound:
+            port = bound.getsockname()[1]
+            for scheme, complaint in {
+                "postgresql": "cannot ask a database",
+                "postgresql+psycopg": "cannot ask a database",
+                "mysql": "is not PostgreSQL",
+                "nonsense": "argument DSN: ",
+            }.items():
+                with self.subTest(scheme):
+                    status, output, errors = run_here("recover", f"{scheme}://127.0.0.1:{port}/x")
+                    self.assertEqual((status, output), (2, ""))
+                    self.assertIn(complaint, errors)
+
+    def test_a_file_that_cannot_be_written(self):
+        with tempfile.TemporaryDirectory() as directory, mock.patch("os.access", lambda *_: False):
+            for command in ("demo", "drill"):
+                option = {"demo": "--record", "drill": "--report"}[command]
+                status, _output, errors = run_here(command, option, f"{directory}/new")
+                self.assertEqual(status, 2)
+                self.assertIn("no file can be written to", errors)
 
 
 class CompletionTests(unittest.TestCase):
@@ -289,6 +330,21 @@ class EndTests(unittest.TestCase):
                 self.assertNotIn("Traceback", errors)
                 self.assertNotIn("Broken pipe", errors)
                 self.assertEqual(status, 2 if "demo" in arguments else 141)
+
+    def test_a_full_disk(self):
+        with open("/dev/full", "w") as full:
+            status, _output, errors = run("recover", "--json", "sqlite:////tmp", stdout=full)
+        self.assertEqual(status, 2)
+        self.assertIn("zreconnect: error: cannot write the output: ", errors)
+        self.assertNotIn("Traceback", errors)
+
+    def test_streams_that_are_closed(self):
+        close = "import os\nfor each in (0, 1, 2): os.close(each)\n"
+        # As if it had been so from the beginning.
+        close += "sys.stdin = sys.stdout = sys.stderr = None\n"
+        for arguments, expected in ((("--help",), 0), (("recover", "--json", "nonsense:"), 2)):
+            with self.subTest(arguments):
+                self.assertEqual(run(*arguments, before=close), (expected, "", ""))
 
     def test_characters_that_the_terminal_has_not(self):
         fail = (
