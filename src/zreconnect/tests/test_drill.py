@@ -8,15 +8,19 @@ import itertools
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import unittest
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
+from urllib.parse import quote
 
+from zreconnect.cli import drill as module_of_command
 from zreconnect.cli.drill import observation as module_of_observation
 from zreconnect.cli.drill import schedule, trial
+from zreconnect.cli.drill.database import open_database
 from zreconnect.cli.drill.faults import KINDS
 from zreconnect.cli.drill.observation import Observation
 from zreconnect.cli.drill.program import how_it_ended
@@ -25,6 +29,7 @@ from zreconnect.cli.drill.result import Result
 from zreconnect.cli.drill.timeline import rates
 from zreconnect.cli.drill.trial import Interruption
 from zreconnect.testing import Count, EmbeddedMariaDB, PortForward
+from zreconnect.testing import portforward as module_of_forward
 from zreconnect.testing.layers import POSTGRES_LAYER
 from zreconnect.tests import test_command
 from zreconnect.tests.base import PATIENCE, REQUIRED, wait_until
@@ -103,6 +108,22 @@ for number in itertools.count():
                 time.sleep(0.005)
     except pymysql.Error:
         time.sleep(0.05)
+"""
+# Makes its table in a transaction, and needs none for what it then does.
+READS = """
+import os, time, psycopg2
+def connect():
+    connection = psycopg2.connect(os.environ["DATABASE_URL"])
+    connection.autocommit = True
+    return connection
+connection = connect()
+connection.cursor().execute("BEGIN; CREATE TABLE IF NOT EXISTS number (value int); COMMIT")
+while True:
+    try:
+        connection.cursor().execute("SELECT count(*) FROM number")
+        time.sleep(0.002)
+    except psycopg2.Error:
+        connection = connect()
 """
 DOUBLED = "SELECT value, count(*) FROM number GROUP BY value HAVING count(*) > 1"
 
@@ -222,6 +243,12 @@ class GivenServerTests(unittest.TestCase):
         self.assertEqual(result["seed"], 5)
         self.assertGreater(len(result["faults"]), 1)
 
+    def test_a_program_that_commits_only_when_it_begins(self):
+        faults = "close,slow"
+        result = self.drill("--faults", faults, "--patience", "3", *python(READS), status=0)
+        self.assertEqual(outcomes(result), all_of(faults, "worked again"))
+        self.assertEqual(result["measure"], "statements")
+
     def test_no_command_that_could_be_tried(self):
         for program, complaint in {
             "import sys; sys.exit('No.')": "ended with status 1 before it had done anything",
@@ -232,20 +259,36 @@ class GivenServerTests(unittest.TestCase):
                 self.assertIn(complaint, result["over"])
                 self.assertIsNone(result["survived"])
 
+    def somebody(self, options, password):
+        """The DSN of a role of that password, and those options."""
+        server = self.layer.server
+        server.query("DROP ROLE IF EXISTS somebody")
+        server.query(f"CREATE ROLE somebody LOGIN {options} PASSWORD %s", password)
+        return self.dsn.replace(
+            f"{server.user}:{server.password}", f"somebody:{quote(password, safe='')}"
+        )
+
     def test_text_and_report_have_no_password(self):
+        self.dsn = self.somebody("SUPERUSER", "zqx'ret\\zqx/\"zqx ret")
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory, "report.html")
-            leaks = "import sys; print(sys.argv[1], file=sys.stderr, flush=True)\n" + PLAIN
+            leaks = (
+                "import json, os, sys\n"
+                "password = os.environ['PGPASSWORD']\n"
+                "for each in sys.argv[1], password, repr(password), json.dumps(password):\n"
+                "    print(each, file=sys.stderr, flush=True)\n"
+            )
             status, output, errors = run_here(
                 *("--dsn", self.dsn, "--faults", "close", "--report", path),
-                *python(leaks, "{dsn}"),
+                # An argument need not be text.
+                *python(leaks + PLAIN, "{dsn}", os.fsdecode(b"\xff")),
             )
             self.assertEqual(status, 1, errors)
             page = path.read_text()
         self.assertRegex(output, r"close +ended with status 1\n")
         self.assertIn("Does NOT survive: 1 of 1 fault ended it.", output)
         for text in (output, errors, page):
-            self.assertNotIn(self.layer.server.password, text)
+            self.assertNotIn("zqx", text)
         self.assertIn("ended with status 1", page)
 
     @mock.patch.object(trial, "CHECK_PATIENCE", 0.0)
@@ -256,12 +299,30 @@ class GivenServerTests(unittest.TestCase):
             # The server itself is left alone.
             ("--faults", "server", "--", "x"): "none of these faults can happen",
             ("--check", "SELECT nonsense", *python(FINISHES)): "argument --check: ",
-            ("--", "/nowhere/at/all"): "cannot start /nowhere/at/all",
+            ("--", "/nowhere/at/all", "{dsn}"): "cannot start /nowhere/at/all postgresql://",
         }.items():
             with self.subTest(arguments):
                 status, _output, errors = run_here("--dsn", self.dsn, *arguments)
                 self.assertEqual(status, 2)
                 self.assertIn(complaint, errors)
+                self.assertNotIn(self.layer.server.password, errors)
+
+    def test_no_connection_is_left_for_the_drill(self):
+        dsn = self.somebody("CONNECTION LIMIT 3", "secret")
+        takes = (
+            "import psycopg2, sys, time\n"
+            "taken = []\n"
+            "while True:\n"
+            "    try: taken.append(psycopg2.connect(sys.argv[1]))\n"
+            "    except psycopg2.Error: time.sleep(0.01)\n"
+            "    taken[0].cursor().execute('SELECT 1')\n"
+        )
+        status, _output, errors = run_here(
+            *("--dsn", dsn, "--faults", "terminate"), *python(takes, "{dsn}")
+        )
+        self.assertEqual(status, 2)
+        self.assertIn("cannot ask postgresql://somebody@", errors)
+        self.assertIn("too many connections", errors)
 
 
 class WhereTests(unittest.TestCase):
@@ -294,6 +355,17 @@ class WhereTests(unittest.TestCase):
             # Who may read the server's files sees that it is the same machine.
             self.assertIn("cannot start", self.drill(server.dsn(port=tunnel.port)))
         self.assertIn("cannot start", self.drill(server.dsn(user="somebody")))
+
+    def test_the_line_leads_where_the_name_has_led(self):
+        """Also if it has another address besides."""
+        server = self.layer.server
+        found = socket.getaddrinfo("127.0.0.2", 0, type=socket.SOCK_STREAM)
+        with (
+            mock.patch.object(module_of_forward.socket, "getaddrinfo", lambda *_, **__: found),
+            open_database(server.dsn(host="localhost"), "postgresql", really=False) as database,
+        ):
+            self.assertEqual(database.forward.target_host, "127.0.0.1")
+            self.assertEqual(database.parameters["host"], "localhost")
 
 
 class EndTests(unittest.TestCase):
@@ -335,8 +407,60 @@ class EndTests(unittest.TestCase):
     def test_ctrl_c(self):
         self.check(signal.SIGINT, 130)
 
+    def test_a_check_that_takes_long(self):
+        check = "SELECT pg_sleep(600)"
+        with start(
+            *("drill", "--dsn", self.layer.server.dsn(), "--check", check),
+            *python(PLAIN, "{dsn}"),
+        ) as process:
+            sleeping = "SELECT pid FROM pg_stat_activity WHERE query = %s"
+            wait_until(lambda: self.layer.server.query(sleeping, check))
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 130)
+        self.layer.server.query(f"SELECT pg_terminate_backend(pid) FROM ({sleeping}) s", check)
+
+    def test_nohup(self):
+        ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self.addCleanup(signal.signal, signal.SIGHUP, ignored)
+        with module_of_command._ended_by_signals():
+            self.assertIs(signal.getsignal(signal.SIGHUP), signal.SIG_IGN)
+            self.assertIsNot(signal.getsignal(signal.SIGTERM), signal.SIG_DFL)
+        self.assertIs(signal.getsignal(signal.SIGHUP), signal.SIG_IGN)
+
     def test_sigterm(self):
         self.check(signal.SIGTERM, 143, "--dsn", self.layer.server.dsn())
+
+
+class TrialTests(unittest.TestCase):
+    def test_a_program_that_ends_by_itself_has_not_survived(self):
+        """Although it has survived all that has happened."""
+        statuses = itertools.repeat(None)
+
+        def miss(planned):
+            nonlocal statuses
+            statuses = itertools.chain([None, None], itertools.repeat(3))
+            return False
+
+        program = SimpleNamespace(
+            status=lambda: next(statuses), last_lines=lambda: ["Hm."], end=lambda: None
+        )
+        commits = itertools.count(1)
+        forward = SimpleNamespace(
+            count=lambda: Count(commits=next(commits)), server_ports=lambda: [5432]
+        )
+        database = SimpleNamespace(forward=forward, ended_transactions=lambda: 0, sessions=list)
+        ways = {"slow": lambda planned: None, "lost-commit": miss}
+        held = trial.Trial(database, lambda: program, ways, PATIENCE, False, None, id)
+        plan = [schedule.Planned(kind, 0.05, 0.1, 0) for kind in ("slow", "lost-commit", "slow")]
+        held.run(plan, lambda seconds, faults: False)
+        result = Result(held, ["job"], "PostgreSQL", "postgresql:///", 1, list(ways))
+        self.assertEqual(
+            [each.outcome for each in held.interruptions], ["worked again", "no occasion"]
+        )
+        self.assertIn("ended with status 3 when nothing had happened to it", held.over)
+        self.assertIs(held.survived, False)
+        self.assertEqual(result.verdict, "Does NOT survive: it ended by itself.")
 
 
 class ScheduleTests(unittest.TestCase):
@@ -374,6 +498,23 @@ class ObservationTests(unittest.TestCase):
         self.assertEqual(self.measure(first, Count(results=4)), ([True], "statements", 4))
         counts = first, Count(results=4, commits=1), Count(results=5, commits=2)
         self.assertEqual(self.measure(*counts), ([True, True], "transactions", 2))
+
+    def test_who_has_committed_once_need_not_do_it_again(self):
+        counts = (
+            *(Count(commits=1, results=2), Count(commits=1, results=9)),
+            *(Count(commits=1, results=9), Count(commits=1, results=11)),
+        )
+        self.assertEqual(self.measure(*counts), ([True, True, True], "statements", 11))
+
+    def test_what_the_server_has_done_before_is_known(self):
+        """And not taken for what is done afterwards."""
+        with mock.patch.object(module_of_observation, "INTERVAL", PATIENCE):
+            answers = iter((7, 9))
+            observation = Observation(lambda: Count(round_trips=300), lambda: next(answers))
+            with observation:
+                observation.measure = "writing transactions of all clients"
+                self.assertEqual(observation.done(), 0)
+                self.assertEqual(observation.done(now=True), 2)
 
     def test_what_the_server_says_if_the_line_cannot_be_read(self):
         few, many = Count(round_trips=3), Count(round_trips=300)
@@ -434,6 +575,7 @@ def some_result(outcome="ended", findings=()):
         interruptions=interruptions,
         observation=SimpleNamespace(samples=samples, measure="transactions"),
         survived=False,
+        has_failed=False,
         tried=True,
         starts=2,
         over=None,

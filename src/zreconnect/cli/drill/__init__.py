@@ -23,6 +23,7 @@ from zreconnect.cli.drill.schedule import make_plan
 from zreconnect.cli.drill.trial import DEADLY, Interruption, Trial
 from zreconnect.cli.errors import CommandError
 from zreconnect.cli.output import Output
+from zreconnect.exceptions import one_line
 
 PLACEHOLDER = "{dsn}"
 LARGEST_RANDOM_SEED = 999999
@@ -49,9 +50,9 @@ MYSQL_DATABASE) and, as a URL, DATABASE_URL; and {dsn} in its arguments is repla
 COMMAND need not use zreconnect, nor Python. It is ended with the drill; it may end before.
 
 Whether a program works is seen on its line: by the COMMITs that the server has answered, by the
-answers to statements if there are no COMMITs, and on an encrypted line by the transactions that the
-server has ended. The seconds are counted from the end of a fault, when the server can be reached
-again, to the first of them.
+answers to statements where there are no COMMITs, and on an encrypted line by the transactions that
+the server has ended. The seconds are counted from the end of a fault, when the server can be
+reached again, to the first of them.
 """
 
 
@@ -156,7 +157,10 @@ def run(options: argparse.Namespace, output: Output) -> int:
         _ended_by_signals(),
         open_database(options.dsn, options.server, options.really) as database,
     ):
-        result = _hold(options, arguments, database, output)
+        try:
+            result = _hold(options, arguments, database, output)
+        except database.errors as error:
+            raise CommandError(f"cannot ask {database.address}: {one_line(error)}") from error
     for line in conclusion(result):
         output.line(line)
     survived = result.trial.survived
@@ -223,7 +227,12 @@ def _ended_by_signals() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    before = {each: signal.signal(each, end) for each in (signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        each: signal.signal(each, end)
+        for each in (signal.SIGTERM, signal.SIGHUP)
+        # As nohup has it.
+        if signal.getsignal(each) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:

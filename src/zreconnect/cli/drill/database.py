@@ -271,6 +271,10 @@ class Database:
             "password": info.password,
             "dbname": info.dbname,
         }
+        with socket.socket(fileno=os.dup(self.fileno(raw))) as copy:
+            if copy.family != socket.AF_UNIX:
+                # A name may have several addresses, and the line must lead to the same.
+                found["hostaddr"] = copy.getpeername()[0]
         elsewhere = ("service", "passfile")
         given = {name: each for name, each in self.parameters.items() if name not in elsewhere}
         return given | {name: each for name, each in found.items() if each}

@@ -31,9 +31,9 @@ class Observation:
         self._ask = ask
         self._asked_at = 0.0
         self._known = 0
-        #: What is counted: transactions, or statements as long as there are no transactions, or
-        #: what the server says has ended, if the line cannot be read. None as long as there is
-        #: nothing.
+        self._settled = Count()
+        #: What is counted: transactions, or statements where there are no transactions, or what
+        #: the server says has ended, if the line cannot be read. None as long as there is nothing.
         self.measure: str | None = None
         #: When it began, as time.monotonic() has it.
         self.began = time.monotonic()
@@ -61,33 +61,37 @@ class Observation:
         measure = self.measure or COMMITS
         return [(at, done[measure]) for at, done in self._samples if measure in done]
 
-    def done(self) -> int:
-        """What was done so far."""
-        return self._done()[self.measure or COMMITS]
+    def done(self, now: bool = False) -> int:
+        """What was done so far. now: including what the server has not yet been asked for."""
+        return self._done(now)[self.measure or COMMITS]
 
-    def _done(self) -> dict[str, int]:
+    def _done(self, now: bool = False) -> dict[str, int]:
         count = self._count()
         done = {COMMITS: count.commits, RESULTS: count.results}
         if self.measure == ENDED:
-            done[ENDED] = self._ask_server() - self._first
+            done[ENDED] = self._ask_server(now) - self._first
         return done
 
     def settle(self) -> bool:
-        """Choose the measure by what was done so far; return whether anything was."""
+        """Choose the measure by what was done since it was chosen last; return whether there is
+        one. Who has committed once, as when making tables, need not do it again."""
         count = self._count()
-        if count.commits:
+        lately, self._settled = count - self._settled, count
+        if lately.commits:
             self.measure = COMMITS
-        elif count.results:
+        elif lately.results:
             self.measure = RESULTS
-        elif count.round_trips > UNREADABLE and self._ask_server() > self._first:
+        elif (
+            self.measure is None
+            and count.round_trips > UNREADABLE
+            and self._ask_server() > self._first
+        ):
             self.measure = ENDED
-        else:
-            return False
-        return True
+        return self.measure is not None
 
-    def _ask_server(self) -> int:
+    def _ask_server(self, now: bool = False) -> int:
         """What the server said last, which is not asked more often than need be."""
-        if time.monotonic() - self._asked_at >= SERVER_INTERVAL:
+        if now or time.monotonic() - self._asked_at >= SERVER_INTERVAL:
             self._asked_at = time.monotonic()
             try:
                 self._known = self._ask()

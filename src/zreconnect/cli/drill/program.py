@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shlex
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
+from urllib.parse import quote, quote_plus
 
 from zreconnect.cli.errors import CommandError
 
@@ -35,15 +37,15 @@ class Program:
 
     arguments: of the command, its name first.
     environment: what it has in addition.
-    secret: is never told of what the program prints.
+    password: is never told, neither of the arguments nor of what the program prints.
 
     Raises `CommandError` if it cannot be started.
     """
 
     def __init__(
-        self, arguments: Sequence[str], environment: Mapping[str, str], secret: str
+        self, arguments: Sequence[str], environment: Mapping[str, str], password: str
     ) -> None:
-        self._secret = secret
+        self._spellings = _spellings(password)
         self._mark = secrets.token_hex(8)
         #: The last lines that it has printed.
         self.errors: deque[str] = deque(maxlen=LAST_LINES)
@@ -59,7 +61,8 @@ class Program:
                 start_new_session=True,
             )
         except OSError as error:
-            raise CommandError(f"cannot start {shlex.join(arguments)}: {error}") from error
+            command = self._without_password(shlex.join(arguments))
+            raise CommandError(f"cannot start {command}: {error}") from error
         assert self._process.stderr is not None and self._process.stdout is not None
         self._readers = [
             threading.Thread(target=self._read, args=each, daemon=True)
@@ -121,13 +124,30 @@ class Program:
     def _read(self, stream: IO[bytes], lines: deque[str]) -> None:
         with stream:
             for line in stream:
-                text = line.decode(errors="replace").rstrip()
-                if self._secret:
-                    text = text.replace(self._secret, "***")
+                text = self._without_password(line.decode(errors="replace").rstrip())
                 if len(text) > LONGEST_LINE:
                     text = f"{text[: LONGEST_LINE // 2]} … {text[-LONGEST_LINE // 2 :]}"
                 if text:
                     lines.append(text)
+
+    def _without_password(self, text: str) -> str:
+        for each in self._spellings:
+            text = text.replace(each, "***")
+        return text
+
+
+def _spellings(password: str) -> list[str]:
+    """The ways in which a password may be written: as it is, in URLs, and in quotes of libpq's,
+    Python's, JSON's and the shell's."""
+    in_urls = {quote(password, safe=safe) for safe in ("", "/")} | {quote_plus(password)}
+    quoted = {
+        password.replace("\\", "\\\\").replace("'", "\\'"),
+        repr(password)[1:-1],
+        json.dumps(password)[1:-1],
+        password.replace("'", "'\"'\"'"),
+    }
+    # One may be the beginning of another.
+    return sorted(filter(None, {password, *in_urls, *quoted}), key=len, reverse=True)
 
 
 def how_it_ended(status: int) -> str:

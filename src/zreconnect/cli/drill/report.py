@@ -22,7 +22,8 @@ TONES = {ENDED: "bad", HUNG: "warn", MISSED: "quiet"}
 
 def write_report(path: Path, result: Result) -> None:
     """Write it. Raises OSError if that is not possible."""
-    path.write_text(report(result), encoding="utf-8")
+    # An argument of the command need not be text.
+    path.write_text(report(result), encoding="utf-8", errors="backslashreplace")
 
 
 def report(result: Result) -> str:

@@ -90,6 +90,8 @@ class Result:
             parts.append(f"{times[ENDED]} of {number} ended it")
         if times[HUNG]:
             parts.append(f"{times[HUNG]} of {number} left it hanging")
+        if self.trial.has_failed:
+            parts.append("it ended by itself")
         if self.trial.findings:
             parts.append(f"the check found {len(self.trial.findings)}")
         return f"Does NOT survive: {', '.join(parts)}."

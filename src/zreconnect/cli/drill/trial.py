@@ -13,6 +13,7 @@ from zreconnect.cli.drill.observation import Observation
 from zreconnect.cli.drill.program import POLL_INTERVAL, Program, how_it_ended
 from zreconnect.cli.drill.schedule import CALM, Planned
 from zreconnect.cli.errors import CommandError
+from zreconnect.cli.threads import in_another_thread
 from zreconnect.exceptions import one_line
 
 WORKED = "worked again"
@@ -118,6 +119,8 @@ class Trial:
         self.starts = 0
         #: Why it was over before its time, None if it was not.
         self.over: str | None = None
+        #: Whether the program has ended, and not well, long after a fault.
+        self.has_failed = False
         #: What the check has found before the first fault, and at the end but not before.
         self.findings_before: list[Row] = []
         self.findings: list[Row] = []
@@ -154,7 +157,8 @@ class Trial:
     @property
     def survived(self) -> bool:
         """Whether the program has survived all that has happened, and the check found nothing."""
-        return not self.findings and not any(each.outcome in DEADLY for each in self.interruptions)
+        is_dead = self.has_failed or any(each.outcome in DEADLY for each in self.interruptions)
+        return not self.findings and not is_dead
 
     @property
     def tried(self) -> bool:
@@ -177,7 +181,7 @@ class Trial:
         self.interruptions.append(each)
         if happened is False and program.status() is None:
             return
-        self._await_outcome(each, program, observation.done())
+        self._await_outcome(each, program, observation.done(now=True))
         if self.check is not None:
             self._note_findings(each)
         if each.outcome in DEADLY:
@@ -240,6 +244,7 @@ class Trial:
             self._give_up(program)
         else:
             self.over = _sentence(program, status, "when nothing had happened to it")
+            self.has_failed = True
         return False
 
     def _tell_all(self) -> None:
@@ -297,9 +302,10 @@ class Trial:
     # The check
 
     def _found(self) -> list[Row]:
-        assert self.check is not None
+        check = self.check
+        assert check is not None
         try:
-            rows = self._database.query(self.check)
+            rows = in_another_thread(lambda: self._database.query(check))
         except self._database.errors as error:
             raise CommandError(f"argument --check: {one_line(error)}") from error
         return [tuple(str(value) for value in row) for row in rows]
