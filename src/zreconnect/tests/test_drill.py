@@ -262,8 +262,9 @@ class GivenServerTests(unittest.TestCase):
     def somebody(self, options, password):
         """The DSN of a role of that password, and those options."""
         server = self.layer.server
-        server.query("DROP ROLE IF EXISTS somebody")
         server.query(f"CREATE ROLE somebody LOGIN {options} PASSWORD %s", password)
+        self.addCleanup(server.query, "DROP ROLE somebody")
+        self.addCleanup(server.query, "DROP OWNED BY somebody", dbname=self.dsn.rpartition("/")[2])
         return self.dsn.replace(
             f"{server.user}:{server.password}", f"somebody:{quote(password, safe='')}"
         )
@@ -346,8 +347,8 @@ class WhereTests(unittest.TestCase):
 
     def test_a_tunnel_may_lead_to_another(self):
         server = self.layer.server
-        server.query("DROP ROLE IF EXISTS somebody")
         server.query(f"CREATE ROLE somebody LOGIN PASSWORD '{server.password}'")
+        self.addCleanup(server.query, "DROP ROLE somebody")
         with PortForward(server.host, server.port) as tunnel:
             somebody = server.dsn(user="somebody", port=tunnel.port)
             self.assertIn("may be on another", self.drill(somebody))
