@@ -93,7 +93,7 @@ class Output:
         """Print a line for people to the standard error, also if JSON is wanted: what happens
         meanwhile, or why there is no result."""
         with contextlib.suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
+            print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def progress(self, description: str, total: int) -> Iterator[Callable[[], None]]:
@@ -149,7 +149,8 @@ def _console() -> Any:
 
 def _write(text: str) -> None:
     try:
-        print(text, flush=True)
+        # At once, so that the line of another thread does not come between.
+        print(f"{text}\n", end="", flush=True)
     except BrokenPipeError:
         raise OutputClosed from None
     except OSError as error:

@@ -346,6 +346,24 @@ class EndTests(unittest.TestCase):
             with self.subTest(arguments):
                 self.assertEqual(run(*arguments, before=close), (expected, "", ""))
 
+    def test_lines_of_several_threads(self):
+        lines = (
+            "import threading\n"
+            "from zreconnect.cli.output import Output\n"
+            "output = Output()\n"
+            "def write():\n"
+            "    for _ in range(1000): output.line('whole')\n"
+            "threads = [threading.Thread(target=write) for _ in range(4)]\n"
+            "for thread in threads: thread.start()\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", lines],
+            env=environment(PYTHONUNBUFFERED="1"),
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        self.assertEqual(set(done.stdout.splitlines()), {b"whole"})
+
     def test_characters_that_the_terminal_has_not(self):
         fail = (
             "from zreconnect.cli import recover\n"
