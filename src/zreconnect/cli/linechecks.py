@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from zreconnect.advice import advice
-from zreconnect.cli.findings import Findings, Patient, note, ok, warning
+from zreconnect.cli.findings import Finding, Findings, Patient, note, ok, warning
 from zreconnect.cli.servers import remedy
 from zreconnect.exceptions import one_line
 from zreconnect.interfaces import Meaning
 from zreconnect.policy import LONGEST_ATTEMPT
 
+# Of what there may be, such as connections.
+NEARLY_ALL = 0.9
 # For each host of several, in seconds.
 HOST_TIMEOUT = 5.0
 # The longest silence of a peer that is not noticed, in seconds. zreconnect's own settings take one
@@ -157,3 +159,17 @@ def check_tls(
             f"The line is encrypted, but nobody looks with whom{first}",
             f"Ask for that: {modes['best']}",
         )
+
+
+def is_nearly_all(used: int, limit: int) -> bool:
+    """Whether there is no room to speak of."""
+    return used >= NEARLY_ALL * limit
+
+
+def room_for_connections(used: int, limit: int, remedy: str) -> Finding:
+    """Whether there is room for one that comes back."""
+    in_use = f"{used} of {limit} connections are in use"
+    if is_nearly_all(used, limit):
+        told = f"{in_use}: who comes back after a restart may have to wait"
+        return warning("connections", told, remedy)
+    return ok("connections", in_use)

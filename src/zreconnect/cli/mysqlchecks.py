@@ -11,6 +11,7 @@ from zreconnect.cli.linechecks import (
     check_hosts,
     check_keepalive,
     check_tls,
+    room_for_connections,
 )
 from zreconnect.drivers.base import Condition, SessionSettings
 from zreconnect.exceptions import one_line
@@ -19,8 +20,6 @@ from zreconnect.exceptions import one_line
 USUAL_PAUSE = 60.0
 # In bytes.
 SMALL_PACKET = 4 * 1024 * 1024
-# Of the connections that there may be.
-NEARLY_ALL = 0.9
 # How many tables are named.
 NAMED_TABLES = 5
 TLS_MODES: Mapping[str, object] = {
@@ -253,15 +252,8 @@ def check_connections(patient: Patient) -> Findings:
     """Whether there is room for one that comes back."""
     ((_, used),) = patient.query("SHOW GLOBAL STATUS LIKE 'Threads_connected'")
     limit = int(variables_of(patient)["max_connections"])
-    if int(used) >= NEARLY_ALL * limit:
-        yield warning(
-            "connections",
-            f"{used} of {limit} connections are in use: who comes back after a restart may have to "
-            "wait",
-            "End connections that nobody uses, or raise max_connections",
-        )
-    else:
-        yield ok("connections", f"{used} of {limit} connections are in use")
+    remedy = "End connections that nobody uses, or raise max_connections"
+    yield room_for_connections(int(used), limit, remedy)
 
 
 CHECKS: tuple[Check, ...] = (

@@ -13,6 +13,8 @@ from zreconnect.cli.linechecks import (
     check_hosts,
     check_keepalive,
     check_tls,
+    is_nearly_all,
+    room_for_connections,
 )
 from zreconnect.drivers.base import SessionSettings
 from zreconnect.drivers.postgresql import AS_WHO_LOGGED_IN, READING
@@ -25,8 +27,6 @@ FORGOTTEN = 60.0
 FORGOTTEN_IDLE = 10 * 60.0
 # In days: who changes passwords wants to know before.
 EXPIRES_SOON = 14
-# Of the connections that there may be.
-NEARLY_ALL = 0.9
 SECONDS = {"ms": 0.001, "s": 1.0, "min": 60.0}
 TLS_MODES: Mapping[str, object] = {
     "required": ("require", "verify-ca", "verify-full"),
@@ -394,7 +394,7 @@ def check_prepared(patient: Patient) -> Findings:
             "max_prepared_transactions is 0: two_phase=True is not possible",
             "If transactions span databases: max_prepared_transactions = max_connections",
         )
-    elif len(rows) >= NEARLY_ALL * limit:
+    elif is_nearly_all(len(rows), limit):
         yield warning(
             "prepared transactions",
             f"{len(rows)} of {limit} prepared transactions are there, so the next may be refused",
@@ -415,15 +415,8 @@ def check_connections(patient: Patient) -> Findings:
         - settings.number("superuser_reserved_connections")
         - settings.number("reserved_connections")
     )
-    if used >= NEARLY_ALL * limit:
-        yield warning(
-            "connections",
-            f"{used} of {limit} connections are in use: who comes back after a restart may have to "
-            "wait",
-            "End connections that nobody uses, raise max_connections, or put a pooler in between",
-        )
-    else:
-        yield ok("connections", f"{used} of {limit} connections are in use")
+    remedy = "End connections that nobody uses, raise max_connections, or put a pooler in between"
+    yield room_for_connections(used, limit, remedy)
 
 
 CHECKS: tuple[Check, ...] = (

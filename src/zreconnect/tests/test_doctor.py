@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import psycopg2
 
-from zreconnect.cli import findings, postgresqlchecks
+from zreconnect.cli import findings, linechecks, postgresqlchecks
 from zreconnect.testing import EmbeddedStandby
 from zreconnect.testing.layers import (
     POSTGRES_LAYER,
@@ -267,7 +267,7 @@ class PostgresDoctorTests(PostgresDoctorTestCase):
         self.assertIn("certificate", self.finding(found, "connection", "error")["remedy"])
 
     def test_no_room(self):
-        with mock.patch.object(postgresqlchecks, "NEARLY_ALL", 0.0):
+        with mock.patch.object(linechecks, "NEARLY_ALL", 0.0):
             found = self.examine(self.dsn())
         self.finding(found, "connections", "warning")
         self.finding(found, "prepared transactions", "warning")
