@@ -19,7 +19,7 @@ server, suspend its processes and leave the line in any state: the next test fin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from zreconnect.testing.embedded import EmbeddedServer
 from zreconnect.testing.galera import EmbeddedGalera
@@ -31,26 +31,36 @@ from zreconnect.testing.portforward import PortForward
 from zreconnect.testing.postgres import EmbeddedPostgres
 
 
-class ServerLayer:
-    """Starts one server for all tests that name this layer.
+class Startable(Protocol):
+    """What a layer can have: a server, or several that belong together."""
 
-    Make another one, with a name of its own, for other `settings` of the server.
-    """
+    def start(self) -> object: ...
 
-    server_class: type[EmbeddedServer]
-    #: The server, while the layer is set up.
-    server: EmbeddedServer
+    def stop(self) -> None: ...
 
-    def __init__(
-        self, name: str | None = None, settings: Mapping[str, object] | None = None
-    ) -> None:
+    def ensure_running(self) -> None: ...
+
+
+Server = TypeVar("Server", bound=Startable)
+
+
+class StartingLayer(Generic[Server]):
+    """Starts what its class makes for all tests that name this layer."""
+
+    #: The server, or the cluster, while the layer is set up.
+    server: Server
+
+    def __init__(self, name: str | None = None, *bases: StartingLayer[Any]) -> None:
         self.__name__ = name or type(self).__name__
-        self.__bases__: tuple[object, ...] = ()
-        self._settings = settings
+        self.__bases__: tuple[Any, ...] = bases
+
+    def make(self) -> Server:
+        """What is to be started."""
+        raise NotImplementedError
 
     def setUp(self) -> None:
         """Start the server."""
-        self.server = self.server_class(settings=self._settings)
+        self.server = self.make()
         self.server.start()
 
     def tearDown(self) -> None:
@@ -59,8 +69,30 @@ class ServerLayer:
         del self.server
 
     def testTearDown(self) -> None:
-        """Make sure that the server runs for the next test, whatever this one did to it."""
+        """Make sure that all runs for the next test, whatever this one did to it."""
+        for base in self.__bases__:
+            base.server.ensure_running()
         self.server.ensure_running()
+
+
+class ServerLayer(StartingLayer[Any]):
+    """Starts one server for all tests that name this layer.
+
+    Make another one, with a name of its own, for other `settings` of the server.
+    """
+
+    server_class: type[EmbeddedServer]
+    server: EmbeddedServer
+
+    def __init__(
+        self, name: str | None = None, settings: Mapping[str, object] | None = None
+    ) -> None:
+        super().__init__(name)
+        self._settings = settings
+
+    def make(self) -> EmbeddedServer:
+        """A server with the settings."""
+        return self.server_class(settings=self._settings)
 
 
 class PostgresLayer(ServerLayer):
@@ -77,13 +109,11 @@ class MariaDBLayer(ServerLayer):
     server: EmbeddedMariaDB
 
 
-class PgBouncerLayer(ServerLayer):
+class PgBouncerLayer(StartingLayer[EmbeddedPgBouncer]):
     """Puts one EmbeddedPgBouncer before the server of a PostgresLayer.
 
     Its `server` is the EmbeddedPgBouncer. Put a PortForwardLayer on this one for a line to it.
     """
-
-    server: EmbeddedPgBouncer
 
     def __init__(
         self,
@@ -92,109 +122,63 @@ class PgBouncerLayer(ServerLayer):
         name: str | None = None,
         settings: Mapping[str, object] | None = None,
     ) -> None:
-        super().__init__(name, settings)
-        self.__bases__ = (base,)
+        super().__init__(name, base)
         self._base = base
         self._pool_mode = pool_mode
+        self._settings = settings
 
-    def setUp(self) -> None:
-        """Start PgBouncer."""
-        self.server = EmbeddedPgBouncer(self._base.server, self._pool_mode, self._settings)
-        self.server.start()
-
-    def testTearDown(self) -> None:
-        """Make sure that both run for the next test, whatever this one did to them."""
-        self._base.server.ensure_running()
-        super().testTearDown()
+    def make(self) -> EmbeddedPgBouncer:
+        """A pooler of the mode, before the server."""
+        return EmbeddedPgBouncer(self._base.server, self._pool_mode, self._settings)
 
 
-class PatroniLayer:
+class PatroniLayer(StartingLayer[EmbeddedPatroni]):
     """Starts one EmbeddedPatroni for all tests that name this layer.
 
     Make another one, with a name of its own, for another `configuration` of Patroni's.
     """
 
-    #: The cluster, while the layer is set up.
-    server: EmbeddedPatroni
-
     def __init__(
-        self, name: str = "PatroniLayer", configuration: Mapping[str, Any] | None = None
+        self, name: str | None = None, configuration: Mapping[str, Any] | None = None
     ) -> None:
-        self.__name__ = name
-        self.__bases__: tuple[object, ...] = ()
+        super().__init__(name)
         self._configuration = configuration
 
-    def setUp(self) -> None:
-        """Start the cluster."""
-        self.server = EmbeddedPatroni(self._configuration)
-        self.server.start()
-
-    def tearDown(self) -> None:
-        """End the cluster and remove its data."""
-        self.server.stop()
-        del self.server
-
-    def testTearDown(self) -> None:
-        """Make sure that it is whole for the next test, whatever this one did to it."""
-        self.server.ensure_running()
+    def make(self) -> EmbeddedPatroni:
+        """A cluster with the configuration."""
+        return EmbeddedPatroni(self._configuration)
 
 
-class GaleraLayer:
+class GaleraLayer(StartingLayer[EmbeddedGalera]):
     """Starts one EmbeddedGalera for all tests that name this layer."""
 
-    #: The cluster, while the layer is set up.
-    server: EmbeddedGalera
-
-    def __init__(self, name: str = "GaleraLayer") -> None:
-        self.__name__ = name
-        self.__bases__: tuple[object, ...] = ()
-
-    def setUp(self) -> None:
-        """Start the cluster."""
-        self.server = EmbeddedGalera()
-        self.server.start()
-
-    def tearDown(self) -> None:
-        """End the cluster and remove its data."""
-        self.server.stop()
-        del self.server
-
-    def testTearDown(self) -> None:
-        """Make sure that it is whole for the next test, whatever this one did to it."""
-        self.server.ensure_running()
+    def make(self) -> EmbeddedGalera:
+        """A cluster."""
+        return EmbeddedGalera()
 
 
-class HAProxyLayer(ServerLayer):
+class HAProxyLayer(StartingLayer[EmbeddedHAProxy]):
     """Puts one EmbeddedHAProxy before the server of a PostgresLayer, or a PatroniLayer's cluster.
 
     Its `server` is the EmbeddedHAProxy. Put a PortForwardLayer on this one for a line to it.
     """
 
-    server: EmbeddedHAProxy
-
     def __init__(self, base: PostgresLayer | PatroniLayer, name: str | None = None) -> None:
-        super().__init__(name)
-        self.__bases__ = (base,)
+        super().__init__(name, base)
         self._base = base
 
-    def setUp(self) -> None:
-        """Start HAProxy."""
-        self.server = EmbeddedHAProxy(self._base.server)
-        self.server.start()
-
-    def testTearDown(self) -> None:
-        """Make sure that both run for the next test, whatever this one did to them."""
-        self._base.server.ensure_running()
-        super().testTearDown()
+    def make(self) -> EmbeddedHAProxy:
+        """A proxy before the server."""
+        return EmbeddedHAProxy(self._base.server)
 
 
 class PortForwardLayer:
-    """Puts one PortForward before the server of a ServerLayer."""
+    """Puts one PortForward before the server of a ServerLayer, PgBouncerLayer or HAProxyLayer."""
 
     #: The forwarder, while the layer is set up.
     forward: PortForward
 
-    def __init__(self, base: ServerLayer, name: str = "PortForwardLayer") -> None:
+    def __init__(self, base: StartingLayer[Any], name: str = "PortForwardLayer") -> None:
         self.__name__ = name
         self.__bases__: tuple[object, ...] = (base,)
         self._base = base
@@ -202,7 +186,8 @@ class PortForwardLayer:
     @property
     def server(self) -> EmbeddedServer:
         """The server that is forwarded to."""
-        return self._base.server
+        server: EmbeddedServer = self._base.server
+        return server
 
     def dsn(self, user: str | None = None, dbname: str | None = None) -> str:
         """Return the URL to connect with through the forwarder."""
