@@ -21,9 +21,10 @@ GID = re.compile(
     PREFIX + r"([0-9a-f]{32}):([0-9]+):(-?[0-9]+):([0-9A-F]{8}):([0-9]+):([A-Za-z0-9_]*)"
 )
 CLUSTER = (
-    "SELECT system_identifier, substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)"
+    "SELECT system_identifier, substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) AS timeline"
     " FROM pg_control_system()"
 )
+PLACE = f"(SELECT concat_ws(' ', system_identifier, timeline) FROM ({CLUSTER}) AS cluster)"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ def decided(driver: Any, raw: Any, branch: Branch) -> Outcome:
     if system_identifier != branch.system_identifier:
         return Outcome.UNKNOWN
     # In another timeline the id may be that of another transaction.
-    outcome = outcome_by_id(driver, raw, branch.xid, believe=timeline == branch.timeline)
+    believe = timeline == branch.timeline
+    place = f"{system_identifier} {timeline}"
+    outcome = outcome_by_id(driver, raw, branch.xid, believe, PLACE, place)
     if outcome is Outcome.COMMITTED:
         driver.query(raw, CONFIRM)
     return outcome

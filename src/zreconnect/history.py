@@ -23,6 +23,10 @@ class History:
     timeline: str
     stats_reset: Any
 
+    def told(self) -> str:
+        """What the server tells of it in one text."""
+        return f"{self.system_identifier} {self.timeline} {self.stats_reset}"
+
     def is_of_system(self, other: History) -> bool:
         """Whether both are of the same system, which has its transactions from one place."""
         return bool(self.system_identifier == other.system_identifier)

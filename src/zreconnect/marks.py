@@ -14,6 +14,8 @@ HISTORY = (
     " THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END,"
     " coalesce(extract(epoch FROM pg_stat_get_bgwriter_stat_reset_time())::text, '-')"
 )
+# The same in one text.
+TOLD = f"concat_ws(' ', {HISTORY})"
 # Not everything that a transaction does has an id: a notification gets one inside COMMIT, and a
 # write to another server none. Who asks gets one that COMMIT then has, too.
 # On a standby, and it may be one behind a pooler that has changed servers, there are none.
@@ -32,5 +34,5 @@ def place(is_pooled: bool, with_history: bool) -> str:
         return MARK
     marks = f"{MARK}, NOT pg_is_in_recovery()"
     if with_history:
-        marks += f", CASE WHEN NOT pg_is_in_recovery() THEN concat_ws(' ', {HISTORY}) END"
+        marks += f", CASE WHEN NOT pg_is_in_recovery() THEN {TOLD} END"
     return marks

@@ -20,7 +20,7 @@ from zreconnect.documented import documented_by, implements
 from zreconnect.drivers.base import Evidence, Mark, ServerSession, SessionSettings
 from zreconnect.history import Change, History
 from zreconnect.interfaces import IObserver, IWitness
-from zreconnect.marks import ASSIGNED_ID, ID, MARK, NO_ID, place
+from zreconnect.marks import ASSIGNED_ID, ID, MARK, NO_ID, TOLD, place
 
 # How long an orphaned server process that was told to end, or may not be told to, is waited for:
 # less than the longest attempt to connect, of which this is a part.
@@ -323,7 +323,7 @@ class XidObserver(SessionObserver):
         evidence, xid, outcome = now.difference(before), self._acknowledged, Outcome.UNKNOWN
         if xid is not None and now.is_of_system(before):
             # That it is committed proves nothing: the id may be another transaction's by now.
-            outcome = outcome_by_id(self._driver, raw, xid, believe=False)
+            outcome = outcome_by_id(self._driver, raw, xid, False, TOLD, now.told())
         is_missing = outcome is Outcome.ABORTED or None
         if evidence or is_missing:
             self._acknowledged = None
@@ -404,7 +404,7 @@ class XidObserver(SessionObserver):
         now: History | None = self._driver.identify(raw).history
         if now is None or not now.is_of_system(before):
             return Outcome.UNKNOWN
-        outcome = outcome_by_id(self._driver, raw, self.xid, believe=now == before)
+        outcome = outcome_by_id(self._driver, raw, self.xid, now == before, TOLD, now.told())
         if outcome is Outcome.COMMITTED:
             self._confirm(raw)
             self._acknowledged = self.xid
@@ -429,13 +429,16 @@ class XidObserver(SessionObserver):
         )
 
 
-def outcome_by_id(driver: Any, raw: Any, xid: int, believe: bool) -> Outcome:
+def outcome_by_id(driver: Any, raw: Any, xid: int, believe: bool, place: str, told: str) -> Outcome:
     """What the server has on record for a transaction id.
 
     believe: whether the id still means the same transaction, so that "committed" is a proof.
+    place, told: an expression, and what the server that is meant tells for it. Behind a pooler each
+    request may have another.
     """
+    status = f"CASE WHEN {place} = %s THEN pg_xact_status(%s::text::xid8) END"
     try:
-        ((status,),) = driver.query(raw, "SELECT pg_xact_status(%s::text::xid8)", (xid,))
+        ((status,),) = driver.query(raw, f"SELECT {status}", (told, xid))
     except driver.module.DataError:
         # "transaction ID is in the future": the server has lost it, in a crash or a failover.
         return Outcome.ABORTED

@@ -14,6 +14,7 @@ import zreconnect
 from zreconnect import (
     FAIL_FAST,
     PERSIST,
+    CommitOutcomeUnknown,
     DisconnectionError,
     Ledger,
     ReconnectingConnection,
@@ -247,8 +248,8 @@ class FailoverTests(DatabaseTestCase):
         rows = self.standby.query("SELECT count(*) FROM item", dbname=self.dbname)
         self.assertEqual(rows, [(4,)])
 
-    def pooled(self, pool_mode="transaction", **keywords):
-        """Connections through a pooler, and what moves the address that it has, to the standby."""
+    def pooler(self, pool_mode="transaction"):
+        """A pooler, and what moves the address that it has, to the standby."""
         address = PortForward(self.server.host, self.server.port)
         self.addCleanup(address.stop)
         address.start()
@@ -256,6 +257,17 @@ class FailoverTests(DatabaseTestCase):
         pooler = EmbeddedPgBouncer(behind, pool_mode)
         self.addCleanup(pooler.stop)
         pooler.start()
+
+        def move():
+            address.stop()
+            address.target_port = self.standby.port
+            address.start()
+
+        return pooler, move
+
+    def pooled(self, pool_mode="transaction", **keywords):
+        """Connections through a pooler, and what moves the address that it has, to the standby."""
+        pooler, move = self.pooler(pool_mode)
         connections = [
             self.forwarded(pooler, driver, witness, **keywords)[0]
             for driver in ("psycopg2", "psycopg")
@@ -264,13 +276,36 @@ class FailoverTests(DatabaseTestCase):
         for number, connection in enumerate(connections):
             connection.run(connection.execute, "INSERT INTO item VALUES (%s)", (str(number),))
         wait_until(lambda: self.standby.query("SELECT count(*) FROM item") == [(8,)])
-
-        def move():
-            address.stop()
-            address.target_port = self.standby.port
-            address.start()
-
         return connections, move
+
+    @unittest.skipUnless(EmbeddedPgBouncer.installed() or REQUIRED, "PgBouncer is not installed")
+    def test_a_pooler_that_gives_the_question_for_a_commit_to_a_standby(self):
+        self.wait_for_table()
+        self.standby.query("SELECT pg_wal_replay_pause()")
+        for driver in ("psycopg2", "psycopg"):
+            pooler, move = self.pooler()
+            connection, forward = self.forwarded(pooler, driver, "xid")
+            connection.begin()
+            connection.execute("INSERT INTO item VALUES (%s)", (driver,))
+            forward.cut("to_client", 0)
+            adapter = connection.work.link.driver
+            identify = adapter.identify
+
+            def identify_and_move(raw, identify=identify, move=move):
+                try:
+                    return identify(raw)
+                finally:
+                    move()
+
+            with (
+                self.subTest(driver),
+                mock.patch.object(adapter, "identify", identify_and_move),
+                self.assertRaises(CommitOutcomeUnknown),
+            ):
+                # The standby does not know the transaction, which is committed.
+                connection.commit()
+            connection.rollback()
+        self.assertEqual(self.query("SELECT count(*) FROM item"), [(2,)])
 
     @unittest.skipUnless(EmbeddedPgBouncer.installed() or REQUIRED, "PgBouncer is not installed")
     def test_a_pooler_that_leads_to_the_new_primary_without_a_word(self):
