@@ -142,14 +142,14 @@ class HostsTests(unittest.TestCase):
         self.assertIs(self.fails(failing(REFUSED), self.hanging(), timeout=TIMEOUT), REFUSED)
 
     def test_who_has_failed_is_asked_again_while_another_is_silent(self):
-        raw = connection()
+        raw, silent = connection(), self.hanging()
         standby = mock.Mock(side_effect=[LOCKED, LOCKED, raw])
-        self.assertIs(self.connect(self.hanging(), standby, pauses=at_once, silent={0}), raw)
+        self.assertIs(self.connect(silent, standby, pauses=at_once, silent=names(silent)), raw)
         self.assertEqual(standby.call_count, 3)
 
     def test_it_is_not_if_it_refuses_for_good(self):
-        refusing = mock.Mock(side_effect=[LOCKED, REFUSED])
-        error = self.fails(self.hanging(), refusing, pauses=at_once, silent={0})
+        refusing, silent = mock.Mock(side_effect=[LOCKED, REFUSED]), self.hanging()
+        error = self.fails(silent, refusing, pauses=at_once, silent=names(silent))
         self.assertIs(error, REFUSED)
 
     def test_nor_if_the_silent_one_has_failed_as_well(self):
@@ -159,7 +159,7 @@ class HostsTests(unittest.TestCase):
             silent.end(failing(LOCKED))
             return PATIENCE
 
-        self.fails(silent, standby, pauses=pause, silent={0})
+        self.fails(silent, standby, pauses=pause, silent=names(silent))
         self.assertEqual(standby.call_count, 1)
 
     def test_a_silent_one_that_answers_between_two_rounds(self):
