@@ -69,10 +69,12 @@ class RetryPolicy:
     def fails_fast(self) -> bool:
         return self.attempts == 1
 
+    def left(self, elapsed: float) -> float:
+        """The seconds that are left after so many."""
+        return math.inf if self.timeout is None else self.timeout - elapsed
+
     def longest_attempt(self, elapsed: float) -> float:
-        if self.timeout is None:
-            return LONGEST_ATTEMPT
-        return min(LONGEST_ATTEMPT, max(SHORTEST_ATTEMPT, self.timeout - elapsed))
+        return min(LONGEST_ATTEMPT, max(SHORTEST_ATTEMPT, self.left(elapsed)))
 
     def attempt_limit(self, elapsed: float) -> float:
         """As `longest_attempt`, or less, at random: else those whom a silent server keeps waiting
@@ -129,10 +131,8 @@ class RetryPolicy:
         except OverflowError:
             limit = self.maximum
         pause = limit * random.uniform(LEAST_PART, LARGEST_PART)
-        if self.timeout is None:
-            return pause
         # The last attempt is made at the deadline and not somewhere before it.
-        return min(pause, max(0.0, self.timeout - elapsed))
+        return min(pause, max(0.0, self.left(elapsed)))
 
 
 class Patience:

@@ -6,9 +6,6 @@ a success each connects for itself. An attempt without an outcome ends at its de
 them, and then one of them makes the next one. It may last longer than the one who makes it waits,
 so that a server that takes its time to let somebody in is found.
 
-Between two attempts of one thread the others make none, so that all together knock no more often
-than one would. They wait for its next success, and now and then see whether it still knocks.
-
 The door has no lock, which an interrupt could leave locked. Each step that has to be whole is one
 call of a built-in method: neither another thread nor the handler of a signal comes in between.
 Which attempt follows upon another one is decided by a dict's setdefault(), who gets a connection
@@ -17,7 +14,6 @@ by that of a SimpleQueue.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -33,6 +29,7 @@ from zreconnect.answers import Answers
 from zreconnect.drivers.base import load_driver
 from zreconnect.exceptions import one_line
 from zreconnect.interfaces import Meaning
+from zreconnect.knocking import Knocking
 from zreconnect.outage import Outage
 from zreconnect.threads import start_thread
 
@@ -43,9 +40,6 @@ SHORTEST_ATTEMPT = 0.5
 # An attempt whose thread has not begun within so many seconds is taken for one that nobody makes:
 # an interrupt has kept its maker from starting it.
 TIME_TO_BEGIN = 0.5
-# So many threads look each for itself, after a pause, whether another one still knocks at the door.
-# The more there are, the more seldom each of them does.
-WATCHERS = 10
 # The only RuntimeError of starting a thread that passes. A signal's handler may raise others.
 NO_THREAD = "can't start new thread"
 # What mentions it may be why there is no encryption any more.
@@ -76,12 +70,14 @@ class _Attempt:
     """One attempt to connect, and those who wait for its outcome.
 
     deadline: when it is over, if it has no outcome before. So nobody depends on its thread, which
-    may hang or may never have been started. pauses: see `hosts.connect`.
+    may hang or may never have been started. pauses: see `hosts.connect`. It is made by the thread
+    that makes this object.
     """
 
     def __init__(self, deadline: float, pauses: hosts.Pauses = hosts.default_pauses) -> None:
         self.deadline = deadline
         self.pauses = pauses
+        self.maker = threading.get_ident()
         self._has_begun = self._has_ended = False
         self._answer: Answers[Outcome | None] = Answers()
         self._answers_to_others: list[Answers[Outcome | None]] = []
@@ -181,14 +177,11 @@ class Server:
         self,
         timeout: float,
         lasting: float = 0.0,
-        pause: float = 0.0,
         pauses: hosts.Pauses = hosts.default_pauses,
     ) -> Any:
         """A new raw connection, within ``timeout`` seconds. One that comes later is closed.
 
         lasting: how many seconds an attempt may take at least, for others and for what is known.
-        pause: the seconds that lie between two attempts. If another thread's has failed less than
-        that ago, there is a new one only when one of that thread's succeeds, or it makes no more.
         pauses: see `hosts.connect`.
 
         Raises `AttemptFailed` if there is none and a later attempt may succeed; what the attempt
@@ -196,11 +189,6 @@ class Server:
         """
         now = time.monotonic()
         deadline = now + timeout
-        if self._failed_within(pause):
-            others = len(self._watching) / WATCHERS
-            self._watch(min(deadline, now + pause * max(1.0, others)))
-            if error := self._failed_within(pause):
-                raise AttemptFailed(error) from error
         mine = _Attempt(max(deadline, now + lasting), pauses)
         while (attempt := self._join_attempt(mine)) is not mine:
             outcome = attempt.shared_outcome(deadline)
@@ -211,23 +199,11 @@ class Server:
                 self._fail(outcome[1])
         return self._make_attempt(mine, timeout, deadline)
 
-    def _failed_within(self, seconds: float) -> BaseException | None:
-        """What the latest attempt has met, if it has failed less than that ago."""
-        failure = self._failure
-        if failure is None or time.monotonic() - failure[0] >= seconds:
-            return None
-        return failure[1]
-
-    def _watch(self, until: float) -> None:
-        """Wait until then, or until another thread's attempt succeeds."""
-        answers: Answers[None] = Answers()
-        watching = self._watching
-        watching.append(answers)
-        # In this order; `_note` has the other one.
-        if self._failure is not None:
-            answers.get(until)
-        with contextlib.suppress(ValueError):
-            watching.remove(answers)
+    def leave_to_another(self, pause: float, patience: float) -> None:
+        """Wait as long as another thread knocks: see `Knocking`. Raises `AttemptFailed` for it."""
+        error = self._knocking.leave_to_another(pause, patience)
+        if error is not None:
+            raise AttemptFailed(error) from error
 
     def connect_once(self, timeout: float) -> Any:
         """As `connect`, for who makes but one attempt: raises what that has raised."""
@@ -265,9 +241,7 @@ class Server:
         """Forget attempts under way, which in a forked child nobody will finish."""
         self.outage.renew()
         self._is_up = False
-        # When the latest attempt has failed, and how; None unless it has, and a later one may not.
-        self._failure: tuple[float, BaseException] | None = None
-        self._watching: list[Answers[None]] = []
+        self._knocking = Knocking()
         # One that is over: the next one follows upon it.
         self._latest = _Attempt(-math.inf)
 
@@ -357,12 +331,9 @@ class Server:
         self._is_up = error is None
         # Asked here, once: many threads may share it, as often as one of them knocks.
         if error is not None and self.passes(error):
-            self._failure = time.monotonic(), error
-            return
-        self._failure = None
-        watching, self._watching = self._watching, []
-        for answers in watching.copy():
-            answers.put(None)
+            self._knocking.failed(error, attempt.maker)
+        else:
+            self._knocking.ended()
 
     def _fail(self, error: BaseException) -> NoReturn:
         if self.passes(error):

@@ -132,10 +132,12 @@ def _attempt(
     prepare: Callable[[Session], None],
 ) -> Session:
     """A session that is prepared, and the server knows what came of it."""
-    began, timeout = time.monotonic(), policy.attempt_limit(elapsed)
+    began = time.monotonic()
     try:
-        pauses = partial(policy.pause, elapsed=elapsed)
-        raw = server.connect(timeout, policy.lasting_attempt(), pause, pauses)
+        server.leave_to_another(pause, policy.left(elapsed))
+        elapsed += time.monotonic() - began
+        timeout, pauses = policy.attempt_limit(elapsed), partial(policy.pause, elapsed=elapsed)
+        raw = server.connect(timeout, policy.lasting_attempt(), pauses)
         return _prepared(server, raw, max(timeout, policy.least_attempt()), prepare)
     except AttemptFailed:
         server.outage.missed(began)

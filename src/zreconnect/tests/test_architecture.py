@@ -18,7 +18,7 @@ threads advice outage
 interfaces turn watchdog commits answers history marks
 documented
 exceptions policy states drivers.base
-events witness dsn hosts
+events witness dsn hosts knocking
 ledger engines drivers server options branch
 retry session recovery refusals savepoint
 link

@@ -8,7 +8,6 @@ import sqlite3
 import threading
 import time
 import unittest
-from functools import partial
 from unittest import mock
 
 import psycopg2
@@ -215,50 +214,27 @@ class SharingTests(DoorTestCase):
         self.fails(PATIENCE)
         for _ in range(3):
             with self.assertRaises(AttemptFailed) as failed:
-                self.server.connect(0.01, pause=PATIENCE)
+                self.server.leave_to_another(PATIENCE, 0.01)
             self.assertIs(failed.exception.error, error)
         self.assertEqual(self.attempts.begun, 1)
-        # Nobody watches any more.
-        self.assertEqual(self.server._watching, [])
-
-    def test_who_pauses_makes_one_if_another_thread_makes_no_more(self):
-        self.make(mock.Mock(side_effect=sqlite3.OperationalError("database is locked")))
-        self.fails(PATIENCE)
-        self.server.connect(PATIENCE, pause=SHORT)
-        self.assertEqual(self.attempts.begun, 2)
 
     def test_the_success_of_another_thread_ends_a_pause(self):
         self.make(mock.Mock(side_effect=sqlite3.OperationalError("database is locked")))
         self.fails(PATIENCE)
-        calls = [Call(partial(self.server.connect, pause=1000), 1000) for _ in range(3)]
-        wait_until(lambda: len(self.server._watching) == 3)
+        calls = [Call(self.server.leave_to_another, 1000, math.inf) for _ in range(3)]
+        wait_until(lambda: self.server._knocking.waiting == 3)
         self.server.connect(PATIENCE)
-        self.assertEqual(len({id(call.end().returned) for call in calls}), 3)
-        self.assertEqual(self.attempts.begun, 5)
+        for call in calls:
+            self.assertIsNone(call.end().raised)
 
     def test_a_refusal_ends_it_too(self):
         failures = ["database is locked", "unable to open database file"]
         self.make(*(mock.Mock(side_effect=sqlite3.OperationalError(text)) for text in failures))
         self.fails(PATIENCE)
-        call = Call(partial(self.server.connect, pause=1000), 1000)
-        wait_until(lambda: self.server._watching)
+        call = Call(self.server.leave_to_another, 1000, math.inf)
+        wait_until(lambda: self.server._knocking.waiting)
         self.assertRaises(sqlite3.OperationalError, self.server.connect, PATIENCE)
-        self.assertIsNotNone(call.end().returned)
-
-    def test_a_success_just_before_anybody_watches(self):
-        self.make()._watch(math.inf)
-
-    def test_many_look_more_seldom(self):
-        self.make(mock.Mock(side_effect=sqlite3.OperationalError("database is locked")))
-        self.fails(PATIENCE)
-        now = time.monotonic()
-        with mock.patch.object(self.server, "_watch") as watch:
-            self.server._watching = [None] * 50
-            self.assertRaises(AttemptFailed, self.server.connect, 10**6, pause=1000)
-            self.assertRaises(AttemptFailed, self.server.connect, PATIENCE, pause=1000)
-        (late,), (soon,) = (call.args for call in watch.call_args_list)
-        self.assertGreaterEqual(late, now + 5 * 1000)
-        self.assertLess(soon, now + 1000)
+        self.assertIsNone(call.end().raised)
 
     def test_after_a_success_each_connects_for_itself(self):
         hanging = self.hanging()
