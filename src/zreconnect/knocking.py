@@ -49,23 +49,23 @@ class Knocking:
             answers.put(None)
 
     def leave_to_another(self, pause: float, patience: float) -> BaseException | None:
-        """Wait as long as another thread knocks, or this one has paused too short.
+        """Wait for another thread that knocks.
 
-        pause: the seconds between two attempts of this thread. patience: those to wait at most.
-        Returns what the latest attempt has met, if it is still too early for the next one.
+        pause: the seconds for which this thread has paused. patience: those to wait at most.
+        Returns what the other one has met, if it still knocks; None if it is this thread's turn.
         """
-        if self._too_early(pause) is not None:
+        if self._another_has_met(pause) is not None:
             pauses = max(1.0, self.waiting / WATCHERS)
             self._watch(time.monotonic() + min(patience, pauses * pause))
-        return self._too_early(pause)
+        return self._another_has_met(pause)
 
-    def _too_early(self, pause: float) -> BaseException | None:
+    def _another_has_met(self, pause: float) -> BaseException | None:
         failure = self._failure
         if failure is None:
             return None
         at, error, thread = failure
-        seconds = pause if thread == threading.get_ident() else LONGEST_PAUSE * pause
-        return error if time.monotonic() - at < seconds else None
+        knocks = thread != threading.get_ident() and time.monotonic() - at < LONGEST_PAUSE * pause
+        return error if knocks else None
 
     def _watch(self, until: float) -> None:
         """Wait until then, or until another thread's attempt does not fail."""

@@ -198,6 +198,10 @@ class PostgresTests(DatabaseTestCase):
 
 
 class SharingTests(DoorTestCase):
+    def leaves(self, pause, patience):
+        """Another thread, which leaves it to this one to knock."""
+        return Call(self.server.leave_to_another, pause, patience)
+
     def test_a_failure_is_everybodys(self):
         hanging = self.hanging()
         self.make(hanging)
@@ -213,15 +217,13 @@ class SharingTests(DoorTestCase):
         self.make(mock.Mock(side_effect=error))
         self.fails(PATIENCE)
         for _ in range(3):
-            with self.assertRaises(AttemptFailed) as failed:
-                self.server.leave_to_another(PATIENCE, 0.01)
-            self.assertIs(failed.exception.error, error)
+            self.assertIs(self.leaves(PATIENCE, 0.01).end().raised.error, error)
         self.assertEqual(self.attempts.begun, 1)
 
     def test_the_success_of_another_thread_ends_a_pause(self):
         self.make(mock.Mock(side_effect=sqlite3.OperationalError("database is locked")))
         self.fails(PATIENCE)
-        calls = [Call(self.server.leave_to_another, 1000, math.inf) for _ in range(3)]
+        calls = [self.leaves(1000, math.inf) for _ in range(3)]
         wait_until(lambda: self.server._knocking.waiting == 3)
         self.server.connect(PATIENCE)
         for call in calls:
@@ -231,7 +233,7 @@ class SharingTests(DoorTestCase):
         failures = ["database is locked", "unable to open database file"]
         self.make(*(mock.Mock(side_effect=sqlite3.OperationalError(text)) for text in failures))
         self.fails(PATIENCE)
-        call = Call(self.server.leave_to_another, 1000, math.inf)
+        call = self.leaves(1000, math.inf)
         wait_until(lambda: self.server._knocking.waiting)
         self.assertRaises(sqlite3.OperationalError, self.server.connect, PATIENCE)
         self.assertIsNone(call.end().raised)
