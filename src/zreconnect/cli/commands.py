@@ -102,7 +102,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in EXTRA:
             raise
-        status = _fail(options, output, f"{error.name} is missing: pip install zreconnect[cli]")
+        message = f'{error.name} is missing: pip install "zreconnect[cli]"'
+        status = _fail(options, output, message)
     output.finish(options.command, status)
     return status
 

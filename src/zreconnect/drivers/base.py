@@ -324,6 +324,6 @@ def _import_driver(name: str) -> Any:
             raise
         raise ImportError(
             f"driver {name!r} needs the module {error.name}, which is not installed: "
-            f"pip install zreconnect[{extra}]",
+            f'pip install "zreconnect[{extra}]"',
             name=error.name,
         ) from error

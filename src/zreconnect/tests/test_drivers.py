@@ -85,7 +85,7 @@ class DriverTests(unittest.TestCase):
             self.assertRaisesRegex(
                 ImportError,
                 "driver 'acme' needs the module acme_database, which is not installed: "
-                r"pip install zreconnect\[acme-extra\]",
+                r'pip install "zreconnect\[acme-extra\]"',
             ),
         ):
             load_driver("acme")

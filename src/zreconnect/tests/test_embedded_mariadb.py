@@ -48,6 +48,13 @@ class EmbeddedMariaDBTests(unittest.TestCase):
         ):
             self.server.query("SELECT 1")
 
+    def test_without_its_module(self):
+        with (
+            mock.patch.dict(sys.modules, pymysql=None),
+            self.assertRaisesRegex(ModuleNotFoundError, r"zreconnect\[pymysql\]"),
+        ):
+            self.server.query("SELECT 1")
+
     def test_databases_of_their_own(self):
         dsn = self.server.fresh_database()
         self.assertRegex(dsn, rf"^mysql://root:\S+@127\.0\.0\.1:{self.server.port}/test_")

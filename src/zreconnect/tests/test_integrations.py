@@ -41,5 +41,5 @@ class MissingFrameworkTests(unittest.TestCase):
                 self.assertEqual(
                     message,
                     f"{part} needs the module {name}, which is not installed: "
-                    f"pip install {requirement}",
+                    f'pip install "{requirement}"',
                 )

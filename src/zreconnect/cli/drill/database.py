@@ -63,7 +63,7 @@ def open_database(dsn: str | None, own: str, really: bool) -> Iterator[Database]
     except ModuleNotFoundError as error:
         if error.name != "pymysql":
             raise
-        raise CommandError("PyMySQL is missing: pip install zreconnect[pymysql]") from error
+        raise CommandError(str(error)) from error
 
 
 def _understood(dsn: str) -> tuple[Any, dict[str, str]]:
