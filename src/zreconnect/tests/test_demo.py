@@ -304,13 +304,6 @@ class PictureTests(unittest.TestCase):
         places = [int(text.get("y")) for text in texts]
         self.assertEqual([places[n + 1] - places[n] for n in range(3)], [19, 19, 38])
 
-    def test_what_the_readme_shows(self):
-        directory = Path(__file__).resolve().parents[3]
-        (path,) = re.findall(
-            r"^\.\. image:: (\S+)$", (directory / "README.rst").read_text(encoding="utf-8"), re.M
-        )
-        ElementTree.parse(directory / path)
-
 
 class GivenServerTests(CommandTestCase):
     """With ``--dsn`` a server that belongs to others is not touched, only the line to it."""

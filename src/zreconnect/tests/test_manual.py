@@ -30,6 +30,7 @@ LAYER = PortForwardLayer(PostgresLayer("ManualPostgresLayer"), "ManualLayer")
 DIRECTORY = Path(__file__).resolve().parents[3] / "doctests"
 CONTENTS = DIRECTORY / "README.rst"
 README = DIRECTORY.parent / "README.rst"
+FIRST_PAGE = DIRECTORY.parent / "docs/index.rst"
 CHAPTERS = sorted(set(DIRECTORY.glob("*.rst")) - {CONTENTS})
 # A story makes no sense after its first failure, and may wait in vain.
 OPTION_FLAGS = (
@@ -105,8 +106,16 @@ class ManualTests(unittest.TestCase):
         self.assertEqual(shown, {*DIRECTORY.glob("plots/*")})
 
 
+def scripts(path):
+    """The programs in Python that a page shows."""
+    text = path.read_text(encoding="utf-8")
+    blocks = re.findall(r"^\.\. code-block:: python\n\n((?: {3}.*\n|\n)+)", text, re.MULTILINE)
+    return [textwrap.dedent(block) for block in blocks]
+
+
 class ReadmeTests(unittest.TestCase):
-    """What README.rst shows: a script that dies of a restart, and two that do not."""
+    """What README.rst shows: a script that dies of a restart, and two that do not. And what the
+    first page of the site does."""
 
     layer = LAYER
 
@@ -118,14 +127,7 @@ class ReadmeTests(unittest.TestCase):
         quiet = contextlib.ExitStack()
         quiet.enter_context(quiet_log())
         self.addCleanup(quiet.close)
-        self.scripts = [
-            textwrap.dedent(script)
-            for script in re.findall(
-                r"^\.\. code-block:: python\n\n((?: {4}.*\n|\n)+)",
-                README.read_text(encoding="utf-8"),
-                re.MULTILINE,
-            )
-        ]
+        self.scripts = scripts(README)
 
     def numbers(self, script):
         """Run it for three numbers, with a restart after the first, and return what it recorded."""
@@ -149,6 +151,11 @@ class ReadmeTests(unittest.TestCase):
 
     def test_with_initZopeless_it_survives(self):
         self.assertEqual(self.numbers(self.scripts[2]), [(0,), (1,), (2,)])
+
+    def test_the_first_page_of_the_site(self):
+        (script,) = scripts(FIRST_PAGE)
+        script = script.replace("sys.argv[1]", "'postgresql:///work'")
+        self.assertEqual(self.numbers(script), [(0,), (1,), (2,)])
 
 
 def test_suite():
