@@ -21,6 +21,7 @@ from sphinx.transforms import SphinxTransform
 DOCTESTS = Path(__file__).resolve().parents[2] / "doctests"
 CONTENTS = DOCTESTS / "README.rst"
 CHAPTER = re.compile(r"([a-z0-9-]+)\.rst")
+EXAMPLE = re.compile(r"examples/([a-z_]+)")
 
 
 def write_pages(app: Sphinx, config: Config) -> None:
@@ -71,7 +72,8 @@ class Chapters(TocTree):
 
 
 class ChapterReferences(SphinxTransform):
-    """What refers to the file of a chapter refers to its page, and sessions are no quotations."""
+    """What refers to the file of a chapter refers to its page, and what names an example to where
+    docs/examples.rst shows it. And sessions are no quotations."""
 
     default_priority = 50
 
@@ -81,25 +83,27 @@ class ChapterReferences(SphinxTransform):
         for node in list(self.document.findall(nodes.reference)):
             match = CHAPTER.fullmatch(node.get("refuri", ""))
             if match:
-                node.replace_self(self._reference(match[1], node.astext()))
+                node.replace_self(self._reference("doc", f"/manual/{match[1]}", node.astext()))
         for node in list(self.document.findall(nodes.literal)):
-            match = CHAPTER.fullmatch(node.astext())
-            if match:
-                node.replace_self(self._reference(match[1], ""))
+            text = node.astext()
+            if match := CHAPTER.fullmatch(text):
+                node.replace_self(self._reference("doc", f"/manual/{match[1]}", ""))
+            elif match := EXAMPLE.fullmatch(text):
+                node.replace_self(self._reference("ref", f"example-{match[1]}", text))
 
         for quote in list(self.document.findall(nodes.block_quote)):
             # Sessions are indented in the chapters, for the eye, and are no quotations.
             if all(isinstance(child, nodes.doctest_block) for child in quote.children):
                 quote.parent.replace(quote, quote.children)
 
-    def _reference(self, chapter: str, text: str) -> addnodes.pending_xref:
+    def _reference(self, kind: str, target: str, text: str) -> addnodes.pending_xref:
         return addnodes.pending_xref(
             "",
-            nodes.inline(text, text or chapter, classes=["xref", "std", "std-doc"]),
+            nodes.inline(text, text or target, classes=["xref", "std", f"std-{kind}"]),
             refdoc=self.env.docname,
             refdomain="std",
-            reftype="doc",
-            reftarget=f"/manual/{chapter}",
+            reftype=kind,
+            reftarget=target,
             refexplicit=bool(text),
             refwarn=True,
         )
