@@ -150,12 +150,17 @@ def _show(server: Server, kind: str, findings: Sequence[Finding], output: Output
     for each in findings:
         output.line()
         output.line(f"{each.severity.value}: {each.check}", STYLES[each.severity])
-        output.paragraph(f"{each.reason}.", indent=4)
+        output.paragraph(_sentence(each.reason), indent=4)
         if each.remedy:
-            output.paragraph(f"Remedy: {each.remedy}.", indent=4)
+            output.paragraph(_sentence(f"Remedy: {each.remedy}"), indent=4)
     numbers = Counter(each.severity for each in findings)
     output.line()
     output.line(", ".join(_counted(each, numbers[each]) for each in Severity if numbers[each]))
+
+
+def _sentence(text: str) -> str:
+    # What a driver says may be one already.
+    return text if text.endswith((".", "?")) else f"{text}."
 
 
 def _counted(severity: Severity, number: int) -> str:

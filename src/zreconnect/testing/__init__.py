@@ -5,6 +5,9 @@
 balancer, `PortForward` is a line to cut. `zreconnect.testing.layers` has layers for zope.testrunner
 that provide them, `zreconnect.integrations.pytest` fixtures. `losing` is for unit tests without a
 server. `DriverConformance` tests a driver of one's own.
+
+PostgreSQL comes with `pip install "zreconnect[embedded]"`. MariaDB needs `"zreconnect[pymysql]"`,
+and a package of Debian's, as the others do that their classes name.
 """
 
 from zreconnect.testing.conformance import DriverConformance

@@ -1,4 +1,4 @@
-"""The four states of a connection, and what ends its sessions."""
+"""The states of a connection, and what ends its sessions."""
 
 import contextlib
 import gc

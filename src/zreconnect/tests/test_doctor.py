@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import unittest
 from contextlib import closing
 from unittest import mock
@@ -110,6 +111,14 @@ class PostgresDoctorTests(PostgresDoctorTestCase):
         self.assertIn("    Remedy: Leave keepalives", output)
         self.assertRegex(output, r"\n1 warning, \d+ notes, \d+ ok\n\Z")
         self.assertNotIn(self.server.password, output)
+
+    def test_a_driver_that_asks(self):
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = unused.getsockname()[1]
+            status, output, _errors = run_here("doctor", f"postgresql://me@127.0.0.1:{port}/work")
+        self.assertEqual(status, 1)
+        self.assertRegex(output, r"TCP/IP\s+connections\?\n")
 
     def test_keepalives(self):
         for options in ("keepalives=0", "keepalives_idle=3600", "tcp_user_timeout=0"):
