@@ -105,6 +105,16 @@ class ManualTests(unittest.TestCase):
         }
         self.assertEqual(shown, {*DIRECTORY.glob("plots/*")})
 
+    def test_the_site_shows_all_examples(self):
+        page = FIRST_PAGE.with_name("examples.rst")
+        named = re.findall(r"^\.\. literalinclude:: (.+)$", page.read_text("utf-8"), re.MULTILINE)
+        files = {
+            path
+            for path in (DIRECTORY.parent / "examples").rglob("*.*")
+            if path.suffix in {".conf", ".ini", ".py", ".zcml"} and path.name != "__init__.py"
+        }
+        self.assertEqual({(page.parent / name).resolve() for name in named}, files)
+
 
 def scripts(path):
     """The programs in Python that a page shows."""
