@@ -625,7 +625,9 @@ class MysqlDriver(ChoosingDriver):
     def end_session(self, raw: Any, session: ServerSession, evidence: Evidence) -> bool:
         if session.start is None:
             return False
-        ((number,),) = self.query(raw, "SELECT IS_USED_LOCK(%s)", (session.start,))
+        ((number,),) = self.query(
+            raw, "SELECT NULLIF(IS_USED_LOCK(%s), CONNECTION_ID())", (session.start,)
+        )
         if number is None:
             return False
         try:

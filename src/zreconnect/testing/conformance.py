@@ -59,6 +59,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import threading
 import time
 import traceback
@@ -67,6 +68,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from transaction.interfaces import TransientError
@@ -81,6 +83,7 @@ from zreconnect.ledger import Ledger
 from zreconnect.policy import RetryPolicy
 from zreconnect.server import server_from_dsn
 from zreconnect.testing.portforward import PortForward
+from zreconnect.witness import XidWitness
 
 if TYPE_CHECKING:
     TestCase = unittest.TestCase
@@ -578,6 +581,7 @@ class DriverConformance(TestCase):
         self.assertGreater(len(runs), 2)
         for error in errors:
             self.assertIsInstance(error, TransientError)
+            self.assertTrue(self.driver.is_transient(error))
         self.assertEqual(self._ask(f"SELECT number FROM {TABLE}"), [(2,), (2,)])
 
     def test_what_follows_a_deadlock_is_not_committed(self) -> None:
@@ -658,6 +662,18 @@ class DriverConformance(TestCase):
                 cursor.close()
                 cursor = self.driver.cursor(raw, None, {})
                 self.driver.rollback(raw)
+
+    def test_a_statement_that_commits_and_goes_on_says_so(self) -> None:
+        self._need_sessions()
+        raw, statement = self._open(), "COMMIT AND CHAIN"
+        self._begin(raw)
+        try:
+            self.driver.cursor(raw, None, {}).execute(statement)
+        except self.module.Error:
+            self.skipTest(f"there is no {statement}")
+        told = bool(self.driver.may_chain(statement)) and self.driver.chains(statement)
+        self.assertTrue(told or self.driver.has_committed(raw))
+        self.driver.rollback(raw)
 
     def test_a_statement_that_writes_does_not_look_like_reading(self) -> None:
         raw = self._open()
@@ -965,6 +981,44 @@ class DriverConformance(TestCase):
             cursor.execute(insert("b"))
         self.assertEqual(self._names(), ["b"])
 
+    def test_an_interrupted_session_is_not_at_rest(self) -> None:
+        line, raw = self._line(), self._open()
+        if threading.current_thread() is not threading.main_thread():
+            self.skipTest("only the main thread can be interrupted")
+        is_silent, was_silent = True, []
+        met, mine = threading.Event(), threading.get_ident()
+
+        def interrupt(number: int, frame: object) -> None:
+            was_silent.append(is_silent)
+            met.set()
+            raise Interrupted
+
+        def disturb() -> None:
+            nonlocal is_silent
+            deadline = time.monotonic() + PATIENCE
+            while line.count().bytes_to_server == before and time.monotonic() < deadline:
+                time.sleep(POLL_INTERVAL)
+            signal.pthread_kill(mine, signal.SIGUSR1)
+            # A module in C may hear of it only with the answer.
+            met.wait(1.0)
+            is_silent = False
+            line.resume()
+
+        self._begin(raw)
+        line.silence("to_client")
+        before = line.count().bytes_to_server
+        self.addCleanup(signal.signal, signal.SIGUSR1, signal.signal(signal.SIGUSR1, interrupt))
+        with ThreadPoolExecutor(1) as threads:
+            disturbing = threads.submit(disturb)
+            with self.assertRaises(Interrupted):
+                self._insert(raw, "a")
+                disturbing.result(PATIENCE)
+            disturbing.result(PATIENCE)
+        if was_silent == [True]:
+            self.assertFalse(self.driver.is_at_rest(raw))
+        self.driver.close(raw)
+        self.assertEqual(self._names(), [])
+
     def test_without_sessions_there_is_nothing_to_watch(self) -> None:
         if self.driver.has_sessions:
             self.skipTest("there are sessions")
@@ -990,6 +1044,21 @@ class DriverConformance(TestCase):
         with self._error() as errors:
             self.driver.commit(raw)
         self.assertIs(self.driver.meaning(errors[0], raw), Meaning.DISCONNECT)
+
+    def test_no_other_session_is_fenced(self) -> None:
+        self._need_sessions()
+        raw, other = self._open(), self._open()
+        self._begin(raw)
+        self._begin(other)
+        evidence = Evidence(began=time.monotonic())
+        # Of the number that it has itself, and of one that the server has given to somebody else.
+        mine, ended = self.driver.identify(raw), self._open()
+        session = self.driver.identify(ended)
+        self.driver.close(ended)
+        for each in (mine, replace(session, pid=self.driver.identify(other).pid)):
+            self.assertFalse(self.driver.end_session(raw, each, evidence))
+        for each in (raw, other):
+            self.driver.commit(each)
 
     def test_the_life_of_a_ledger(self) -> None:
         self._need_sessions()
@@ -1040,24 +1109,43 @@ class DriverConformance(TestCase):
         self.assertEqual(self._names(), ["arrived False", "arrived True"])
 
     def test_transaction_ids_if_there_are_any(self) -> None:
-        line = self._line()
-        for direction, committed in [("to_client", True), ("to_server", False)]:
-            connection = self._connect()
-            connection.begin()
-            connection.cursor().execute(insert(direction))
-            has_ids = self.driver.has_transaction_ids(connection.driver_connection)
-            line.cut(direction, 0)
-            if not has_ids:
-                with self.assertRaises(CommitOutcomeUnknown):
+        line, committed = self._line(), []
+        for at_commit in (False, True):
+            for direction in ("to_client", "to_server"):
+                name = f"{direction} {at_commit}"
+                connection = self._connect(witness=XidWitness(at_commit))
+                connection.begin()
+                connection.cursor().execute(insert(name))
+                has_ids = self.driver.has_transaction_ids(connection.driver_connection)
+                if not at_commit:
+                    line.cut(direction, 0)
+                    arrives = direction == "to_client"
+                else:
+                    # The id is asked for before.
+                    arrives = True
+                    line.cut_at_commit()
+                if arrives:
+                    committed.append(name)
+                if has_ids and arrives:
+                    connection.commit()
+                    continue
+                error = self.driver.disconnection_error if has_ids else CommitOutcomeUnknown
+                with self.assertRaises(error):
                     connection.commit()
                 connection.rollback()
-            elif committed:
-                connection.commit()
-            else:
-                with self.assertRaises(self.driver.disconnection_error):
-                    connection.commit()
-                connection.rollback()
-        self.assertEqual(self._names(), ["to_client"])
+        self.assertCountEqual(self._names(), committed)
+
+    def test_an_id_that_is_asked_for_at_commit(self) -> None:
+        self._need_sessions()
+        connection = self._connect(witness=XidWitness(at_commit=True))
+        with connection.transaction() as cursor:
+            cursor.execute(insert("a"))
+        for end in ("", " FOR UPDATE"):
+            # What looks as if it only read may have an id all the same.
+            with connection.transaction() as cursor:
+                cursor.execute(f"SELECT name FROM {TABLE}{end}")
+                self.assertEqual(len(cursor.fetchall()), 1)
+        self.assertEqual(connection.state, IDLE)
 
     def test_no_witness_is_needed_without_sessions(self) -> None:
         if self.driver.has_sessions:
@@ -1069,6 +1157,10 @@ class DriverConformance(TestCase):
         with self._error() as errors:
             self._ask(f"SELECT number FROM {LEDGER}")
         self.assertIs(self.driver.condition(errors[0]), Condition.UNDEFINED_TABLE)
+
+
+class Interrupted(BaseException):
+    """What a signal's handler raises."""
 
 
 class Forbidden:
