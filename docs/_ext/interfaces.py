@@ -28,7 +28,13 @@ NAMED = re.compile(r"^\.\. (?:auto\w+|interface|py:\w+):: ([\w.]+)$", re.MULTILI
 # The directive for what is one of these, the first that fits.
 KINDS: dict[type, str] = {InterfaceClass: "interface", type: "autoclass", object: "autofunction"}
 # Where a name without a module is looked for.
-MODULES = ("zreconnect", "zreconnect.interfaces", "zreconnect.testing", "zreconnect.events")
+MODULES = (
+    "zreconnect",
+    "zreconnect.interfaces",
+    "zreconnect.testing",
+    "zreconnect.events",
+    "zreconnect.drivers.base",
+)
 
 
 def with_fields(lines: list[str], names: set[str]) -> list[str]:

@@ -71,17 +71,21 @@ class IDriver(Interface):
     `commit` or `rollback`.
 
     A method that talks to the server may raise the module's errors, derived from its ``Error``,
-    also for a lost session; the caller asks `meaning` about them. Anything else that is raised is
-    taken for a mistake in the program and passed on. Where nothing is said of a round trip, the
-    method may make one or more, but not on the path of a healthy transaction. `BaseDriver` in
-    ``zreconnect.drivers.base`` has what most drivers do alike.
+    also for a lost session; the caller asks `meaning` about them. Anything else that is raised, by
+    the raw connection and its cursors too, is taken for a mistake in the program and passed on.
+    Where nothing is said of a round trip, the method may make one or more, but not on the path of a
+    healthy transaction. `BaseDriver` in ``zreconnect.drivers.base`` has what most drivers do alike.
     """
 
     name = Attribute("The name that ``connect(driver=...)`` takes.")
-    module = Attribute("The DB-API 2.0 module, with its exceptions.")
+    module = Attribute(
+        "The DB-API 2.0 module, with its exceptions, which mean what PEP 249 has them mean: a "
+        "statement without the right to it, or with a wrong name, raises its ProgrammingError, a "
+        "value that cannot be converted its DataError."
+    )
     disconnection_error = Attribute(
-        "Subclass of `DisconnectionError` and of the module's OperationalError, at the top of a "
-        "module, so that it can be pickled."
+        "Subclass of `zreconnect.DisconnectionError` and of the module's OperationalError, in this "
+        "order, at the top of a module, so that it can be pickled."
     )
     has_sessions = Attribute(
         "Whether there is a server, whose sessions can be lost. Without one, no witness is asked."
@@ -115,7 +119,11 @@ class IDriver(Interface):
         "psycopg's Rollback; an empty tuple if it has none."
     )
     quote = Attribute("What encloses names in statements.")
-    ledger_table = Attribute("The statement that makes a `Ledger`'s ``{table}``, unless it exists.")
+    ledger_table = Attribute(
+        "The statement that makes a `Ledger`'s ``{table}``, unless it exists. It has ``id``, the "
+        "key, a UUID or its 36 characters; ``number``, an integer of 64 bits, 0 where it is not "
+        "given; and ``used``, a time, then now."
+    )
     ledger_conflict = Attribute(
         "What follows upon the ledger's INSERT, and is followed by assignments, to have them made "
         "in a row of that id if there is one."
@@ -260,7 +268,7 @@ class IDriver(Interface):
     def begin(raw, settings, rider=""):
         """Begin a transaction with the modes in ``settings``, in one round trip.
 
-        rider: a statement that is sent along. Its row is returned, or None if it has none.
+        rider: a statement that is sent along. Its row is returned, a tuple, or None if it has none.
         """
 
     def begins_read_only(raw, settings):
@@ -304,7 +312,9 @@ class IDriver(Interface):
         """Whether the session waits for a request, and what `in_transaction` says is certain.
 
         Not while a statement is under way or its answer not read to the end, as after an interrupt,
-        nor when the session is lost. Needs no round trip. Raises nothing.
+        nor when the session is known to be lost. It is asked after an exception that is none of the
+        module's; False, where nobody can tell, ends the session. Needs no round trip. Raises
+        nothing.
         """
 
     def autocommit_mode(query):
@@ -334,8 +344,9 @@ class IDriver(Interface):
         """Execute a statement of zreconnect's own, in one round trip, and return its rows: tuples
         in a list, which is empty for a statement that has none.
 
-        statement: marks parameters with ``%s``, whatever the module's paramstyle. Cursor classes
-        and row factories of the user's have no say in it.
+        statement: marks parameters with ``%s``, whatever the module's paramstyle; with transaction
+        ids it may be several, with semicolons between, of which the last one has the rows. Cursor
+        classes and row factories of the user's have no say in it.
         """
 
     def transaction_flag(raw):
@@ -368,7 +379,8 @@ class IDriver(Interface):
 
     def sets_modes(statement):
         """Whether a statement, as text or composed, has to be the first one of its transaction,
-        before any query: SET TRANSACTION and its like. No round trip."""
+        before any query: SET TRANSACTION and its like. It is what the program has handed over,
+        whatever that is. No round trip."""
 
     def chains(statement):
         """Whether a statement, as text or composed, ends the transaction and goes on in another
@@ -382,7 +394,8 @@ class IDriver(Interface):
 
     def looks_like_reading(raw_cursor):
         """Whether the statement that ``raw_cursor`` executed last is of a kind that writes nothing,
-        most often; False where that is not known. No round trip."""
+        most often; False where that is not known, but with transaction ids a plain SELECT has to
+        be. No round trip."""
 
     # Errors. None of these talks to the server or raises anything.
 
@@ -419,7 +432,10 @@ class IDriver(Interface):
         became of a transaction."""
 
     def has_transaction_ids(raw):
-        """Whether the server tells transactions' ids, and what became of them."""
+        """Whether the server tells transactions' ids, and what became of them, as PostgreSQL does
+        with ``pg_current_xact_id()`` and ``pg_xact_status()``. `identify` then has to give the
+        history, without which an id proves nothing. Without ids, a lost COMMIT is looked up in a
+        `Ledger`, or not at all."""
 
     def identify(raw):
         """What the server knows the session by, a `ServerSession`. Called in any state."""

@@ -22,10 +22,14 @@ __all__ = [
     "Begun",
     "Condition",
     "Evidence",
+    "History",
     "Mark",
     "Meaning",
     "ServerSession",
     "SessionSettings",
+    "addresses",
+    "redirect_to_null",
+    "set_own_default",
 ]
 
 DRIVERS = {
@@ -79,7 +83,9 @@ Mark: TypeAlias = tuple[int, str]
 class Evidence:
     """What tells a transaction of ours from all others, as far as it is known.
 
-    began: the monotonic time at which BEGIN had been answered. marks: what the server has told.
+    began: the monotonic time at which BEGIN had been answered. marks: of a transaction that has
+    told it, the number of its session, and its start there; more than one if it is not known which
+    of them it was.
     xid: the id of whoever has written or locked our row of a ledger last.
     """
 
@@ -110,8 +116,9 @@ Begun: TypeAlias = tuple[Any, BaseException | None]
 class SessionSettings:
     """What the user set on a connection, and what its next session gets again.
 
-    None leaves a setting as the server has it. pooled: whether each transaction may be in another
-    server process, which others have in between: as the program says, or the session has shown.
+    None leaves a setting as the server has it. isolation_level: what the driver's method of that
+    name has returned. pooled: whether each transaction may be in another server process, which
+    others have in between: as the program says, or the session has shown.
     """
 
     autocommit: bool = False
@@ -141,7 +148,11 @@ def set_own_default(
 
 @documented_by(IDriver)
 class BaseDriver:
-    """What most drivers do alike; those that know better replace it. See `IDriver`."""
+    """What most drivers do alike; those that know better replace it. See `IDriver`.
+
+    It is for a server, whose sessions can be lost, and takes nothing for granted that a module
+    would have to tell.
+    """
 
     module: Any
     has_sessions = True
@@ -278,7 +289,11 @@ _null = os.open(os.devnull, os.O_RDWR)
 
 
 def redirect_to_null(fileno: int) -> None:
-    """Let a forked child's copy of its parent's socket lead to the null device."""
+    """Let a forked child's copy of its parent's socket lead to the null device.
+
+    What the module may still write there then reaches nobody, and the parent's session has one
+    holder less. Raises OSError if ``fileno`` is no file descriptor.
+    """
     os.dup2(_null, fileno, inheritable=False)
 
 

@@ -1,7 +1,7 @@
 """Does a driver keep the contract? A test case that every driver passes, also one of your own.
 
 Derive a test case from `DriverConformance`, say in it how to reach a database and how to trouble
-it, and run it with any runner for `unittest`. This is the one for psycopg2, complete::
+it, and run it with any runner for unittest. This is the one for psycopg2, complete::
 
     import unittest
 
@@ -42,6 +42,22 @@ it, and run it with any runner for `unittest`. This is the one for psycopg2, com
 
         def kill(self, number):
             self.layer.server.query("SELECT pg_terminate_backend(%s, 30000)", number)
+
+The layer has zope.testrunner start the server and the line. For another runner, such as pytest,
+the class does that, and the other methods ask ``self`` instead of ``self.layer``::
+
+        @classmethod
+        def setUpClass(cls):
+            super().setUpClass()
+            cls.server = EmbeddedPostgres()
+            cls.server.start()
+            cls.addClassCleanup(cls.server.stop)
+            cls.forward = PortForward("127.0.0.1", cls.server.port)
+            cls.forward.start()
+            cls.addClassCleanup(cls.forward.stop)
+
+        def dsn(self, **changes):
+            return self.server.dsn(host="127.0.0.1", port=self.forward.port, **changes)
 
 A driver in a distribution of its own is found by its entry point in the group
 ``zreconnect.drivers``; the name of the entry point is the name of the driver, and the scheme of the

@@ -10,12 +10,13 @@ from pathlib import Path
 import psycopg
 import pymysql.cursors
 
+from zreconnect import testing
 from zreconnect.testing import DriverConformance, conformance
 from zreconnect.tests.base import needs_mysqlclient, on_mariadb, wait_until
 
 # The example in the documentation is psycopg2's test case.
 _, _, rest = conformance.__doc__.partition("complete::\n")
-EXAMPLE = textwrap.dedent(rest.partition("\nA driver in a distribution")[0])
+EXAMPLE = textwrap.dedent(rest.partition("\nThe layer has zope.testrunner")[0])
 exec(compile(EXAMPLE, conformance.__file__, "exec"))
 
 
@@ -24,6 +25,17 @@ class ExampleTests(unittest.TestCase):
         example = globals()["Psycopg2Conformance"]
         self.assertTrue(issubclass(example, DriverConformance))
         self.assertGreater(len(unittest.defaultTestLoader.getTestCaseNames(example)), 50)
+
+    def test_the_example_for_other_runners_starts_what_it_needs(self):
+        _, _, rest = conformance.__doc__.partition("instead of ``self.layer``::\n")
+        methods = textwrap.dedent(rest.partition("\nA driver in a distribution")[0])
+        heading = "class Example(Psycopg2Conformance):\n    forward = None\n"
+        namespace = {**vars(testing), **globals()}
+        exec(heading + textwrap.indent(methods, "    "), namespace)
+        example, result = namespace["Example"], unittest.TestResult()
+        names = ("test_commit", "test_the_round_trips_of_a_transaction")
+        unittest.TestSuite(map(example, names))(result)
+        self.assertEqual((result.testsRun, result.errors, result.failures), (2, [], []))
 
 
 class PsycopgConformance(globals()["Psycopg2Conformance"]):
