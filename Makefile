@@ -60,8 +60,9 @@ help:
 demo: .venv/built
 	$(strip bin/zreconnect demo $(DEMO))
 
-# How long it takes, and what is skipped and why, before it begins.
+# How long it takes, and what is skipped and why, before anything else.
 tell:
+	@test -e .venv/built || echo 'First, and once, some 170 packages are installed in the checkout: 1 to 5 minutes.'
 	@echo '$(if $(TESTS),Tests of $(TESTS).,All tests: 20 minutes on two cores with TESTS=-j4, longer without. CONTRIBUTING.rst has a part that takes one.)'
 	@missing=$$(PATH="$$PATH:/usr/sbin"; for program in $(server_programs); do \
 	    command -v $$program >/dev/null || printf ' %s' $$program; done); \
@@ -71,13 +72,13 @@ tell:
 	@test "$$ZRECONNECT_SWEEP" = full || echo 'Skipped without ZRECONNECT_SWEEP=full: the whole of sweeps, of which a part is run'
 
 ifdef COVERAGE
-test: .venv/built tell
+test: tell .venv/built
 	@bin/coverage erase
 	$(strip bin/coverage run bin/test $(TESTS))
 	@bin/coverage combine --quiet
 	bin/coverage report
 else
-test: .venv/built tell
+test: tell .venv/built
 	$(strip bin/test $(TESTS))
 endif
 
