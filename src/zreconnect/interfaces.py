@@ -351,7 +351,8 @@ class IDriver(Interface):
 
     def transaction_flag(raw):
         """What can be called after each statement, because it costs no round trip and no Python
-        call: it is false if the server has said that there is no transaction."""
+        call: it is false if the server has said that there is no transaction. So a COMMIT is found
+        out that the program executes itself, after which its work may not be run again."""
 
     def attribute(raw, name):
         """An attribute of the raw connection, or of a raw cursor or another object of the module,

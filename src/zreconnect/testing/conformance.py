@@ -913,6 +913,38 @@ class DriverConformance(TestCase):
                     cursor.execute(insert(way))
         self.assertCountEqual(self._names(), self._ways_to_lose())
 
+    def test_what_the_program_has_committed_itself_is_not_to_be_done_again(self) -> None:
+        for way, lose in self._ways_to_lose().items():
+            with self.subTest(way):
+                connection = self._connect()
+                connection.begin()
+                cursor = connection.cursor()
+                cursor.execute(insert(way))
+                cursor.execute("COMMIT")
+                lose(connection.driver_connection)
+                self._see_no_retry(lambda: cursor.execute(insert("more")))  # noqa: B023
+                connection.rollback()
+        self.assertCountEqual(self._names(), self._ways_to_lose())
+
+    def test_what_a_definition_has_committed_is_not_to_be_done_again(self) -> None:
+        ((_, lose), *_) = self._ways_to_lose().items()
+        connection = self._connect()
+        connection.begin()
+        cursor = connection.cursor()
+        cursor.execute(insert("a"))
+        cursor.execute(f"CREATE TABLE {LEDGER} (name varchar(40))")
+        if not self._names():
+            connection.rollback()
+            self.skipTest("definitions are a part of the transaction")
+        lose(connection.driver_connection)
+        self._see_no_retry(lambda: cursor.execute(insert("b")))
+        connection.rollback()
+
+    def _see_no_retry(self, function: Callable[[], object]) -> None:
+        with self.assertRaises((self.module.Error, CommitOutcomeUnknown)) as raised:
+            function()
+        self.assertNotIsInstance(raised.exception, (Retry, TransientError))
+
     def test_close_raises_nothing(self) -> None:
         raw = self._open()
         self.driver.close(raw)
