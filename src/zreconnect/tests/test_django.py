@@ -414,6 +414,71 @@ class TimeLimitTests(DjangoTestCase):
         self.work(path="later")
         self.assertEqual(self.paths(), ["at commit", "before", "later"])
 
+    def test_between_commit_and_the_end_of_the_block(self):
+        """rollback() tells that it is committed, wherever the time limit comes."""
+        wrapper = type(django.db.connections["default"])
+
+        def and_then(self):
+            commit(self)
+            raise TimeLimit
+
+        def hook():
+            with transaction.atomic():
+                self.File.objects.create(path="by a hook")
+            with self.assertRaises(ValueError), transaction.atomic():
+                raise ValueError
+            raise TimeLimit
+
+        commit = wrapper.commit
+        cases = [
+            ("after the commit", {"commit": and_then}, None),
+            ("in the switch", {"_set_autocommit": mock.Mock(side_effect=TimeLimit)}, None),
+            (
+                "before the hooks",
+                {"run_and_clear_commit_hooks": mock.Mock(side_effect=TimeLimit)},
+                None,
+            ),
+            ("in a hook", {}, hook),
+            ("in a hook that closes the connection", {}, lambda: (connection.close(), hook())),
+        ]
+        for name, replaced, called in cases:
+            with self.subTest(name), contextlib.ExitStack() as stack:
+                with self.assertRaises(TimeLimit), transaction.atomic():
+                    self.File.objects.create(path=name)
+                    if called is not None:
+                        transaction.on_commit(called)
+                    for attribute, value in replaced.items():
+                        stack.enter_context(mock.patch.object(wrapper, attribute, value))
+                stack.close()
+                with self.assertRaises(CommitOutcomeUnknown) as caught:
+                    transaction.rollback()
+                self.assertEqual(caught.exception.outcome, "committed")
+                transaction.rollback()
+                self.assertIn(name, self.paths())
+                self.File.objects.filter(path="by a hook").delete()
+
+    def test_who_goes_on_is_told_nothing_of_what_was_before(self):
+        with self.assertRaises(TimeLimit), transaction.atomic():
+            self.File.objects.create(path="pack.py")
+            transaction.on_commit(mock.Mock(side_effect=TimeLimit))
+        with self.assertRaises(ValueError), transaction.atomic():
+            raise ValueError
+        transaction.rollback()
+
+    def test_who_commits_by_himself_is_told_at_once(self):
+        self.addCleanup(transaction.set_autocommit, True)
+        transaction.set_autocommit(False)
+        with transaction.atomic():
+            self.File.objects.create(path="manually")
+            transaction.on_commit(mock.Mock(side_effect=TimeLimit))
+        transaction.commit()
+        with self.assertRaises(TimeLimit):
+            transaction.set_autocommit(True)
+        transaction.set_autocommit(False)
+        self.File.objects.create(path="manually, too")
+        transaction.commit()
+        transaction.rollback()
+
 
 class CommitTests(DjangoTestCase):
     def unit(self, lose, path):

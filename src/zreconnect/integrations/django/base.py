@@ -20,6 +20,7 @@ from zreconnect.integrations import needs
 from zreconnect.interfaces import DOOMED
 from zreconnect.server import Server, shared_server
 from zreconnect.states import State
+from zreconnect.witness import Outcome
 
 with needs(__name__, "zreconnect[django]"):
     from django.conf import settings
@@ -51,6 +52,23 @@ class ErrorWrapper(DatabaseErrorWrapper):
         super().__exit__(error_type, error, traceback)
 
 
+class DjangoConnection(ReconnectingConnection):
+    """One whose program learns of a commit when ``atomic()`` ends, and not before."""
+
+    __slots__ = ()
+
+    def commit(self) -> None:
+        self._commit()
+
+    def tell(self) -> None:
+        """The program learns what became of its last commit."""
+        self.work.own.told(None)
+
+    def leave_untold(self) -> None:
+        """Have ``rollback()`` tell that the last transaction is committed."""
+        self.work.own.leave_untold(Outcome.COMMITTED)
+
+
 class DatabaseOperations(base.DatabaseOperations):
     def last_executed_query(self, cursor: Any, sql: str, params: Any) -> str:
         try:
@@ -74,6 +92,12 @@ class DatabaseWrapper(base.DatabaseWrapper):
     """
 
     ops_class = DatabaseOperations
+    # Whether the transaction is that of an atomic(), and not of a program that commits by itself.
+    _is_atomics = False
+    # What commits, or has committed, until there is another transaction; and the number of what was
+    # handled then.
+    _committing: DjangoConnection | None = None
+    _handled = 0
 
     @property
     def pool(self) -> None:
@@ -83,7 +107,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
                 "pool out of OPTIONS"
             )
 
-    def get_new_connection(self, conn_params: dict[str, Any]) -> ReconnectingConnection:
+    def get_new_connection(self, conn_params: dict[str, Any]) -> DjangoConnection:
         ours = {name: conn_params.pop(name) for name in OPTIONS if name in conn_params}
         driver = load_driver(base.Database.__name__)
         # All threads have the same, and it is there for the next connection, too.
@@ -92,7 +116,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
         key = driver.name, "django", _by_value(level), *sorted(values.items())
         server = self._server = shared_server(key, partial(self._make_server, driver, conn_params))
         set_up = partial(self._set_up_session, driver=driver, pooled=ours.get("pooled"))
-        connection = ReconnectingConnection(server, on_connect=set_up, **ours)
+        connection = DjangoConnection(server, on_connect=set_up, **ours)
         connection.cursor_factory = conn_params["cursor_factory"]
         self._level = None
         # One that there is not Django refuses when it connects.
@@ -131,8 +155,15 @@ class DatabaseWrapper(base.DatabaseWrapper):
     def set_autocommit(self, autocommit: bool, **options: Any) -> None:
         # Django would not commit what comes next if it took the mode for another than it is.
         met = sys.exc_info()[1]
+        if not autocommit:
+            # Only atomic() gives Django's option.
+            self._is_atomics = bool(options)
+            self._tell()
         try:
             super().set_autocommit(autocommit, **options)
+            # Else an interrupt, that has come after the commit, is on its way to the program.
+            if id(met) == self._handled:
+                self._tell()
         except BaseException as error:
             is_djangos = isinstance(error, Error)
             if self.autocommit == autocommit or (is_djangos and met is None):
@@ -156,13 +187,38 @@ class DatabaseWrapper(base.DatabaseWrapper):
     # CommitOutcomeUnknown, and would then replace that by the error of a connection that waits for
     # a rollback. There is no public name in between.
     def _commit(self) -> None:
+        self._committing, self._handled = self.connection, id(sys.exc_info()[1])
         try:
             super()._commit()
+            if not self._is_atomics:
+                self._tell()
         except BaseException as error:
             # Else the next commit would have called what was to follow upon this one.
             self.run_on_commit: list[Any] = []
             self.connection.rollback_after(error)
             raise
+
+    def _tell(self) -> None:
+        committing, self._committing = self._committing, None
+        if committing is not None:
+            committing.tell()
+
+    def run_and_clear_commit_hooks(self) -> None:
+        committing = self._committing
+        try:
+            super().run_and_clear_commit_hooks()
+        except BaseException:
+            # A hook may have had transactions of its own.
+            self._committing = committing
+            if committing is not None:
+                committing.leave_untold()
+            raise
+
+    def _rollback(self) -> None:
+        # It may be closed by now, because of an interrupt, or by a hook.
+        if self._committing is not None:
+            self._committing.guard.tell()
+        super()._rollback()
 
     # Where an error was caught inside, and the savepoint could not be gone back to, atomic() rolls
     # back in silence and returns. After a loss it is to commit, which raises the loss; unless the
