@@ -10,6 +10,7 @@ from transaction.interfaces import TransientError
 from zreconnect import events
 from zreconnect.exceptions import ReconnectTimeout
 from zreconnect.policy import RetryPolicy
+from zreconnect.states import State
 from zreconnect.witness import Outcome
 from zreconnect.work import Work
 
@@ -41,7 +42,8 @@ def find_out(work: Work, raw: Any, policy: RetryPolicy) -> Finding:
     link = work.link
     if link.was_ended or link.driver.has_committed(raw):
         return Finding(Outcome.UNKNOWN)
-    if not link.observer.may_have_written:
+    # It is doomed if COMMIT was refused.
+    if work.state is State.DOOMED or not link.observer.may_have_written:
         return Finding(Outcome.ABORTED)
     if link.options.witness is None:
         return Finding(Outcome.UNKNOWN)

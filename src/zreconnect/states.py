@@ -219,9 +219,9 @@ COMMIT_LEAVES     ACTIVE>COMMITTING
 COMMITTED         COMMITTING>IDLE UNSETTLED>IDLE IDLE
 REFUSED           COMMITTING>IDLE ENDED>IDLE CONFLICT>IDLE TORN>IDLE
 GOES_ON           ACTIVE COMMITTING>ACTIVE PREPARING>ACTIVE
-FOUND_ABORTED     COMMITTING>DOOMED UNSETTLED>DOOMED IDLE
+FOUND_ABORTED     COMMITTING>DOOMED UNSETTLED>DOOMED DOOMED IDLE
 NOT_FOUND         ACTIVE>UNKNOWN ENDED>UNKNOWN CONFLICT>UNKNOWN BEGINNING>UNKNOWN
-NOT_FOUND         COMMITTING>UNKNOWN UNSETTLED>UNKNOWN UNKNOWN IDLE
+NOT_FOUND         COMMITTING>UNKNOWN UNSETTLED>UNKNOWN DOOMED>UNKNOWN UNKNOWN IDLE
 PREPARE_LEAVES    ACTIVE>PREPARING
 PREPARED          PREPARING>PREPARED
 FOUND_UNPREPARED  PREPARING>DOOMED
@@ -245,6 +245,7 @@ for _name, *_cells in map(str.split, _EVENTS.strip().splitlines()):
 _CONSEQUENCES = {
     "pass": Consequence(None, Keeping.KEPT, Then.PASS),
     "settled": Consequence(Event.LOST, Keeping.TOLD, Then.SETTLED),
+    "undone": Consequence(Event.FOUND_ABORTED, Keeping.TOLD, Then.SETTLED),
     "answered": Consequence(None, Keeping.KEPT, Then.SETTLED),
     "disconnect": Consequence(Event.LOST, Keeping.TOLD, Then.DISCONNECTION),
     "throw_away": Consequence(Event.LOST, Keeping.ENDED, Then.PASS),
@@ -261,8 +262,9 @@ _CONSEQUENCES = {
     "rolled_back": Consequence(Event.ROLLED_BACK, Keeping.ENDED, Then.PASS),
 }
 # A BEGIN that was executed, while what rode on it failed or its answer was not read, is broken off.
-# What became of a COMMIT that was interrupted, rollback() looks up. A session that is given up
-# rolls back as well. An error of ending a branch is told by who ends it.
+# What became of a COMMIT that was interrupted, rollback() looks up. One that was refused by a server
+# that takes no writes is undone. A session that is given up rolls back as well. An error of ending a
+# branch is told by who ends it.
 _ERRORS = """
            LOST        STANDBY     INTERRUPTED INSIDE      OUTSIDE     ENDED     CONFLICT  GOES_ON
 CONNECT    break_off   break_off   break_off   break_off   break_off   break_off break_off break_off
@@ -272,7 +274,7 @@ STATEMENT  disconnect  disconnect  throw_away  pass        ended       ended    
 COMMITTING unknown     unknown     unknown_too pass        ended       ended     conflict  pass
 AUTOCOMMIT done_or_not done_or_not throw_away  pass        pass        pass      pass      pass
 OURS       settled     settled     throw_away  throw_away  throw_away  pass      pass      pass
-COMMIT     settled     settled     throw_away  goes_on     throw_away  refused   refused   goes_on
+COMMIT     settled     undone      throw_away  goes_on     throw_away  refused   refused   goes_on
 PREPARE    settled     settled     throw_away  goes_on     throw_away  ended     conflict  goes_on
 END_BRANCH settled     settled     throw_away  throw_away  throw_away  answered  answered  answered
 ROLL_BACK  settled     settled     rolled_back rolled_back rolled_back settled   settled   settled

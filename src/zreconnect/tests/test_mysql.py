@@ -1492,6 +1492,30 @@ class Tests(MysqlTestCase):
         connection.rollback()
         self.assertEqual(self.names(), [])
 
+    def test_a_commit_that_a_server_refuses_has_committed_nothing(self):
+        for witness in (None, Ledger()):
+            with self.subTest(witness):
+                connection = self.writer(witness=witness)
+                self.insert(connection)
+                self.query("SET GLOBAL read_only = 1")
+                with self.events() as events, self.assertRaises(DisconnectionError):
+                    connection.commit()
+                self.assertFalse([event for event in events if isinstance(event, CommitLookedUp)])
+                connection.rollback()
+                self.query("SET GLOBAL read_only = 0")
+                self.assertEqual(self.names(), [])
+
+    def test_what_was_committed_before_a_commit_that_a_server_refuses(self):
+        connection = self.writer(witness=None)
+        self.insert(connection)
+        connection.execute("CREATE TABLE other (number int)")
+        self.insert(connection, "two")
+        self.query("SET GLOBAL read_only = 1")
+        with self.assertRaises(CommitOutcomeUnknown):
+            connection.commit()
+        connection.rollback()
+        self.assertEqual(self.names(), ["one"])
+
     def test_a_read_only_connection_does_not_mind(self):
         connection = self.writer()
         connection.readonly = True

@@ -53,8 +53,8 @@ COMMIT_LEAVES              .  .  .  CO .  .  .  .  .  .  .  .  .  =
 COMMITTED                  =  .  .  .  .  .  ID ID .  .  .  .  .  =
 REFUSED                    .  .  ID .  ID ID ID .  .  .  .  .  .  =
 GOES_ON                    .  .  .  =  .  .  AC .  .  AC .  .  .  =
-FOUND_ABORTED              =  .  .  .  .  .  DO DO .  .  .  .  .  =
-NOT_FOUND                  =  UN .  UN UN UN UN UN =  .  .  .  .  =
+FOUND_ABORTED              =  .  .  .  .  .  DO DO .  .  .  .  =  =
+NOT_FOUND                  =  UN .  UN UN UN UN UN =  .  .  .  UN =
 PREPARE_LEAVES             .  .  .  PI .  .  .  .  .  .  .  .  .  =
 PREPARED                   .  .  .  .  .  .  .  .  .  PD .  .  .  =
 FOUND_UNPREPARED           .  .  .  .  .  .  .  .  .  DO .  .  .  =
@@ -145,6 +145,9 @@ def consequence(moment, verdict):
         # Of several statements, some may have been committed before.
         if moment is Moment.AUTOCOMMIT:
             return (Event.LOST, Keeping.TOLD, Then.UNKNOWN)
+        # Its answer says that it is not committed.
+        if moment is Moment.COMMIT and verdict is Verdict.STANDBY:
+            return (Event.FOUND_ABORTED, Keeping.TOLD, Then.SETTLED)
         is_users = moment is Moment.STATEMENT
         return (Event.LOST, Keeping.TOLD, Then.DISCONNECTION if is_users else Then.SETTLED)
     if moment is Moment.ROLL_BACK:
