@@ -135,11 +135,7 @@ def _begin_another(work: Work, explicit: bool, statement: Any = None) -> None:
     link = work.link
     work.is_explicit = explicit
     link.observer.waits = statement is not None and link.driver.sets_modes(statement)
-    link.reads_only = (
-        link.observer.waits
-        and link.driver.pooling is not None
-        and link.driver.pooling.is_read_only(statement)
-    )
+    link.reads_only = False
     work.number += 1
     work.savepoints.clear()
     work.own.forget()

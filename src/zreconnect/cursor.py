@@ -174,7 +174,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
                 guard.need_transaction(args[0] if method == "execute" else None)
             query = args[0]
             if link.settings.pooled:
-                link.driver.pooling.check_statement(query, self._options | self._settings)
+                link.check_statement(query, self._options | self._settings)
             if work.state is State.ACTIVE and (
                 # Spares most statements the call.
                 (";" in query or link.driver.may_chain(query) if isinstance(query, str) else True)

@@ -41,7 +41,8 @@ class Link:
     readers: refer to the cursors that have rows which would be lost with the session.
     keepers: the cursors that have kept them, or have fetched some that they have not given yet.
     changes: of the server's history, that are to be told.
-    reads_only: whether the program has begun a read-only transaction by its first statement.
+    reads_only: whether a statement of the program's has made the transaction a read-only one,
+    behind a pooler.
     """
 
     def __init__(self, server: Server, options: Options) -> None:
@@ -83,6 +84,15 @@ class Link:
     def needs_writes(self) -> bool:
         """Whether a server that takes no writes is of no use."""
         return self.settings.readonly is not True
+
+    def check_statement(self, statement: Any, options: dict[str, Any]) -> None:
+        """Behind a pooler, before a statement of a cursor with these options.
+
+        Raises the driver's ProgrammingError for one that is not possible there.
+        """
+        self.driver.pooling.check_statement(statement, options)
+        if self.driver.sets_modes(statement) and self.driver.pooling.is_read_only(statement):
+            self.reads_only = True
 
     def is_refused(self, error: BaseException, raw: Any) -> bool:
         """Whether ``error`` says that the server takes no writes, and it is asked to."""

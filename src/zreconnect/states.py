@@ -262,9 +262,9 @@ _CONSEQUENCES = {
     "rolled_back": Consequence(Event.ROLLED_BACK, Keeping.ENDED, Then.PASS),
 }
 # A BEGIN that was executed, while what rode on it failed or its answer was not read, is broken off.
-# What became of a COMMIT that was interrupted, rollback() looks up. One that was refused by a server
-# that takes no writes is undone. A session that is given up rolls back as well. An error of ending a
-# branch is told by who ends it.
+# What became of a COMMIT that was interrupted, rollback() looks up. One that was refused by a
+# server that takes no writes is undone. A session that is given up rolls back as well. An error of
+# ending a branch is told by who ends it.
 _ERRORS = """
            LOST        STANDBY     INTERRUPTED INSIDE      OUTSIDE     ENDED     CONFLICT  GOES_ON
 CONNECT    break_off   break_off   break_off   break_off   break_off   break_off break_off break_off

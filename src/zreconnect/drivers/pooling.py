@@ -74,10 +74,10 @@ class Pooling:
             )
 
     def check_statement(self, statement: Any, options: Mapping[str, Any]) -> None:
-        listens = self._driver.listens(statement)
-        if listens or options.get("withhold"):
+        stays = "A cursor WITH HOLD" if options.get("withhold") else self._driver.stays(statement)
+        if stays:
             raise self._driver.module.ProgrammingError(
-                f"{'LISTEN' if listens else 'A cursor WITH HOLD'} is not possible behind a pooler: "
+                f"{stays} is not possible behind a pooler: "
                 f"{LEAVES}. Use another connection, past the pooler{OR_SAY}"
             )
 

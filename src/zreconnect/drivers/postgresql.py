@@ -220,6 +220,7 @@ HAS_WRITTEN = (
 
 # What a session keeps for all of its transactions, others' included.
 LISTEN = re.compile(rf"(?:\A|;){BLANK}LISTEN\b", re.IGNORECASE)
+HOLD = re.compile(rf"(?:\A|;){BLANK}DECLARE\b[^;'(]*\bCURSOR\s+WITH\s+HOLD\b", re.IGNORECASE)
 # The value before is read before the new one is set.
 SET_DEFAULT = (
     "SELECT current_setting(name), set_config(name, %s, false) FROM (VALUES (%s)) AS _ (name)"
@@ -321,12 +322,15 @@ class PostgresqlDriver:
             return False
         return CHAINING.search(QUOTED_OR_COMMENT.sub(" ", text)) is not None
 
-    def listens(self, statement: Any) -> bool:
-        """Whether a statement, as text or composed, is LISTEN, or one of several is."""
+    def stays(self, statement: Any) -> str:
+        """What of a statement, as text or composed, or of one of several, stays in its session:
+        LISTEN, or a cursor; empty if there is none."""
         text = self.text_of(statement)
         if ";" in text:
             text = QUOTED_OR_COMMENT.sub(" ", text)
-        return LISTEN.search(text) is not None
+        if LISTEN.search(text):
+            return "LISTEN"
+        return "A cursor WITH HOLD" if HOLD.search(text) else ""
 
     def text_of(self, statement: Any) -> str:
         """What the program has written of a statement, as far as it is known without a session."""

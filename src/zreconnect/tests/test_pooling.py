@@ -408,6 +408,18 @@ class TransactionModeTests(EitherModeTests):
                 with self.subTest(statement), listening:
                     connection.execute(statement)
                 connection.rollback()
+            for statement in (
+                "DECLARE held CURSOR WITH HOLD FOR SELECT 1",
+                'SELECT 1; declare "a;b" BINARY NO SCROLL\n cursor with  hold for SELECT 1',
+            ):
+                with (
+                    self.subTest(statement),
+                    self.assertRaisesRegex(self.module.ProgrammingError, "^A cursor WITH HOLD is"),
+                ):
+                    connection.execute(statement)
+                connection.rollback()
+            connection.execute("DECLARE a CURSOR WITHOUT HOLD FOR SELECT 'CURSOR WITH HOLD'")
+            connection.rollback()
             connection.autocommit = True
             with listening:
                 connection.execute("LISTEN a")
@@ -470,9 +482,9 @@ class TransactionModeTests(EitherModeTests):
 
     def test_read_only_by_the_programs_own_choice(self):
         """Nothing is wrong with the server."""
-        for witness in WITNESSES:
+        for witness in (*WITNESSES, None):
             connection = self.connect(witness=witness)
-            connection.begin()
+            connection.execute("SELECT 1")
             with self.assertRaises(self.module.errors.ReadOnlySqlTransaction):
                 connection.execute("SET TRANSACTION READ ONLY").execute(INSERT, ("one",))
             self.assertEqual(connection.state, "active")
@@ -485,7 +497,7 @@ class TransactionModeTests(EitherModeTests):
             connection.execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
             self.insert(connection, repr(witness))
             connection.commit()
-        self.assertEqual(len(self.names()), len(WITNESSES))
+        self.assertEqual(len(self.names()), len(WITNESSES) + 1)
 
 
 @on_pgbouncer(TRANSACTION_POOL)
