@@ -285,7 +285,8 @@ class IDriver(Interface):
         """
 
     def rollback(raw):
-        """Roll back, in one round trip. Also right if the server has done so already."""
+        """Roll back, in one round trip. Also right if the server has done so already, or if rows
+        have not been read."""
 
     def prepare_transaction(raw, gid):
         """Prepare the transaction for a two-phase commit. Raises the module's errors.

@@ -408,6 +408,17 @@ class DriverConformance(TestCase):
         self.driver.rollback(raw)
         self.assertFalse(self.driver.in_transaction(raw))
 
+    def test_rows_that_were_not_read_do_not_keep_it_from_rolling_back(self) -> None:
+        raw = self._open()
+        self._insert(raw, "a")
+        self._begin(raw)
+        self._insert(raw, "b")
+        cursor = self.driver.cursor(raw, None, {})
+        cursor.execute(f"SELECT name FROM {TABLE}")
+        self.driver.rollback(raw)
+        self.assertFalse(self.driver.in_transaction(raw))
+        self.assertEqual(self._names(), ["a"])
+
     def test_a_rider_on_begin_returns_its_row(self) -> None:
         raw = self._open()
         self._insert(raw, "a")
@@ -675,6 +686,9 @@ class DriverConformance(TestCase):
                 self._begin(raw)
                 cursor.execute(statement)
                 self.assertIs(bool(self.driver.is_commit(cursor)), expected)
+                # A module may close none whose rows have not been read.
+                if cursor.description:
+                    cursor.fetchall()
                 cursor.close()
                 cursor = self.driver.cursor(raw, None, {})
                 self.driver.rollback(raw)
