@@ -27,6 +27,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import tuple_row
 
 from zreconnect.documented import implements
+from zreconnect.drivers import handlers
 from zreconnect.drivers.base import AT_HAND, Begun, SessionSettings, reads_as
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
@@ -100,11 +101,17 @@ class PsycopgDriver(PostgresqlDriver):
                 "connection_factory made a connection that is in a transaction: have it commit"
             )
         raw.autocommit = True
+        handlers.start(raw, [])
+
+    def attribute(self, raw: Any, name: str) -> Any:
+        return handlers.noting(raw, name) if name in handlers.METHODS else getattr(raw, name)
 
     def keep(self, raw: Any) -> Any:
-        return {name: getattr(raw, name) for name in ("adapters", *ATTRIBUTES)}
+        names = ("adapters", "zreconnect_handlers", *ATTRIBUTES)
+        return {name: getattr(raw, name) for name in names}
 
     def inherit(self, raw: Any, kept: Any) -> None:
+        handlers.start(raw, kept["zreconnect_handlers"])
         # There is no public way but a parameter of psycopg.connect().
         raw._adapters = AdaptersMap(kept["adapters"])
         for name in ATTRIBUTES:

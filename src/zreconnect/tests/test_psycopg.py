@@ -1045,6 +1045,39 @@ class AttributeTests(Psycopg, DatabaseTestCase):
         connection.execute("DO $$ BEGIN RAISE NOTICE 'hear me'; END $$")
         self.assertEqual(seen, ["hear me"])
 
+    def test_handlers_are_there_again(self):
+        heard = {name: [] for name in ("notify", "notice", "removed", "on_connect", "theirs")}
+
+        def on_connect(raw):
+            raw.execute("LISTEN news")
+            raw.add_notify_handler(lambda notification: heard["on_connect"].append(notification))
+
+        connection = self.connect(on_connect=on_connect)
+        connection.add_notify_handler(heard["notify"].append)
+        connection.add_notice_handler(heard["notice"].append)
+        for name in ("removed", "notify"):
+            connection.add_notify_handler(heard[name].append)
+            connection.remove_notify_handler(heard[name].append)
+        connection.driver_connection.add_notify_handler(heard["theirs"].append)
+        connection.remove_notify_handler(heard["theirs"].append)
+        for number in range(1, 4):
+            self.forward.drop()
+            with connection.transaction():
+                connection.execute("NOTIFY news")
+                connection.execute("DO $$ BEGIN RAISE NOTICE 'hear me'; END $$")
+            connection.execute("SELECT 1")
+            connection.commit()
+            self.assertEqual(
+                {name: len(each) for name, each in heard.items()},
+                {
+                    "notify": number,
+                    "notice": number,
+                    "removed": 0,
+                    "on_connect": number,
+                    "theirs": 0,
+                },
+            )
+
     def test_composed_sql(self):
         self.make_table()
         connection = self.connect()
