@@ -29,6 +29,7 @@ from psycopg.rows import tuple_row
 from zreconnect.documented import implements
 from zreconnect.drivers import handlers
 from zreconnect.drivers.base import AT_HAND, Begun, SessionSettings, reads_as
+from zreconnect.drivers.pipelines import pass_on_interrupts
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
     DISCONNECT_MESSAGES,
@@ -101,6 +102,7 @@ class PsycopgDriver(PostgresqlDriver):
                 "connection_factory made a connection that is in a transaction: have it commit"
             )
         raw.autocommit = True
+        pass_on_interrupts(raw)
         handlers.start(raw, [])
 
     def attribute(self, raw: Any, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import os
 import signal
 import socket
@@ -1487,6 +1488,47 @@ class BeginWithStatementTests(Psycopg, test_begin_along.BeginAlongTestCase):
                 self.assertTrue(interrupt.is_unraisable or not interrupt.places, interrupt.place)
             interrupt.forget()
             connection.rollback()
+
+    def test_an_interrupt_at_the_end_of_a_pipeline(self):
+        connection = self.ready()
+
+        def executemany():
+            connection.cursor().executemany("INSERT INTO item VALUES (%s)", [("one",), ("two",)])
+
+        def pipeline():
+            with connection.pipeline():
+                connection.execute("INSERT INTO item VALUES ('one')")
+
+        for request, error in itertools.product(
+            (executemany, pipeline), (Alarm, KeyboardInterrupt)
+        ):
+
+            def interrupted(pipeline, error=error):
+                raise error
+                yield
+
+            with self.subTest(request.__name__, error=error):
+                with (
+                    self.assertRaises(error),
+                    mock.patch("psycopg.Pipeline._exit_gen", interrupted),
+                ):
+                    request()
+                connection.rollback()
+                executemany()
+                connection.rollback()
+        self.assertEqual(self.names(), [])
+
+    def test_a_pipeline_that_cannot_end(self):
+        """Of what the program handles already nothing is raised."""
+        connection = self.ready()
+        with mock.patch("psycopg.Pipeline._exit_gen", lambda pipeline: iter(())):
+            try:
+                raise ValueError
+            except ValueError:
+                with self.assertRaisesRegex(psycopg.OperationalError, "pipeline mode"):
+                    connection.cursor().executemany("INSERT INTO item VALUES (%s)", [("one",)])
+        connection.rollback()
+        self.assertEqual(connection.execute("SELECT 1").fetchone(), (1,))
 
     def test_an_interrupt_while_it_waits(self):
         connection = self.ready()
