@@ -426,10 +426,22 @@ class MysqlDriver(ChoosingDriver):
         """Execute statements, in one round trip if the server can; the row of the last one."""
         if self._is_mariadb(raw):
             statements = [f"BEGIN NOT ATOMIC {'; '.join(statements)}; END"]
-        with self.asking(raw), contextlib.closing(self.plain_cursor(raw)) as cursor:
+        with self._own_cursor(raw) as cursor:
             for statement in statements:
                 cursor.execute(statement)
             return cursor.fetchone() if cursor.description else None
+
+    @contextlib.contextmanager
+    def _own_cursor(self, raw: Any) -> Iterator[Any]:
+        """A cursor for statements of zreconnect's.
+
+        Not raw.cursor(): a cursor class of the user's may log or change what it executes.
+        """
+        with self.asking(raw):
+            cursor = self.plain_cursor(raw)
+            yield cursor
+            # Not after an interrupt, when mysqlclient would raise in its place that it is not done.
+            cursor.close()
 
     @contextlib.contextmanager
     def asking(self, raw: Any) -> Iterator[None]:
@@ -455,8 +467,7 @@ class MysqlDriver(ChoosingDriver):
     # Statements
 
     def query(self, raw: Any, statement: str, parameters: Any = None) -> list[Any]:
-        # Not raw.cursor(): a cursor class of the user's may log or change what it executes.
-        with self.asking(raw), contextlib.closing(self.plain_cursor(raw)) as cursor:
+        with self._own_cursor(raw) as cursor:
             cursor.execute(statement, parameters)
             return list(cursor.fetchall()) if cursor.description else []
 

@@ -283,6 +283,25 @@ class Tests(MysqlTestCase):
         (outcome,) = (each.outcome for each in events if isinstance(each, CommitLookedUp))
         self.assertEqual((outcome, self.names()), ("aborted", []))
 
+    def test_an_interrupt_between_a_request_of_ours_and_its_result(self):
+        """It is raised, and not what the module says of the result that nobody has read."""
+        connection = self.connect()
+        connection.run(lambda: None)
+
+        class TimeLimit(Exception):
+            """A program's own."""
+
+        result = mock.Mock(side_effect=TimeLimit)
+        for request in (connection.begin, connection.ping):
+            with (
+                mock.patch.object(self.driver.plain_cursor, "_do_get_result", result),
+                self.assertRaises(TimeLimit),
+            ):
+                request()
+            connection.rollback()
+            connection.run(self.insert, connection, request.__name__)
+        self.assertEqual(self.names(), ["begin", "ping"])
+
     def test_a_conflict_at_commit_has_rolled_back(self):
         connection = self.connect()
         connection.run(lambda: None)
