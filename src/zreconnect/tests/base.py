@@ -111,7 +111,15 @@ def policy_of(connection, **keywords):
         yield
 
 
-class LineTestCase(unittest.TestCase):
+class ContextTestCase(unittest.TestCase):
+    def enterContext(self, context):
+        # unittest has it from Python 3.11 on.
+        value = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return value
+
+
+class LineTestCase(ContextTestCase):
     """What is seen of a connection on its line, ``self.forward``, and of what it announces."""
 
     def round_trips(self, function):

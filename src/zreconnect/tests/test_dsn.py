@@ -5,6 +5,9 @@ import socket
 import unittest
 from unittest import mock
 
+import psycopg2.extensions
+from psycopg import pq
+
 from zreconnect import ConnectionDescriptor, ReconnectingDatabaseAdapter, connect
 from zreconnect.cli.errors import CommandError
 from zreconnect.cli.target import target_for
@@ -12,6 +15,22 @@ from zreconnect.drivers import conninfo, psycopg
 from zreconnect.drivers.base import load_driver
 from zreconnect.drivers.psycopg2 import driver
 from zreconnect.dsn import driver_name, parse_dbi, redacted
+
+# The versions of libpq that came with the modules, and from which on it knows what is named here.
+LIBPQ = {"psycopg2": psycopg2.extensions.libpq_version(), "psycopg": pq.version()}
+SINCE = {
+    "prefer-standby": 140000,
+    "require_auth": 160000,
+    "load_balance_hosts": 160000,
+    "sslcertmode": 160000,
+    "sslrootcert=system": 160000,
+    "sslnegotiation": 170000,
+}
+
+
+def is_known(parameters, name="psycopg2"):
+    """Whether the module's libpq knows what is in the parameters."""
+    return all(LIBPQ[name] >= since for word, since in SINCE.items() if word in parameters)
 
 
 class DriverNameTests(unittest.TestCase):
@@ -216,6 +235,8 @@ class MistakeTests(unittest.TestCase):
             "tcp_user_timeout=": "tcp_user_timeout must be a whole number",
         }.items():
             for name in ("psycopg2", "psycopg"):
+                if not is_known(parameters, name):
+                    continue
                 with self.subTest(parameters, name=name):
                     dsn = f"dbname=db {parameters}"
                     with self.assertRaisesRegex(ValueError, f"^dsn.*{message}"):
@@ -263,8 +284,9 @@ class MistakeTests(unittest.TestCase):
                     "port=1,2",
                 ):
                     for name in ("psycopg2", "psycopg"):
-                        with self.subTest(dsn, name=name):
-                            connect(dsn, driver=name)
+                        if is_known(dsn, name):
+                            with self.subTest(dsn, name=name):
+                                connect(dsn, driver=name)
             self.assertRaises(BlockingIOError, listener.accept)
 
 
@@ -304,6 +326,7 @@ class PlacesTests(unittest.TestCase):
             with mock.patch.object(socket, "getaddrinfo", side_effect=error):
                 self.assertEqual(self.places("host=a", "host", "hostaddr"), [("a", None)])
 
+    @unittest.skipUnless(is_known("prefer-standby"), "libpq knows no prefer-standby")
     def test_standbys_first(self):
         dsn = "host=a,b target_session_attrs=prefer-standby"
         passes = psycopg.driver.places(driver.parse(dsn))
@@ -313,6 +336,7 @@ class PlacesTests(unittest.TestCase):
         one = "host=127.0.0.1 target_session_attrs=prefer-standby"
         self.assertEqual(self.places(one, "target_session_attrs"), [("prefer-standby",)])
 
+    @unittest.skipUnless(is_known("load_balance_hosts"), "libpq knows no load_balance_hosts")
     def test_load_balancing(self):
         with mock.patch("random.shuffle", side_effect=list.reverse):
             dsn = "host=a,b load_balance_hosts=random"

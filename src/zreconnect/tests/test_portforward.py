@@ -21,6 +21,7 @@ import psycopg2
 from zreconnect.testing import Count, PortForward
 from zreconnect.testing._forwarder import _Reading
 from zreconnect.testing.layers import PORT_FORWARD_LAYER
+from zreconnect.tests.base import ContextTestCase
 
 TIMEOUT = 20.0
 
@@ -109,16 +110,10 @@ def readable(connected):
     return bool(select.select([connected], [], [], 0)[0])
 
 
-class EchoTests(unittest.TestCase):
+class EchoTests(ContextTestCase):
     def setUp(self):
         self.server = self.enterContext(EchoServer())
         self.forward = self.enterContext(PortForward("127.0.0.1", self.server.port))
-
-    def enterContext(self, context):
-        # unittest has it from Python 3.11 on.
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        return stack.enter_context(context)
 
     def connect(self):
         address = (self.forward.host, self.forward.port)

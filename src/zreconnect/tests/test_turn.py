@@ -52,12 +52,6 @@ class SharedTests:
         self.addCleanup(logger.removeHandler, handler)
         return messages
 
-    def enterContext(self, context):
-        # unittest has it since Python 3.11.
-        value = context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
-        return value
-
     def in_thread(self, function, *args):
         return self.executor.submit(function, *args)
 

@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 import time
-import unittest
 import warnings
 import weakref
 from collections import deque
@@ -21,7 +20,7 @@ import zreconnect
 from zreconnect import DisconnectionError, Ledger, ReconnectTimeout, RetryPolicy, watchdog
 from zreconnect.beginning import limit_of_begin
 from zreconnect.events import CommitLookedUp, ConnectionAttemptFailed, ConnectionLost
-from zreconnect.tests.base import PATIENCE, DatabaseTestCase, policy_of, wait_until
+from zreconnect.tests.base import PATIENCE, ContextTestCase, DatabaseTestCase, policy_of, wait_until
 from zreconnect.tests.steps import interrupted, moments
 
 # Seconds. No answer takes that long on the busiest machine.
@@ -297,7 +296,7 @@ class ThreadTests(DatabaseTestCase):
         return False
 
 
-class WatchTestCase(unittest.TestCase):
+class WatchTestCase(ContextTestCase):
     def setUp(self):
         self.addCleanup(mock.patch.stopall)
         mock.patch.object(watchdog, "INTERVAL", 0.01).start()

@@ -28,6 +28,7 @@ LOST = DisconnectionError("The connection to postgresql://joe@example.org:5432/b
 OK = "200 OK"
 UNAVAILABLE = "503 Service Unavailable"
 TEXT = [("Content-Type", "text/plain")]
+REFUSAL = "AppMustCallStartResponseBeforeReturning"
 
 
 class Chunks:
@@ -309,8 +310,9 @@ class RepozeTests(unittest.TestCase):
             raise LOST
         return [b"done"]
 
+    @unittest.skipUnless(hasattr(repoze.retry, REFUSAL), "repoze.retry refuses it since 2.2")
     def test_repoze_retry_refuses_what_repoze_tm2_returns(self):
-        with self.assertRaises(repoze.retry.AppMustCallStartResponseBeforeReturning):
+        with self.assertRaises(getattr(repoze.retry, REFUSAL)):
             Answer(repoze.retry.Retry(repoze.tm.TM(self.application), tries=3))
         self.assertEqual(self.calls, 0)
 
