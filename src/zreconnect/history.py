@@ -17,6 +17,7 @@ class History:
 
     A crash of the server may hand out ids again whose WAL was not flushed; it resets the
     statistics. A failover goes on in another timeline, a restored backup may be another system.
+    Where a server has no timelines or statistics, it is "" and None.
     """
 
     system_identifier: Any
