@@ -1,7 +1,7 @@
-"""What a signal's handler raises at the end of a pipeline of psycopg 3's is raised.
+"""What is raised at the end of a pipeline of psycopg 3's: what was raised there first.
 
-``executemany()`` has a pipeline of its own. If the end of one is interrupted, psycopg raises that
-it cannot leave pipeline mode, in place of the interrupt.
+If the end of one is interrupted, or meets the loss of the session, psycopg raises that it cannot
+leave pipeline mode, in place of that. ``executemany()`` has a pipeline of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import psycopg
 
 
-def pass_on_interrupts(raw: Any) -> None:
-    """Have the pipelines of a raw connection do so."""
+def pass_on_first_errors(raw: Any) -> None:
+    """Have the pipelines of a raw connection raise that."""
     raw.__class__ = _passing_on(raw.__class__)
 
 
@@ -44,7 +44,6 @@ def _block(raw: Any, block: Any) -> Iterator[Any]:
             yield pipeline
     except psycopg.OperationalError as error:
         behind = error.__context__
-        is_left = not raw.pgconn.pipeline_status or raw.closed
-        if is_left or behind is handled or isinstance(behind, (psycopg.Error, type(None))):
+        if not raw.pgconn.pipeline_status or behind is None or behind is handled:
             raise
         raise behind from None

@@ -29,7 +29,7 @@ from psycopg.rows import tuple_row
 from zreconnect.documented import implements
 from zreconnect.drivers import handlers
 from zreconnect.drivers.base import AT_HAND, Begun, SessionSettings, reads_as
-from zreconnect.drivers.pipelines import pass_on_interrupts
+from zreconnect.drivers.pipelines import pass_on_first_errors
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
     DISCONNECT_MESSAGES,
@@ -102,7 +102,7 @@ class PsycopgDriver(PostgresqlDriver):
                 "connection_factory made a connection that is in a transaction: have it commit"
             )
         raw.autocommit = True
-        pass_on_interrupts(raw)
+        pass_on_first_errors(raw)
         handlers.start(raw, [])
 
     def attribute(self, raw: Any, name: str) -> Any:
@@ -165,8 +165,9 @@ class PsycopgDriver(PostgresqlDriver):
     def rollback(self, raw: Any) -> None:
         _check_not_locked(raw)
         if _is_in_pipeline(raw):
-            # The errors of what the pipeline has under way do not matter any more.
-            with contextlib.suppress(psycopg.Error), raw.pipeline():
+            # The errors of what the pipeline has under way do not matter any more. If it could not
+            # end, psycopg has lost track, and raises IndexError.
+            with contextlib.suppress(psycopg.Error, IndexError), raw.pipeline():
                 pass
         # psycopg's own forgets the statements that it has prepared in the transaction.
         raw.rollback()

@@ -1518,6 +1518,28 @@ class BeginWithStatementTests(Psycopg, test_begin_along.BeginAlongTestCase):
                 connection.rollback()
         self.assertEqual(self.names(), [])
 
+    def test_an_error_at_the_end_of_a_pipeline(self):
+        connection = self.ready()
+        lost = psycopg.OperationalError("server closed the connection unexpectedly")
+        for error, expected in (
+            (lost, DisconnectionError),
+            (psycopg.errors.DivisionByZero(), psycopg.errors.DivisionByZero),
+        ):
+
+            def met(pipeline, error=error):
+                raise error
+                yield
+
+            with self.subTest(error):
+                with (
+                    mock.patch("psycopg.Pipeline._exit_gen", met),
+                    self.assertRaises(expected),
+                ):
+                    connection.cursor().executemany("INSERT INTO item VALUES (%s)", [("one",)])
+                connection.rollback()
+                self.assertEqual(connection.execute("SELECT 1").fetchone(), (1,))
+                connection.rollback()
+
     def test_a_pipeline_that_cannot_end(self):
         """Of what the program handles already nothing is raised."""
         connection = self.ready()
