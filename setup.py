@@ -12,7 +12,8 @@ GEVENT = [
 MYSQL = ["mysqlclient >= 2.2"]
 OPENTELEMETRY = ["opentelemetry-api >= 1.30"]
 PROMETHEUS = ["prometheus_client >= 0.20"]
-PYMYSQL = ["PyMySQL >= 1.1"]
+# Those before it go on without TLS if it is asked for and the server has none.
+PYMYSQL = ["PyMySQL >= 1.2"]
 # Those before it import pkg_resources, which setuptools has no longer, and take any setuptools.
 PYRAMID = ["pyramid >= 2.1"]
 # 3.3.0 loses rows of server-side cursors.
@@ -42,7 +43,8 @@ EXAMPLES = [
     "repoze.retry >= 2.0",
     "repoze.tm2 >= 2.1",
     "waitress >= 2.1",
-    "Zope >= 6.0",
+    # 6.0 does not start with the ZODB of today.
+    "Zope >= 6.1",
     "zope.app.publication >= 6.0",
     "zope.app.wsgi >= 6.0",
     "zope.principalregistry >= 6.0",
@@ -69,7 +71,8 @@ setup(
     },
     zip_safe=False,
     install_requires=[
-        "psycopg2-binary >= 2.9.1",
+        # With the libpq of those before it a server can lose its TLS without a word.
+        "psycopg2-binary >= 2.9.3",
         "psycopg2-binary >= 2.9.5; python_version >= '3.11'",
         "psycopg2-binary >= 2.9.9; python_version >= '3.12'",
         "psycopg2-binary >= 2.9.10; python_version >= '3.13'",
