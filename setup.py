@@ -17,17 +17,14 @@ PROMETHEUS = ["prometheus_client >= 0.20"]
 PYMYSQL = ["PyMySQL >= 1.2"]
 # Those before it import pkg_resources, which setuptools has no longer, and take any setuptools.
 PYRAMID = ["pyramid >= 2.1"]
-# 3.3.0 loses rows of server-side cursors.
-PSYCOPG = [
-    "psycopg[binary] >= 3.2, != 3.3.0",
-    "psycopg[binary] >= 3.2.2, != 3.3.0; python_version >= '3.13'",
-]
+# Those before 3.2.3 lose what a pipeline raises, and 3.3.0 rows of server-side cursors.
+PSYCOPG = ["psycopg[binary] >= 3.2.3, != 3.3.0"]
 # Their fixtures, and the server of these.
 PYTEST = ["pytest >= 8.0", *EMBEDDED]
 # Those before it prepare a transaction on psycopg that its connection does not know of.
 SQLALCHEMY = ["SQLAlchemy >= 2.0.50", "zope.sqlalchemy >= 3.1"]
-# With those before it, errors of psycopg are not SQLObject's.
-SQLOBJECT = ["SQLObject >= 3.12"]
+# With those before it, errors of psycopg are not SQLObject's, or psycopg2 is not found.
+SQLOBJECT = ["SQLObject >= 3.13.1"]
 STORM = ["storm >= 1.0"]
 # What `make bench` measures beside zreconnect.
 PEERS = ["oslo.db >= 18.0", "psycopg_pool >= 3.2", *DJANGO, *PSYCOPG, *SQLALCHEMY, *STORM]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import functools
 import math
 import socket
@@ -28,6 +29,8 @@ from zreconnect.interfaces import IDriver
 
 # Where the errors of a socket come from. Others are a signal handler's.
 SOCKETS = frozenset({"eventlet", "gevent", "pymysql", "socket", "ssl"})
+# What its class raises for an option that it refuses, or for a file that an option names.
+REFUSALS = configparser.Error, LookupError, OSError, TypeError, ValueError, pymysql.Error
 TLS: Mapping[str, Mapping[str, Any]] = {
     "DISABLED": {"ssl_disabled": True},
     "PREFERRED": {},
@@ -101,7 +104,7 @@ class PymysqlDriver(MysqlDriver):
         keywords = self.connect_keywords(parameters, timeout)
         try:
             return pymysql.connect(**keywords, defer_connect=True)
-        except Exception as error:
+        except REFUSALS as error:
             # It has read certificates and the configuration file, which its message may quote.
             reason = getattr(error, "strerror", None) or "see its documentation"
             raise pymysql.ProgrammingError(

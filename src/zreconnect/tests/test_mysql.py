@@ -1927,6 +1927,13 @@ class DsnTests(unittest.TestCase):
             with self.subTest(dsn), self.assertRaisesRegex(ValueError, message):
                 self.driver.parse(dsn)
 
+    def test_what_a_signals_handler_raises_is_none_of_it(self):
+        class TimeIsUp(Exception):
+            pass
+
+        with mock.patch("pymysql.connect", side_effect=TimeIsUp):
+            self.assertRaises(TimeIsUp, self.driver.parse, "mysql://host/db")
+
     def test_the_driver_for_the_scheme(self):
         for found, name in ((None, "pymysql"), (object(), "mysqlclient")):
             with mock.patch("zreconnect.dsn.importlib.util.find_spec", return_value=found):
