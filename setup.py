@@ -25,7 +25,8 @@ PYTEST = ["pytest >= 8.0", *EMBEDDED]
 SQLALCHEMY = ["SQLAlchemy >= 2.0.50", "zope.sqlalchemy >= 3.1"]
 # With those before it, errors of psycopg are not SQLObject's, or psycopg2 is not found.
 SQLOBJECT = ["SQLObject >= 3.13.1"]
-STORM = ["storm >= 1.0"]
+# 1.0 leaves out the options of a URI.
+STORM = ["storm >= 1.1"]
 # What `make bench` measures beside zreconnect.
 PEERS = ["oslo.db >= 18.0", "psycopg_pool >= 3.2", *DJANGO, *PSYCOPG, *SQLALCHEMY, *STORM]
 # What zope.publisher, which Zope's integration serves, does not need itself.
