@@ -388,9 +388,6 @@ class PostgresqlDriver:
         with contextlib.suppress(self.module.Error, OSError):
             redirect_to_null(raw.fileno())
 
-    def attribute(self, raw: Any, name: str) -> Any:
-        return getattr(raw, name)
-
     def autocommit_mode(self, query: Any) -> bool | None:
         return None
 
