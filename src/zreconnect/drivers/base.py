@@ -288,6 +288,14 @@ def addresses(parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 _null = os.open(os.devnull, os.O_RDWR)
 
 
+def named_as(replaced: type[Any], made: type[Any]) -> type[Any]:
+    """The class that was made in the place of another, by whose name it goes."""
+    made.__name__ = replaced.__name__
+    made.__qualname__ = replaced.__qualname__
+    made.__module__ = replaced.__module__
+    return made
+
+
 def redirect_to_null(fileno: int) -> None:
     """Let a forked child's copy of its parent's socket lead to the null device.
 

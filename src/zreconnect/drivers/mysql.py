@@ -30,6 +30,7 @@ from zreconnect.drivers.base import (
     Evidence,
     ServerSession,
     SessionSettings,
+    named_as,
     redirect_to_null,
     set_own_default,
 )
@@ -711,10 +712,7 @@ def _watched(cursor_class: type[Any]) -> type[Any]:
                 self.connection, self, super()._query, statement
             )
 
-    Watched.__name__ = cursor_class.__name__
-    Watched.__qualname__ = cursor_class.__qualname__
-    Watched.__module__ = cursor_class.__module__
-    return Watched
+    return named_as(cursor_class, Watched)
 
 
 def _level(settings: SessionSettings) -> str:

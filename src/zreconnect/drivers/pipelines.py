@@ -14,6 +14,8 @@ from typing import Any
 
 import psycopg
 
+from zreconnect.drivers.base import named_as
+
 
 def pass_on_first_errors(raw: Any) -> None:
     """Have the pipelines of a raw connection raise that."""
@@ -30,10 +32,7 @@ def _passing_on(connection_class: type[Any]) -> type[Any]:
         def _pipeline_nolock(self) -> Any:
             return _block(self, super()._pipeline_nolock())
 
-    PassingOn.__name__ = connection_class.__name__
-    PassingOn.__qualname__ = connection_class.__qualname__
-    PassingOn.__module__ = connection_class.__module__
-    return PassingOn
+    return named_as(connection_class, PassingOn)
 
 
 @contextlib.contextmanager

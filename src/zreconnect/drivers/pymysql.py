@@ -17,7 +17,7 @@ from pymysql.charset import charset_by_name
 from pymysql.constants import CLIENT, SERVER_STATUS
 
 from zreconnect.documented import implements
-from zreconnect.drivers.base import AT_HAND, addresses, reads_as
+from zreconnect.drivers.base import AT_HAND, addresses, named_as, reads_as
 from zreconnect.drivers.mysql import (
     CHARSET,
     CR_SERVER_HANDSHAKE_ERR,
@@ -194,10 +194,7 @@ def _passing_on(connection_class: type[Any]) -> type[Any]:
                 _pass_on_what_is_behind(error)
                 raise
 
-    PassingOn.__name__ = connection_class.__name__
-    PassingOn.__qualname__ = connection_class.__qualname__
-    PassingOn.__module__ = connection_class.__module__
-    return PassingOn
+    return named_as(connection_class, PassingOn)
 
 
 def _pass_on_what_is_behind(error: BaseException) -> None:
