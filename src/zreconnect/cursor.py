@@ -141,8 +141,9 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
                 self._open()
             if not link.driver.may_begin_with(link.session.raw, self._raw, *arguments):
                 return False
-            if self._ahead is not None:
+            if self._run:
                 self._forget_rows_ahead()
+            self._ahead = None
             executed = None
             try:
                 if not guard.begin_along(self._raw, arguments, options):
@@ -185,8 +186,9 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
             session = link.session
             if self._session is not session:
                 self._open()
-            if self._ahead is not None:
+            if self._run:
                 self._forget_rows_ahead()
+            self._ahead = None
             raw = self._raw
             try:
                 call = getattr(raw, method)
@@ -228,7 +230,12 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
             with self._guard.in_turn():
                 self._work.need_session()
             raw = link.driver.cursor(link.session.raw, None, self._options)
-        return guarded_attribute(self._guard, raw, name, self)
+        value = guarded_attribute(self._guard, raw, name, self)
+        return partial(self._call_in_place, value) if callable(value) else value
+
+    def _call_in_place(self, method: Any, *args: Any, **keywords: Any) -> Any:
+        self.have_raw_cursor_in_place()
+        return method(*args, **keywords)
 
     # The raw cursor
 
@@ -281,6 +288,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
         """The raw cursor, for a statement that is executed with it in the present session."""
         if self._closed:
             self._refuse_closed()
+        self.have_raw_cursor_in_place()
         self.keep_rows_of_others()
         if self._session is not self._work.link.session:
             self._open()

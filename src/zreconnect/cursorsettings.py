@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from zreconnect.documented import documented_by
@@ -33,6 +34,7 @@ class _Setting:
 
     def __set__(self, cursor: SettingsOfCursor, value: Any) -> None:
         if cursor._raw is not None:
+            cursor.have_raw_cursor_in_place()
             setattr(cursor._raw, self._name, value)
         cursor._settings[self._name] = value
 
@@ -45,6 +47,7 @@ class SettingsOfCursor:
 
     _raw: Any
     _settings: dict[str, Any]
+    have_raw_cursor_in_place: Callable[[], None]
 
     arraysize = _Setting(1)
     itersize = _Setting(2000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from typing import Any, NoReturn
@@ -20,8 +21,9 @@ from zreconnect.states import Moment, Request, State
 class Results(KeepsRows):
     """The methods and attributes of a `ReconnectingCursor` for them.
 
-    An iteration fetches as many rows at a time as are at hand. Those that it has not given yet are
-    ahead of what the program has; everything else that reads the result takes them first.
+    An iteration fetches as many rows at a time as are at hand, and so does `fetchone()`. Those that
+    were not given yet are ahead of what the program has; everything else that reads the result
+    takes them first.
     """
 
     __slots__ = ("_ahead", "_has_last_run", "_run")
@@ -29,7 +31,7 @@ class Results(KeepsRows):
     arraysize: Any
     _guard: Guard
     _closed: bool
-    # The rows that an iteration has fetched last, and those of them that it has not given yet.
+    # The rows that were fetched at once last, and those of them that were not given yet.
     _run: list[Any]
     _ahead: Iterator[Any] | None
     # Whether there are no more than those; False without any.
@@ -42,7 +44,19 @@ class Results(KeepsRows):
         raise NotImplementedError
 
     def fetchone(self) -> Any:
-        if self._ahead is not None and (rows := self._take_ahead(1)):
+        if self._ahead is None:
+            row = self._answer("fetchone")
+            if self._work.state is State.ACTIVE:
+                # Whoever asks for a second row asks for many: they are fetched at once.
+                self._ahead = iter(())
+            return row
+        if self._work.state is State.ACTIVE:
+            # Most rows cost no other Python frame.
+            for row in self._ahead:
+                return row
+            if self._fetch_those_in_client():
+                return next(self._ahead, None)
+        elif rows := self._take_ahead(1):
             return rows[0]
         return self._answer("fetchone")
 
@@ -157,7 +171,7 @@ class Results(KeepsRows):
                 "its statement was executed, which has ended: execute it again"
             ) from error
 
-    # Rows that an iteration has fetched
+    # Rows that were fetched and not given
 
     def _runs(self) -> Iterator[Iterator[Any]]:
         """The rows that were not fetched, as many at a time as are at hand."""
@@ -180,19 +194,42 @@ class Results(KeepsRows):
 
     def _fetch_run(self, raw: Any, rows: Any) -> None:
         size = self._work.link.driver.rows_at_hand(raw)
-        if size > 1:
+        if size > 1 and self._fetch_at_once(raw, size):
+            return
+        try:
+            run = [self._answer("__next__", of=rows)]
+        except StopIteration:
+            run = []
+        self._run, self._ahead = run, iter(run)
+
+    def _fetch_those_in_client(self) -> bool:
+        """Fetch the rows that follow, if they are in the client; whether they are."""
+        if self.name is not None or self._has_last_run:
+            return False
+        size = self._work.link.driver.rows_at_hand(self._raw)
+        return size > 1 and self._fetch_at_once(self._raw, size)
+
+    def _fetch_at_once(self, raw: Any, size: int) -> bool:
+        """Fetch so many rows, or those that are left.
+
+        Not if one of them cannot be read: that is met in its place, behind those before it.
+        """
+        place = raw.rownumber if self.name is None else None
+        try:
             run = list(self._answer("fetchmany", size))
-        else:
-            try:
-                run = [self._answer("__next__", of=rows)]
-            except StopIteration:
-                run = []
-        self._run, self._ahead, self._has_last_run = run, iter(run), len(run) < size
+            self._run, self._ahead, self._has_last_run = run, iter(run), 0 < len(run) < size
+        except BaseException as error:
+            self._forget_rows_ahead()
+            again = place is not None and _fails_again(raw, place, size)
+            if again and isinstance(error, Exception) and self._session is self._work.link.session:
+                return False
+            raise
         if len(run) > 1:
             self._work.link.keepers.add(self)
+        return True
 
     def _take_ahead(self, size: int | None) -> list[Any]:
-        """So many of the rows that an iteration has fetched and not given yet."""
+        """So many of the rows that were fetched and not given yet."""
         with self._guard.in_turn():
             self._work.ask(Request.LOOK)
         rows = list(islice(self._ahead or (), size))
@@ -209,7 +246,30 @@ class Results(KeepsRows):
             # A loop comes to an end of these, and asks before it gives the others.
             run.clear()
 
+    def have_raw_cursor_in_place(self) -> None:
+        """Before something else reads its rows, or decides how they are read."""
+        if self.name is None and (ahead := operator.length_hint(self._ahead or ())):
+            self._raw.scroll(-ahead, "relative")
+            self._forget_rows_ahead()
+
     def _forget_rows_ahead(self) -> None:
         # A loop that goes on has the next result.
         self._run.clear()
         self._ahead, self._has_last_run = None, False
+
+
+def _fails_again(raw: Any, place: int, size: int) -> bool:
+    """Whether so many rows cannot be read. The raw cursor is in its place afterwards.
+
+    If not, what has been raised was that of a signal's handler.
+    """
+    try:
+        raw.scroll(place, "absolute")
+        raw.fetchmany(size)
+    except Exception:
+        return True
+    else:
+        return False
+    finally:
+        with suppress(Exception):
+            raw.scroll(place, "absolute")
