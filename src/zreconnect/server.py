@@ -56,9 +56,11 @@ NOT_WHAT_IT_WAS = (
 class AttemptFailed(Exception):
     """An attempt to connect failed with ``error``, and a later one may succeed."""
 
-    def __init__(self, error: BaseException) -> None:
+    def __init__(self, error: BaseException, is_anothers: bool = False) -> None:
         super().__init__(error)
         self.error = error
+        #: Whether it was not this thread's, which has paused meanwhile.
+        self.is_anothers = is_anothers
 
 
 OpenSession = Callable[[float, hosts.Pauses], Any]
@@ -70,14 +72,12 @@ class _Attempt:
     """One attempt to connect, and those who wait for its outcome.
 
     deadline: when it is over, if it has no outcome before. So nobody depends on its thread, which
-    may hang or may never have been started. pauses: see `hosts.connect`. It is made by the thread
-    that makes this object.
+    may hang or may never have been started. pauses: see `hosts.connect`.
     """
 
     def __init__(self, deadline: float, pauses: hosts.Pauses = hosts.default_pauses) -> None:
         self.deadline = deadline
         self.pauses = pauses
-        self.maker = threading.get_ident()
         self._has_begun = self._has_ended = False
         self._answer: Answers[Outcome | None] = Answers()
         self._answers_to_others: list[Answers[Outcome | None]] = []
@@ -199,11 +199,21 @@ class Server:
                 self._fail(outcome[1])
         return self._make_attempt(mine, timeout, deadline)
 
-    def leave_to_another(self, pause: float, patience: float) -> None:
+    def leave_to_another(
+        self, pause: float, patience: float, longest: float, is_counted: bool = False
+    ) -> None:
         """Wait as long as another thread knocks: see `Knocking`. Raises `AttemptFailed` for it."""
-        error = self._knocking.leave_to_another(pause, patience)
+        error = self._knocking.leave_to_another(pause, patience, longest, is_counted)
         if error is not None:
-            raise AttemptFailed(error) from error
+            raise AttemptFailed(error, is_anothers=True) from error
+
+    def knocks_again(self, pause: float) -> None:
+        """Tell other threads that this one does so after so many seconds: see `Knocking`."""
+        self._knocking.knocks_again(pause)
+
+    def leaves(self) -> None:
+        """Tell them that it does so no more."""
+        self._knocking.leaves()
 
     def connect_once(self, timeout: float) -> Any:
         """As `connect`, for who makes but one attempt: raises what that has raised."""
@@ -331,7 +341,7 @@ class Server:
         self._is_up = error is None
         # Asked here, once: many threads may share it, as often as one of them knocks.
         if error is not None and self.passes(error):
-            self._knocking.failed(error, attempt.maker)
+            self._knocking.failed(error)
         else:
             self._knocking.ended()
 

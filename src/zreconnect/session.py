@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from zreconnect import events
 from zreconnect.exceptions import ReconnectTimeout, one_line
 from zreconnect.interfaces import Meaning
-from zreconnect.policy import RetryPolicy
+from zreconnect.policy import LARGEST_PART, RetryPolicy
 from zreconnect.server import AttemptFailed, Server, is_missing_thread
 from zreconnect.watchdog import NO_WATCH, Watch
 
@@ -78,26 +78,13 @@ def open_session(
     for good.
     """
     started = time.monotonic()
-    attempts = 0
-    elapsed = pause = 0.0
     with server.outage.awaited():
-        while True:
-            check()
-            attempts += 1
-            try:
-                session = _attempt(server, policy, elapsed, pause, prepare)
-                break
-            except AttemptFailed as failure:
-                error = failure.error
-            elapsed = time.monotonic() - started
-            if policy.is_over(attempts, elapsed):
-                _give_up(server, policy, attempts, elapsed, error)
-            pause = policy.pause(attempts, elapsed)
-            events.announce(
-                events.ConnectionAttemptFailed(server.address, attempts, elapsed, pause, error)
-            )
-            _wait(server, pause, error)
-            elapsed = time.monotonic() - started
+        try:
+            session, attempts = _opened(server, policy, started, check, prepare)
+        except BaseException:
+            # At once, or others would wait in vain for the attempt that was its next.
+            server.leaves()
+            raise
     away = server.outage.reached()
     is_news = away is not None
     # In this order: a subscriber may use the connection.
@@ -106,6 +93,37 @@ def open_session(
         events.announce(
             events.Reconnected(server.address, attempts, seconds, away or 0.0, is_news=is_news)
         )
+
+
+def _opened(
+    server: Server,
+    policy: RetryPolicy,
+    started: float,
+    check: Callable[[], object],
+    prepare: Callable[[Session], None],
+) -> tuple[Session, int]:
+    """The session, and in which attempt it was opened."""
+    attempts = 0
+    elapsed = pause = 0.0
+    while True:
+        check()
+        attempts += 1
+        try:
+            return _attempt(server, policy, elapsed, pause, prepare), attempts
+        except AttemptFailed as failure:
+            error, is_anothers = failure.error, failure.is_anothers
+        elapsed = time.monotonic() - started
+        if policy.is_over(attempts, elapsed):
+            _give_up(server, policy, attempts, elapsed, error)
+        pause = policy.pause(attempts, elapsed)
+        events.announce(
+            events.ConnectionAttemptFailed(server.address, attempts, elapsed, pause, error)
+        )
+        if not is_anothers:
+            server.knocks_again(pause)
+        # Who leaves the door to another thread pauses there, where that one's success ends it.
+        _wait(server, 0.0 if is_anothers else pause, error)
+        elapsed = time.monotonic() - started
 
 
 def _wait(server: Server, seconds: float, error: BaseException) -> None:
@@ -134,7 +152,8 @@ def _attempt(
     """A session that is prepared, and the server knows what came of it."""
     began = time.monotonic()
     try:
-        server.leave_to_another(pause, policy.left(elapsed))
+        longest, is_counted = policy.maximum * LARGEST_PART, policy.attempts is not None
+        server.leave_to_another(pause, policy.left(elapsed), longest, is_counted)
         elapsed += time.monotonic() - began
         timeout, pauses = policy.attempt_limit(elapsed), partial(policy.pause, elapsed=elapsed)
         raw = server.connect(timeout, policy.lasting_attempt(), pauses)

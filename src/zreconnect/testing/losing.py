@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 from zreconnect.drivers import sqlite
+from zreconnect.knocking import Knocking
 
 # Who waits for a server to come back, or before work is run again. All else that waits does so for
 # something that happens in another thread or on a server, and takes its time.
@@ -52,6 +53,8 @@ def no_waiting() -> Iterator[None]:
         for name in _WAITING:
             module = import_module(f"zreconnect.{name}")
             stack.enter_context(mock.patch.object(module, "time", sleepless))
+        # Who sleeps no time need not leave it to another thread to knock, for whom it is earlier.
+        stack.enter_context(mock.patch.object(Knocking, "leave_to_another", return_value=None))
         yield
 
 

@@ -3,6 +3,7 @@
 import sqlite3
 import time
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from zreconnect import (
 )
 from zreconnect.testing import losing, no_waiting
 from zreconnect.testing._ports import bind
+from zreconnect.tests.base import PATIENCE
 
 
 class LosingTests(unittest.TestCase):
@@ -151,6 +153,17 @@ class NoWaitingTests(unittest.TestCase):
                 connection.begin()
         self.assertGreater(raised.exception.seconds, 3599)
         self.assertGreater(raised.exception.attempts, 5)
+
+    def test_for_several_threads_at_once(self):
+        with bind() as nobody:
+            dsn = f"postgresql://somebody@127.0.0.1:{nobody.getsockname()[1]}/"
+            policy = RetryPolicy(timeout=600, initial=60, maximum=60)
+            connections = [zreconnect.connect(dsn, policy=policy) for _ in range(4)]
+            with no_waiting(), ThreadPoolExecutor() as executor:
+                raised = [executor.submit(each.begin).exception for each in connections]
+                attempts = [get(PATIENCE).attempts for get in raised]
+        # As many of each as if it were alone.
+        self.assertGreater(min(attempts), 10)
 
     def test_after_the_block_time_is_as_ever(self):
         with no_waiting():

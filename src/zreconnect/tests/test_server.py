@@ -12,8 +12,9 @@ from unittest import mock
 
 import psycopg2
 
-from zreconnect import outage
+from zreconnect import ReconnectTimeout, RetryPolicy, outage
 from zreconnect import server as server_module
+from zreconnect import session as session_module
 from zreconnect.answers import Answers
 from zreconnect.server import AttemptFailed, server_from_dsn, server_from_factory
 from zreconnect.tests.base import PATIENCE, DatabaseTestCase, wait_until
@@ -200,7 +201,7 @@ class PostgresTests(DatabaseTestCase):
 class SharingTests(DoorTestCase):
     def leaves(self, pause, patience):
         """Another thread, which leaves it to this one to knock."""
-        return Call(self.server.leave_to_another, pause, patience)
+        return Call(self.server.leave_to_another, pause, patience, math.inf)
 
     def test_a_failure_is_everybodys(self):
         hanging = self.hanging()
@@ -216,13 +217,17 @@ class SharingTests(DoorTestCase):
         error = sqlite3.OperationalError("database is locked")
         self.make(mock.Mock(side_effect=error))
         self.fails(PATIENCE)
+        self.server.knocks_again(1000)
         for _ in range(3):
-            self.assertIs(self.leaves(PATIENCE, 0.01).end().raised.error, error)
+            failure = self.leaves(0.01, PATIENCE).end().raised
+            self.assertIs(failure.error, error)
+            self.assertTrue(failure.is_anothers)
         self.assertEqual(self.attempts.begun, 1)
 
     def test_the_success_of_another_thread_ends_a_pause(self):
         self.make(mock.Mock(side_effect=sqlite3.OperationalError("database is locked")))
         self.fails(PATIENCE)
+        self.server.knocks_again(1000)
         calls = [self.leaves(1000, math.inf) for _ in range(3)]
         wait_until(lambda: self.server._knocking.waiting == 3)
         self.server.connect(PATIENCE)
@@ -233,9 +238,19 @@ class SharingTests(DoorTestCase):
         failures = ["database is locked", "unable to open database file"]
         self.make(*(mock.Mock(side_effect=sqlite3.OperationalError(text)) for text in failures))
         self.fails(PATIENCE)
+        self.server.knocks_again(1000)
         call = self.leaves(1000, math.inf)
         wait_until(lambda: self.server._knocking.waiting)
         self.assertRaises(sqlite3.OperationalError, self.server.connect, PATIENCE)
+        self.assertIsNone(call.end().raised)
+
+    def test_as_does_the_end_of_who_knocks(self):
+        self.make(mock.Mock(side_effect=sqlite3.OperationalError("database is locked")))
+        self.fails(PATIENCE)
+        self.server.knocks_again(1000)
+        call = self.leaves(1000, math.inf)
+        wait_until(lambda: self.server._knocking.waiting)
+        self.server.leaves()
         self.assertIsNone(call.end().raised)
 
     def test_after_a_success_each_connects_for_itself(self):
@@ -362,6 +377,61 @@ class SharingTests(DoorTestCase):
     def test_no_thread_outlasts_its_attempt(self):
         self.make().connect(10 * PATIENCE)
         self.wait_for_attempts_to_end()
+
+
+class TurnsTests(DoorTestCase):
+    """Threads with a policy, which knock by turns."""
+
+    error = sqlite3.OperationalError("database is locked")
+
+    def setUp(self):
+        super().setUp()
+        self.make(*[mock.Mock(side_effect=self.error)] * 2)
+
+    def open(self, **policy):
+        session_module.open_session(
+            self.server, RetryPolicy(**policy), lambda: None, lambda session: None, bool
+        )
+
+    def knocks(self):
+        return self.server._knocking._next is not None
+
+    def test_who_leaves_it_to_another_pauses_nowhere_else(self):
+        turns = [None, AttemptFailed(self.error, is_anothers=True), None, None]
+        leaving = mock.patch.object(self.server, "leave_to_another", side_effect=turns)
+        with leaving, mock.patch.object(session_module, "_wait") as wait:
+            self.open()
+        pauses = [call.args[1] for call in wait.call_args_list]
+        self.assertEqual([pause > 0 for pause in pauses], [True, False, True])
+
+    def test_it_does_not_say_that_it_knocks(self):
+        turns = [AttemptFailed(self.error, is_anothers=True), KeyboardInterrupt]
+        leaving = mock.patch.object(self.server, "leave_to_another", side_effect=turns)
+        with leaving, mock.patch.object(self.server, "knocks_again") as knocks_again:
+            self.assertRaises(KeyboardInterrupt, self.open)
+        self.assertFalse(knocks_again.called)
+
+    def test_who_gives_up_says_that_it_knocks_no_more(self):
+        knocked = []
+
+        def wait(*arguments):
+            knocked.append(self.knocks())
+
+        with mock.patch.object(session_module, "_wait", side_effect=wait):
+            self.assertRaises(ReconnectTimeout, self.open, attempts=2)
+        self.assertEqual((knocked, self.knocks()), ([True], False))
+
+    def test_as_does_who_is_interrupted(self):
+        with mock.patch.object(session_module, "_wait", side_effect=KeyboardInterrupt):
+            self.assertRaises(KeyboardInterrupt, self.open)
+        self.assertFalse(self.knocks())
+
+    def test_who_counts_its_attempts_waits_for_one_pause_each(self):
+        for attempts, is_counted in ((None, False), (2, True)):
+            leaving = mock.patch.object(self.server, "leave_to_another", side_effect=KeyError)
+            with leaving as leave:
+                self.assertRaises(KeyError, self.open, attempts=attempts)
+            self.assertEqual(leave.call_args.args[2:], (0.9, is_counted))
 
 
 class OutageTests(DoorTestCase):
