@@ -15,6 +15,8 @@ from zreconnect.answers import Answers
 # So many threads look each for itself, after a pause, whether another one still knocks at the door.
 # The more there are, the more seldom each of them does.
 WATCHERS = 4
+# In seconds. What ends a wait otherwise, such as close(), is noticed then.
+LONGEST_WATCH = 2.0
 
 
 class Knocking:
@@ -80,7 +82,8 @@ class Knocking:
         deadline = time.monotonic() + patience
         if pause and self._another_has_met(longest) is not None:
             pauses = 1.0 if is_counted else max(1.0, self.waiting / WATCHERS)
-            self._watch(min(deadline, time.monotonic() + pauses * pause), longest)
+            seconds = max(pause, min(pauses * pause, LONGEST_WATCH))
+            self._watch(min(deadline, time.monotonic() + seconds), longest)
         is_over = time.monotonic() >= deadline
         return None if is_over or not pause else self._another_has_met(longest)
 

@@ -8,7 +8,7 @@ import unittest
 from unittest import mock
 
 from zreconnect.answers import Answers
-from zreconnect.knocking import WATCHERS, Knocking
+from zreconnect.knocking import LONGEST_WATCH, WATCHERS, Knocking
 
 ERROR = OSError("refused")
 # Threads' idents that none has.
@@ -97,12 +97,18 @@ class WaitingTests(KnockingTestCase):
 
     def test_many_look_more_seldom(self):
         self.knock(0.75)
-        self.knocking._watching = [None] * 50 * WATCHERS
-        self.assertEqual(self.waits(0.5), (25, None))
+        self.knocking._watching = [(math.inf, None)] * 3 * WATCHERS
+        self.assertEqual(self.waits(0.5), (1.5, None))
+
+    def test_but_nobody_waits_long_for_what_else_may_end_it(self):
+        for pause, longest in ((0.5, LONGEST_WATCH), (20, 20)):
+            self.knock(0.75)
+            self.knocking._watching = [(math.inf, None)] * 50 * WATCHERS
+            self.assertEqual(self.waits(pause), (longest, None))
 
     def test_not_who_counts_its_pauses(self):
         self.knock(0.75)
-        self.knocking._watching = [None] * 50 * WATCHERS
+        self.knocking._watching = [(math.inf, None)] * 50 * WATCHERS
         self.assertEqual(self.waits(0.5, is_counted=True), (0.5, ERROR))
 
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import random
 import signal
 import threading
@@ -392,7 +393,8 @@ class SimulatedTime:
         if seconds <= 0:
             return
         with self._condition:
-            alarm = self._now + seconds
+            # Later in any case: the sum of floats may not be.
+            alarm = max(self._now + seconds, math.nextafter(self._now, math.inf))
             self._alarms.append(alarm)
             self.leave()
             self._condition.wait_for(lambda: self._now >= alarm)
