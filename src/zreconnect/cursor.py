@@ -141,9 +141,10 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
                 self._open()
             if not link.driver.may_begin_with(link.session.raw, self._raw, *arguments):
                 return False
-            if self._run:
+            if self._ahead is not None:
+                # What is refused before it is sent leaves the rows of the statement before.
+                self.have_raw_cursor_in_place()
                 self._forget_rows_ahead()
-            self._ahead = None
             executed = None
             try:
                 if not guard.begin_along(self._raw, arguments, options):
@@ -186,9 +187,10 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
             session = link.session
             if self._session is not session:
                 self._open()
-            if self._run:
+            if self._ahead is not None:
+                # What is refused before it is sent leaves the rows of the statement before.
+                self.have_raw_cursor_in_place()
                 self._forget_rows_ahead()
-            self._ahead = None
             raw = self._raw
             try:
                 call = getattr(raw, method)
@@ -231,7 +233,9 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
                 self._work.need_session()
             raw = link.driver.cursor(link.session.raw, None, self._options)
         value = guarded_attribute(self._guard, raw, name, self)
-        return partial(self._call_in_place, value) if callable(value) else value
+        if not callable(value) or isinstance(value, type):
+            return value
+        return partial(self._call_in_place, value)
 
     def _call_in_place(self, method: Any, *args: Any, **keywords: Any) -> Any:
         self.have_raw_cursor_in_place()
@@ -335,6 +339,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
         except BaseException as error:
             self._guard.meet(error, Moment.STATEMENT)
             raise
+        self._forget_rows_ahead()
         self._raw, self._session = raw, session
 
 

@@ -140,7 +140,7 @@ def guarded_attribute(
     is_connection = wrapped is guard.work.link.session.raw
     driver = guard.work.link.driver
     value = driver.attribute(wrapped, name)
-    if not callable(value):
+    if not callable(value) or isinstance(value, type):
         return value
     # cancel() is called while another thread's turn lasts.
     turn = contextlib.nullcontext if is_connection else guard.in_turn

@@ -21,9 +21,10 @@ from zreconnect.states import Moment, Request, State
 class Results(KeepsRows):
     """The methods and attributes of a `ReconnectingCursor` for them.
 
-    An iteration fetches as many rows at a time as are at hand, and so does `fetchone()`. Those that
-    were not given yet are ahead of what the program has; everything else that reads the result
-    takes them first.
+    An iteration fetches as many rows at a time as are at hand. Those that it has not given yet are
+    ahead of what the program has: `fetchone()` takes them first, and everything else finds the raw
+    cursor in the program's place. One on the server cannot go back there, nor one whose session has
+    ended: then everything that reads the result takes them first.
     """
 
     __slots__ = ("_ahead", "_has_last_run", "_run")
@@ -31,7 +32,8 @@ class Results(KeepsRows):
     arraysize: Any
     _guard: Guard
     _closed: bool
-    # The rows that were fetched at once last, and those of them that were not given yet.
+    _error: type[Exception]
+    # The rows that an iteration has fetched last, and those of them that it has not given yet.
     _run: list[Any]
     _ahead: Iterator[Any] | None
     # Whether there are no more than those; False without any.
@@ -44,24 +46,14 @@ class Results(KeepsRows):
         raise NotImplementedError
 
     def fetchone(self) -> Any:
-        if self._ahead is None:
-            row = self._answer("fetchone")
-            if self._work.state is State.ACTIVE:
-                # Whoever asks for a second row asks for many: they are fetched at once.
-                self._ahead = iter(())
-            return row
-        if self._work.state is State.ACTIVE:
-            # Most rows cost no other Python frame.
-            for row in self._ahead:
-                return row
-            if self._fetch_those_in_client():
-                return next(self._ahead, None)
-        elif rows := self._take_ahead(1):
+        if self._ahead is not None and (rows := self._take_ahead(1)):
             return rows[0]
         return self._answer("fetchone")
 
     def fetchmany(self, size: int | None = None) -> Any:
         size = self.arraysize if size is None else size
+        if self._ahead is not None:
+            self.have_raw_cursor_in_place()
         if self._ahead is None:
             return self._answer("fetchmany", size)
         # psycopg2 takes a negative number for all that are left.
@@ -71,6 +63,8 @@ class Results(KeepsRows):
         return [*rows, *self._answer("fetchmany", size - len(rows))]
 
     def fetchall(self) -> Any:
+        if self._ahead is not None:
+            self.have_raw_cursor_in_place()
         if self._ahead is None:
             return self._answer("fetchall")
         rows = self._take_ahead(None)
@@ -79,6 +73,7 @@ class Results(KeepsRows):
     @IfThere
     def scroll(self, value: int, mode: str = "relative") -> Any:
         """As in psycopg2, psycopg 3 and MySQL's modules; sqlite3 has none."""
+        self.have_raw_cursor_in_place()
         ahead = operator.length_hint(self._ahead or ())
         result = self._answer("scroll", value - ahead if mode == "relative" else value, mode)
         self._forget_rows_ahead()
@@ -87,6 +82,7 @@ class Results(KeepsRows):
     @IfThere
     def nextset(self) -> Any:
         """As in PEP 249; sqlite3 has none."""
+        self.have_raw_cursor_in_place()
         result = self._answer("nextset")
         if result:
             self._forget_rows_ahead()
@@ -171,7 +167,7 @@ class Results(KeepsRows):
                 "its statement was executed, which has ended: execute it again"
             ) from error
 
-    # Rows that were fetched and not given
+    # Rows that an iteration has fetched
 
     def _runs(self) -> Iterator[Iterator[Any]]:
         """The rows that were not fetched, as many at a time as are at hand."""
@@ -202,19 +198,12 @@ class Results(KeepsRows):
             run = []
         self._run, self._ahead = run, iter(run)
 
-    def _fetch_those_in_client(self) -> bool:
-        """Fetch the rows that follow, if they are in the client; whether they are."""
-        if self.name is not None or self._has_last_run:
-            return False
-        size = self._work.link.driver.rows_at_hand(self._raw)
-        return size > 1 and self._fetch_at_once(self._raw, size)
-
     def _fetch_at_once(self, raw: Any, size: int) -> bool:
         """Fetch so many rows, or those that are left.
 
         Not if one of them cannot be read: that is met in its place, behind those before it.
         """
-        place = raw.rownumber if self.name is None else None
+        place = raw.rownumber if self._can_go_back() else None
         try:
             run = list(self._answer("fetchmany", size))
             self._run, self._ahead, self._has_last_run = run, iter(run), 0 < len(run) < size
@@ -229,7 +218,7 @@ class Results(KeepsRows):
         return True
 
     def _take_ahead(self, size: int | None) -> list[Any]:
-        """So many of the rows that were fetched and not given yet."""
+        """So many of the rows that an iteration has fetched and not given yet."""
         with self._guard.in_turn():
             self._work.ask(Request.LOOK)
         rows = list(islice(self._ahead or (), size))
@@ -248,9 +237,18 @@ class Results(KeepsRows):
 
     def have_raw_cursor_in_place(self) -> None:
         """Before something else reads its rows, or decides how they are read."""
-        if self.name is None and (ahead := operator.length_hint(self._ahead or ())):
-            self._raw.scroll(-ahead, "relative")
+        ahead = operator.length_hint(self._ahead or ())
+        if ahead == 0:
             self._forget_rows_ahead()
+        elif self._can_go_back():
+            # Not if its session has ended: then they stay ahead.
+            with suppress(self._error):
+                self._raw.scroll(-ahead, "relative")
+                self._forget_rows_ahead()
+
+    def _can_go_back(self) -> bool:
+        """Whether the raw cursor has its rows in the client, and not on the server."""
+        return getattr(self._raw, "name", None) is None
 
     def _forget_rows_ahead(self) -> None:
         # A loop that goes on has the next result.

@@ -143,7 +143,7 @@ class TransactionCalls:
 class Psycopg2Tests(TransactionCalls, CallsTestCase):
     transaction_limit = 45
     statement_limit = 8
-    fetchone_limit = 0
+    fetchone_limit = 3
     row_limit = 0
 
 
@@ -165,7 +165,7 @@ class PsycopgTests(TransactionCalls, CallsTestCase):
     module = psycopg
     transaction_limit = 95
     statement_limit = 32
-    fetchone_limit = 0
+    fetchone_limit = 6
     row_limit = 0
 
 

@@ -1,12 +1,13 @@
-"""Rows that are fetched many at once, and given one by one: nothing shows it but the time."""
+"""Rows that an iteration fetches many at once: nothing shows it but the time."""
 
 from functools import partial
-from itertools import repeat
+from itertools import islice, repeat
 
 import psycopg
 from psycopg2 import extensions
 from psycopg2.extras import execute_values
 
+from zreconnect.drivers.base import load_driver
 from zreconnect.tests.base import DatabaseTestCase, LineTestCase, needs_mysqlclient, on_mariadb
 from zreconnect.tests.interrupts import Alarm
 from zreconnect.tests.test_mysql import MysqlTestCase
@@ -24,12 +25,12 @@ class SharedTests:
     statement: str
 
     def read(self, prepare=lambda cursor: None):
-        """A cursor that has given the first three, and fetched many at once for the last two."""
+        """A cursor that has given the first three in an iteration, and fetched more."""
         self.connection = self.connect()
         cursor = self.connection.cursor()
         prepare(cursor)
         cursor.execute(self.statement)
-        self.assertEqual([cursor.fetchone() for _ in range(3)], numbers(1, 4))
+        self.assertEqual([*islice(cursor, 3)], numbers(1, 4))
         return cursor
 
     def test_one_by_one(self):
@@ -87,12 +88,48 @@ class SharedTests:
         self.connection.begin()
         self.assertEqual(list(iter(cursor.fetchone, None)), numbers(4, COUNT + 1))
 
+    def test_a_lost_session_leaves_them_whatever_else_is_done(self):
+        cursor = self.read()
+        # All that are left have been fetched. psycopg2's own cursor cannot go back any more.
+        self.assertEqual([cursor.fetchone() for _ in range(200)], numbers(4, 204))
+        self.connection.commit()
+        self.forward.drop()
+        self.connection.begin()
+        cursor.arraysize = 2
+        self.assertEqual([*cursor.fetchmany()], numbers(204, 206))
+        self.connection.call_driver(lambda raw: raw.execute(self.statement), cursor)
+        self.assertEqual(cursor.fetchone(), (1,))
+
+    def test_a_function_of_the_drivers_executes_the_next_statement(self):
+        cursor = self.read()
+        # All of them, and it is known that there are no more.
+        self.assertEqual(len(list(cursor)), COUNT - 3)
+        for read in (list, lambda cursor: [*cursor.fetchall()]):
+            self.connection.call_driver(lambda raw: raw.execute(self.statement), cursor)
+            self.assertEqual(read(cursor), numbers(1, COUNT + 1))
+
+    def test_some_together_are_what_the_driver_gives(self):
+        for way in (
+            lambda cursor: cursor.fetchmany(2),
+            lambda cursor: cursor.fetchmany(0),
+            lambda cursor: cursor.fetchmany(150),
+            lambda cursor: cursor.fetchall(),
+            lambda cursor: [cursor.fetchall(), cursor.fetchmany(2), cursor.fetchall()],
+        ):
+            found, cursor = way(self.read()), self.read()
+            given = self.connection.call_driver(way, cursor)
+            # A tuple equals no list: Django reads on until it is given ().
+            self.assertEqual(found, given)
+
     def test_a_doomed_transaction_gives_none(self):
         cursor = self.read()
+        self.assertEqual([cursor.fetchone() for _ in range(200)], numbers(4, 204))
         self.forward.drop()
         for _ in range(2):
             with self.assertRaises(self.module.OperationalError):
                 self.connection.cursor().execute("SELECT 1")
+        # As with the driver's own, this is no request.
+        cursor.arraysize = 2
         with self.assertRaises(self.module.OperationalError):
             cursor.fetchone()
 
@@ -112,17 +149,28 @@ class PostgresTests(SharedTests):
             with self.assertRaisesRegex(ValueError, "no number"):
                 way(cursor)
 
+    def test_a_method_of_the_cursors_class_reads_on(self):
+        class Reading(self.cursor_class):
+            def read(self):
+                return self.fetchone()
+
+        cursor = self.connect().cursor(cursor_factory=Reading)
+        cursor.execute(self.statement)
+        ways = (cursor.fetchone, cursor.read, lambda: next(iter(cursor)))
+        self.assertEqual([way() for _ in range(4) for way in ways], numbers(1, 13))
+
     def test_what_a_signals_handler_raises(self):
         for error in (Alarm(), KeyboardInterrupt()):
-            for way in (lambda cursor: cursor.fetchone(), lambda cursor: next(iter(cursor))):
-                cursor = self.read(partial(self.fail_at, number=150, errors=iter([error])))
-                found = []
-                with self.assertRaises(type(error)):
-                    found.extend(way(cursor) for _ in range(COUNT - 3))
-                self.assertEqual([*found, *cursor.fetchall()], numbers(4, COUNT + 1))
+            cursor = self.read(partial(self.fail_at, number=150, errors=iter([error])))
+            found = []
+            with self.assertRaises(type(error)):
+                found.extend(cursor)
+            self.assertEqual([*found, *cursor.fetchall()], numbers(4, COUNT + 1))
 
 
 class Psycopg2Tests(PostgresTests, DatabaseTestCase):
+    cursor_class = extensions.cursor
+
     def fail_at(self, cursor, number, errors):
         def cast(value, _):
             if value == str(number):
@@ -143,19 +191,23 @@ class Psycopg2Tests(PostgresTests, DatabaseTestCase):
                 self.assertEqual(other.fetchone(), (3,))
             self.assertEqual(cursor.fetchone(), (4,))
 
-    def test_a_method_of_the_cursors_class_reads_on(self):
-        class Reading(extensions.cursor):
-            def read(self):
-                return self.fetchone()
-
-        connection = self.connect()
-        cursor = connection.cursor(cursor_factory=Reading)
-        cursor.execute(self.statement)
-        found = [read() for _ in range(4) for read in (cursor.fetchone, cursor.read)]
-        self.assertEqual(found, numbers(1, 9))
+    def test_a_statement_that_is_refused_leaves_them(self):
+        cursor = self.read()
+        with self.assertRaises(self.module.ProgrammingError):
+            cursor.execute("")
+        self.assertEqual(cursor.fetchone(), (4,))
 
     def test_execute_values_gives_its_own(self):
         cursor = self.read()
+        execute_values(cursor, "VALUES %s", [(1,), (2,)])
+        self.assertEqual(cursor.fetchall(), [(1,), (2,)])
+
+    def test_execute_values_in_the_next_session(self):
+        cursor = self.read()
+        self.assertEqual([cursor.fetchone() for _ in range(200)], numbers(4, 204))
+        self.connection.commit()
+        self.forward.drop()
+        self.connection.begin()
         execute_values(cursor, "VALUES %s", [(1,), (2,)])
         self.assertEqual(cursor.fetchall(), [(1,), (2,)])
 
@@ -163,6 +215,7 @@ class Psycopg2Tests(PostgresTests, DatabaseTestCase):
 class PsycopgTests(PostgresTests, DatabaseTestCase):
     driver = "psycopg"
     module = psycopg
+    cursor_class = psycopg.Cursor
 
     def fail_at(self, cursor, number, errors):
         def make(values):
@@ -178,6 +231,15 @@ class PsycopgTests(PostgresTests, DatabaseTestCase):
         cursor.row_factory = psycopg.rows.scalar_row
         self.assertEqual([cursor.fetchone(), cursor.fetchone()], [4, 5])
 
+    def test_some_together_of_which_one_cannot_be_read(self):
+        errors = repeat(ValueError("no number"))
+        cursor = self.read(partial(self.fail_at, number=200, errors=errors))
+        for way in (lambda: cursor.fetchmany(220), cursor.fetchall):
+            with self.assertRaisesRegex(ValueError, "no number"):
+                way()
+            self.assertEqual(cursor.rownumber, 3)
+        self.assertEqual(cursor.fetchone(), (4,))
+
     def test_a_row_of_nothing(self):
         connection = self.connect()
         cursor = connection.cursor(row_factory=psycopg.rows.scalar_row)
@@ -185,14 +247,41 @@ class PsycopgTests(PostgresTests, DatabaseTestCase):
         self.assertEqual([cursor.fetchone() for _ in range(4)], [1, None, 3, 4])
 
 
-@on_mariadb()
-class PymysqlTests(SharedTests, MysqlTestCase, LineTestCase):
-    driver_name = "pymysql"
+class MysqlTests(SharedTests, MysqlTestCase):
     statement = f"SELECT seq FROM seq_1_to_{COUNT}"
+
+    def test_a_statement_that_is_none_leaves_them(self):
+        cursor = self.read()
+        cursor.executemany("INSERT INTO item VALUES (%s, 0)", [])
+        self.assertEqual(cursor.fetchone(), (4,))
+
+    def test_the_cursors_class_in_the_place_of_a_name(self):
+        connection = self.connect()
+        cursor = connection.cursor(load_driver(self.driver_name).plain_cursor)
+        cursor.execute(self.statement)
+        loop = iter(cursor)
+        self.assertEqual([next(loop), next(loop)], numbers(1, 3))
+        read = connection.call_driver(lambda raw: raw.fetchone(), cursor)
+        self.assertEqual([read, next(loop)], numbers(3, 5))
+
+
+@on_mariadb()
+class PymysqlTests(MysqlTests, LineTestCase):
+    driver_name = "pymysql"
 
 
 @needs_mysqlclient
 @on_mariadb()
-class MysqlclientTests(SharedTests, MysqlTestCase, LineTestCase):
+class MysqlclientTests(MysqlTests, LineTestCase):
     driver_name = "mysqlclient"
-    statement = f"SELECT seq FROM seq_1_to_{COUNT}"
+
+    def test_the_errors_that_are_attributes(self):
+        cursor = self.read()
+        with self.assertRaises(cursor.ProgrammingError):
+            cursor.execute("SELECT")
+
+    def test_there_is_no_other_result(self):
+        cursor = self.read()
+        self.assertIsNone(cursor.nextset())
+        # It has read what was left.
+        self.assertIsNone(cursor.fetchone())
