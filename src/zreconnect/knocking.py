@@ -11,12 +11,11 @@ import threading
 import time
 
 from zreconnect.answers import Answers
+from zreconnect.policy import LONGEST_ATTEMPT
 
 # So many threads look each for itself, after a pause, whether another one still knocks at the door.
 # The more there are, the more seldom each of them does.
 WATCHERS = 4
-# In seconds. What ends a wait otherwise, such as close(), is noticed then.
-LONGEST_WATCH = 2.0
 
 
 class Knocking:
@@ -82,7 +81,8 @@ class Knocking:
         deadline = time.monotonic() + patience
         if pause and self._another_has_met(longest) is not None:
             pauses = 1.0 if is_counted else max(1.0, self.waiting / WATCHERS)
-            seconds = max(pause, min(pauses * pause, LONGEST_WATCH))
+            # What ends a wait otherwise, such as close(), is noticed as soon as in an attempt.
+            seconds = max(pause, min(pauses * pause, LONGEST_ATTEMPT))
             self._watch(min(deadline, time.monotonic() + seconds), longest)
         is_over = time.monotonic() >= deadline
         return None if is_over or not pause else self._another_has_met(longest)

@@ -8,7 +8,8 @@ import unittest
 from unittest import mock
 
 from zreconnect.answers import Answers
-from zreconnect.knocking import LONGEST_WATCH, WATCHERS, Knocking
+from zreconnect.knocking import WATCHERS, Knocking
+from zreconnect.policy import LONGEST_ATTEMPT
 
 ERROR = OSError("refused")
 # Threads' idents that none has.
@@ -101,7 +102,7 @@ class WaitingTests(KnockingTestCase):
         self.assertEqual(self.waits(0.5), (1.5, None))
 
     def test_but_nobody_waits_long_for_what_else_may_end_it(self):
-        for pause, longest in ((0.5, LONGEST_WATCH), (20, 20)):
+        for pause, longest in ((0.5, LONGEST_ATTEMPT), (20, 20)):
             self.knock(0.75)
             self.knocking._watching = [(math.inf, None)] * 50 * WATCHERS
             self.assertEqual(self.waits(pause), (longest, None))
