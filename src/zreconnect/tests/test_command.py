@@ -32,6 +32,15 @@ def environment(**changes):
     return {**inherited, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **changes}
 
 
+class _Process(subprocess.Popen):
+    """Ends with its block, also one that waits for what does not come when a test has failed."""
+
+    def __exit__(self, error_type, *error):
+        if error_type is not None:
+            self.kill()
+        super().__exit__(error_type, *error)
+
+
 def start(*arguments, before="", **keywords):
     """Start the command as a process of its own. before: what it is to execute first."""
     program = (
@@ -46,7 +55,7 @@ def start(*arguments, before="", **keywords):
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
     }
-    return subprocess.Popen(
+    return _Process(
         [sys.executable, "-c", program, *map(str, arguments)], **{**defaults, **keywords}
     )
 
