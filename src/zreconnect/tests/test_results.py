@@ -91,7 +91,7 @@ class SharedTests:
     def test_a_lost_session_leaves_them_whatever_else_is_done(self):
         cursor = self.read()
         # All that are left have been fetched. psycopg2's own cursor cannot go back any more.
-        self.assertEqual([cursor.fetchone() for _ in range(200)], numbers(4, 204))
+        self.assertEqual([*islice(cursor, 200)], numbers(4, 204))
         self.connection.commit()
         self.forward.drop()
         self.connection.begin()
@@ -123,7 +123,7 @@ class SharedTests:
 
     def test_a_doomed_transaction_gives_none(self):
         cursor = self.read()
-        self.assertEqual([cursor.fetchone() for _ in range(200)], numbers(4, 204))
+        self.assertEqual([*islice(cursor, 200)], numbers(4, 204))
         self.forward.drop()
         for _ in range(2):
             with self.assertRaises(self.module.OperationalError):
@@ -148,6 +148,20 @@ class PostgresTests(SharedTests):
             self.assertEqual([way(cursor) for _ in range(146)], numbers(4, 150))
             with self.assertRaisesRegex(ValueError, "no number"):
                 way(cursor)
+
+    def test_a_cursor_on_the_server_goes_on_after_an_iteration(self):
+        for way, count in (
+            (lambda cursor: [cursor.fetchone()], 1),
+            (lambda cursor: cursor.fetchmany(2), 2),
+            (lambda cursor: cursor.fetchmany(200), 200),
+            (lambda cursor: cursor.fetchall(), COUNT - 3),
+        ):
+            with self.connect().cursor("numbers") as cursor:
+                cursor.itersize = 100
+                cursor.execute(self.statement)
+                self.assertEqual([*islice(cursor, 3)], numbers(1, 4))
+                self.assertEqual(way(cursor), numbers(4, 4 + count))
+                self.assertEqual(list(cursor), numbers(4 + count, COUNT + 1))
 
     def test_a_method_of_the_cursors_class_reads_on(self):
         class Reading(self.cursor_class):
@@ -204,7 +218,7 @@ class Psycopg2Tests(PostgresTests, DatabaseTestCase):
 
     def test_execute_values_in_the_next_session(self):
         cursor = self.read()
-        self.assertEqual([cursor.fetchone() for _ in range(200)], numbers(4, 204))
+        self.assertEqual([*islice(cursor, 200)], numbers(4, 204))
         self.connection.commit()
         self.forward.drop()
         self.connection.begin()
