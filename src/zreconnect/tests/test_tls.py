@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import os
+import ssl
 from functools import partial
 from unittest import mock
 
@@ -318,6 +319,20 @@ class MysqlTests(LineTestCase):
                 ):
                     connection.begin()
                 self.assertNotIsInstance(refused.exception, DisconnectionError)
+
+    def test_the_certificates_of_the_system_are_read_where_one_is_verified(self):
+        read = ssl.SSLContext.load_default_certs
+        with mock.patch.object(ssl.SSLContext, "load_default_certs", autospec=True) as reading:
+            reading.side_effect = read
+            self.used("pymysql")
+            reading.reset_mock()
+            for options in ("", "ssl_mode=PREFERRED", "ssl_mode=REQUIRED"):
+                self.used("pymysql", options)
+            reading.assert_not_called()
+            connection = self.open("pymysql", "ssl_mode=VERIFY_CA")
+            with self.assertRaisesRegex(pymysql.OperationalError, "certificate"):
+                connection.begin()
+            reading.assert_called()
 
     def test_a_close_in_the_handshake(self):
         for driver in self.drivers:
