@@ -33,14 +33,15 @@ POLL_INTERVAL = 0.01
 def processes_in(directory: Path) -> list[int]:
     """Return the ids of the processes that work in the directory or below, zombies excluded."""
     found = []
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit():
+    inside = f"{directory}/"
+    for process in os.listdir("/proc"):
+        if process.isdigit():
             try:
-                working_directory = (process / "cwd").readlink()
+                working_directory = os.readlink(f"/proc/{process}/cwd")
             except OSError:
                 continue
-            if working_directory == directory or directory in working_directory.parents:
-                found.append(int(process.name))
+            if f"{working_directory}/".startswith(inside):
+                found.append(int(process))
     return found
 
 
