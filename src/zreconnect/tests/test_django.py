@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import pickle
 import signal
@@ -456,6 +457,58 @@ class TimeLimitTests(DjangoTestCase):
                 transaction.rollback()
                 self.assertIn(name, self.paths())
                 self.File.objects.filter(path="by a hook").delete()
+
+    def interrupted(self, number, path):
+        """Whether the time limit comes at that line of Django's, and what is told then."""
+        is_interrupted = is_committed = False
+
+        def trace(frame, event, argument):
+            nonlocal number
+            if frame.f_code.co_filename != transaction.__file__:
+                return None
+            number -= event == "line"
+            if number == 0:
+                sys.settrace(None)
+                raise TimeLimit
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with transaction.atomic():
+                self.File.objects.create(path=path)
+        except TimeLimit:
+            is_interrupted = True
+            try:
+                transaction.rollback()
+            except CommitOutcomeUnknown as error:
+                is_committed = error.outcome == "committed"
+            except transaction.TransactionManagementError:
+                self.assertTrue(connection.in_atomic_block)
+        finally:
+            sys.settrace(before)
+        return is_interrupted, is_committed
+
+    def test_between_two_tasks_a_worker_leaves_nothing_open(self):
+        """Wherever in Django's own lines it has come, the task can be done again, and the next."""
+        self.use(options="-c lock_timeout=5s")
+        expected = set()
+        for number in itertools.count(1):
+            path, following = f"{number}", f"{number}, and the next"
+            is_interrupted, is_committed = self.interrupted(number, path)
+            if connection.in_atomic_block:
+                connection.close()
+                del django.db.connections["default"]
+            close_old_connections()
+            if is_interrupted and not is_committed:
+                self.File.objects.create(path=path)
+            with transaction.atomic():
+                self.File.objects.create(path=following)
+            expected |= {path, following}
+            self.assertEqual(set(self.paths()), expected)
+            if not is_interrupted:
+                break
+        self.assertGreater(number, 20)
 
     def test_who_goes_on_is_told_nothing_of_what_was_before(self):
         with self.assertRaises(TimeLimit), transaction.atomic():
