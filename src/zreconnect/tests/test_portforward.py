@@ -295,16 +295,19 @@ class StartAndStopTests(EchoTests):
 
     def test_its_process_ends_with_the_program_however_that_ends(self):
         program = (
-            # What is started in the background of a shell ignores SIGINT.
-            "import signal, sys, time; from zreconnect.testing import PortForward;"
+            # What is started in the background of a shell ignores SIGINT. A single wait would hear
+            # nothing of one that comes between Python's look at signals and its begin.
+            "import select, signal, sys; from zreconnect.testing import PortForward;"
             "signal.signal(signal.SIGINT, signal.default_int_handler);"
             "forward = PortForward('127.0.0.1', int(sys.argv[1])); forward.start();"
-            "print(forward._process.pid, flush=True); time.sleep(3600)"
+            "print(forward._process.pid, flush=True)\n"
+            "while not select.select([sys.stdin], [], [], 0.01)[0]: pass"
         )
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
             with subprocess.Popen(
                 [sys.executable, "-c", program, str(self.server.port)],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
