@@ -21,6 +21,8 @@ _SMALL_LOG = "--innodb-log-file-size=8M"
 _DEFAULT_SETTINGS: Mapping[str, object] = {
     "innodb_buffer_pool_size": "16M",
     "max_connections": 100,
+    # MariaDB 11.4 makes a certificate by itself, and nobody could cut a line at COMMIT.
+    "ssl": "OFF",
 }
 
 
@@ -32,8 +34,9 @@ class EmbeddedMariaDB(EmbeddedServer):
     """A MariaDB server of one's own, from Debian's packages mariadb-server-core and
     mariadb-client-core or their like.
 
-    See `EmbeddedServer`. `settings` are options of mariadbd, with underscores. Sessions are threads
-    of one process: it is the whole server that is suspended. Connecting to it needs PyMySQL.
+    See `EmbeddedServer`. `settings` are options of mariadbd, with underscores; it has TLS if they
+    name a certificate. Sessions are threads of one process: it is the whole server that is
+    suspended. Connecting to it needs PyMySQL.
     """
 
     user = "root"

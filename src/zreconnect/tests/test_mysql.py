@@ -49,7 +49,6 @@ from zreconnect.tests.base import (
 from zreconnect.tests.tls import make_certificate, needs_openssl
 
 LATIN1 = ["latin1", "latin1", "latin1_swedish_ci"]
-UTF8 = ["utf8mb4", "utf8mb4", "utf8mb4_general_ci"]
 # For statements that wait in vain otherwise.
 PATIENCE = 30
 
@@ -1078,7 +1077,13 @@ class Tests(MysqlTestCase):
             database, *sets = cursor.fetchone()
         return database, sets
 
-    def assert_chosen_again(self, connection, database, sets=UTF8):
+    def utf8(self):
+        # MariaDB 11.5 has another collation for it.
+        [[collation]] = self.query("SELECT COLLATION(_utf8mb4'')")
+        return ["utf8mb4", "utf8mb4", collation]
+
+    def assert_chosen_again(self, connection, database, sets=None):
+        sets = sets or self.utf8()
         before = self.number(connection)
         for _ in range(2):
             self.assertEqual(self.selected(connection), (database, sets))
@@ -1156,12 +1161,13 @@ class Tests(MysqlTestCase):
         self.assert_chosen_again(connection, "test")
 
     def test_the_character_set_is_there_again(self):
+        utf8 = self.utf8()
         for statement, sets in {
             "SET NAMES latin1": LATIN1,
             "SET NAMES 'latin1'": LATIN1,
             "SET @a = 1, NAMES latin1": LATIN1,
-            "SET character_set_results = NULL": [UTF8[0], None, UTF8[2]],
-            "SET collation_connection = 'utf8mb4_bin'": [*UTF8[:2], "utf8mb4_bin"],
+            "SET character_set_results = NULL": [utf8[0], None, utf8[2]],
+            "SET collation_connection = 'utf8mb4_bin'": [*utf8[:2], "utf8mb4_bin"],
         }.items():
             with self.subTest(statement):
                 connection = self.connect()
@@ -1187,14 +1193,15 @@ class Tests(MysqlTestCase):
             "CREATE PROCEDURE test.tell() BEGIN EXECUTE IMMEDIATE 'USE customer'; SELECT 1; END"
         )
         self.query("CREATE PROCEDURE test.encode_results() SET character_set_results = latin1")
-        latin1_results = [UTF8[0], "latin1", UTF8[2]]
+        utf8 = self.utf8()
+        latin1_results = [utf8[0], "latin1", utf8[2]]
         for autocommit in (False, True):
             for statements, database, sets in (
-                (["CALL enter()"], "customer", UTF8),
-                (["CALL tell()"], "customer", UTF8),
+                (["CALL enter()"], "customer", utf8),
+                (["CALL tell()"], "customer", utf8),
                 (["CALL encode_results()"], "test", latin1_results),
-                (["SET STATEMENT max_statement_time = 9 FOR CALL enter()"], "customer", UTF8),
-                (["PREPARE p FROM 'USE customer'", "EXECUTE p"], "customer", UTF8),
+                (["SET STATEMENT max_statement_time = 9 FOR CALL enter()"], "customer", utf8),
+                (["PREPARE p FROM 'USE customer'", "EXECUTE p"], "customer", utf8),
                 (["SET @s = 'SET NAMES latin1'", "EXECUTE IMMEDIATE @s"], "test", LATIN1),
             ):
                 with self.subTest(statements, autocommit=autocommit):
@@ -1260,6 +1267,7 @@ class Tests(MysqlTestCase):
         self.assertEqual(self.names(), [])
 
     def test_choosing_in_a_session_that_was_lost_meanwhile(self):
+        utf8 = self.utf8()
         self.customer()
         connection = self.connect(policy=FAIL_FAST)
         for autocommit in (False, True):
@@ -1272,10 +1280,10 @@ class Tests(MysqlTestCase):
                 lambda: self.forward.cut("to_client", after=0),
             ):
                 for choose, database, sets in (
-                    (lambda: connection.select_db("customer"), "customer", UTF8),
-                    (lambda: connection.select_db("test"), "test", UTF8),
+                    (lambda: connection.select_db("customer"), "customer", utf8),
+                    (lambda: connection.select_db("test"), "test", utf8),
                     (lambda: connection.set_character_set("latin1"), "test", LATIN1),
-                    (lambda: connection.set_client_encoding("utf8mb4"), "test", UTF8),
+                    (lambda: connection.set_client_encoding("utf8mb4"), "test", utf8),
                 ):
                     raw = connection.driver_connection
                     lose()

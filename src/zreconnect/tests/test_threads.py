@@ -25,8 +25,8 @@ class StartTests(unittest.TestCase):
     def test_an_interrupt_when_it_runs_already(self):
         alarm = Alarm()
 
-        def start_and_interrupt(*arguments):
-            start(*arguments)
+        def start_and_interrupt(*arguments, **keywords):
+            start(*arguments, **keywords)
             self.assertTrue(self.has_run.wait(PATIENCE))
             raise alarm
 

@@ -13,7 +13,7 @@ import unittest
 from pathlib import Path
 
 from zreconnect.testing._ports import LOCALHOST, bind
-from zreconnect.tests.base import PATIENCE, REQUIRED
+from zreconnect.tests.base import PATIENCE, REQUIRED, wait_until
 
 # What a client asks first, as PostgreSQL's protocol has it: the length of the packet, and a code.
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
@@ -42,9 +42,11 @@ def make_certificate(test_case, name="IP:127.0.0.1", has_expired=False):
         *("-addext", f"subjectAltName={name}", "-keyout", key, "-out", certificate),
     )
     if has_expired:
-        # Only this program takes days of the past.
-        signed = ("-in", certificate, "-signkey", key, "-days", "-1", "-out", certificate)
+        # Only this program takes a certificate that ends when it begins.
+        signed = ("-in", certificate, "-signkey", key, "-days", "0", "-out", certificate)
         run_openssl("x509", *signed)
+        check = ("openssl", "x509", "-in", certificate, "-noout", "-checkend", "0")
+        wait_until(lambda: subprocess.run(check, capture_output=True, check=False).returncode)
     key.chmod(0o644)
     return certificate, key
 
