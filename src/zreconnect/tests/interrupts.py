@@ -17,13 +17,9 @@ from pathlib import Path
 import zreconnect
 
 HOME = str(Path(zreconnect.__file__).parent) + os.sep
-# A measurement of coverage has a lock, which an interrupt would leave locked.
 _COVERAGE = importlib.util.find_spec("coverage")
-NOT_SWEPT = (
-    f"{HOME}testing{os.sep}",
-    f"{HOME}tests{os.sep}",
-    *(_COVERAGE.submodule_search_locations if _COVERAGE is not None else ()),
-)
+MEASUREMENT = tuple(_COVERAGE.submodule_search_locations) if _COVERAGE is not None else ()
+NOT_SWEPT = (f"{HOME}testing{os.sep}", f"{HOME}tests{os.sep}", *MEASUREMENT)
 # Seconds after which a call is not expected to end by itself.
 LIMIT = 30.0
 # What begins the code of a with statement, and not the code that leaves its block.
@@ -42,6 +38,11 @@ class Hung(BaseException):
 def is_swept(filename):
     """Whether the lines of this file count."""
     return filename.startswith(HOME) and not filename.startswith(NOT_SWEPT)
+
+
+def is_in_measurement(frame):
+    """Whether it is one of coverage's, which has a lock that an interrupt would leave locked."""
+    return frame is not None and frame.f_code.co_filename.startswith(MEASUREMENT)
 
 
 class Interrupt:
