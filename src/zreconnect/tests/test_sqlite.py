@@ -808,9 +808,10 @@ class ForkTests(SqliteTestCase):
             with self.subTest(mode):
                 self.other.execute(f"PRAGMA journal_mode = {mode}")
                 self.other.execute("DELETE FROM item")
+                # Python 3.12 warns of each fork beside a thread, such as connects.
+                silent = ("-W", "ignore:This process:DeprecationWarning")
                 program = subprocess.run(
-                    # Python 3.12 warns of each fork beside a thread, such as connects.
-                    [sys.executable, "-W", "ignore", "-c", textwrap.dedent(FORK), self.dsn],
+                    [sys.executable, *silent, "-c", textwrap.dedent(FORK), self.dsn],
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
                     capture_output=True,
                     text=True,
