@@ -1872,9 +1872,11 @@ class TlsTests(unittest.TestCase):
         self.server = EmbeddedMariaDB(settings={"ssl_cert": self.certificate, "ssl_key": key})
         self.server.start()
         self.addCleanup(self.server.stop)
+        self.server.query("CREATE USER nopassword@'%'")
+        self.server.query("GRANT SELECT ON *.* TO nopassword@'%'")
 
-    def cipher(self, driver, options):
-        dsn = f"{self.server.dsn()}?{options}"
+    def cipher(self, driver, options, dsn=None):
+        dsn = f"{dsn or self.server.dsn()}?{options}"
         connection = zreconnect.connect(dsn, driver, policy=FAIL_FAST, witness=None)
         self.addCleanup(connection.close)
         cursor = connection.cursor()
@@ -1884,15 +1886,19 @@ class TlsTests(unittest.TestCase):
 
     def test_modes(self):
         drivers = ["pymysql"] + ["mysqlclient"] * (importlib.util.find_spec("MySQLdb") is not None)
+        nopassword = self.server.dsn(user="nopassword").replace(f":{self.server.password}@", "@")
         for driver in drivers:
             with self.subTest(driver):
+                self.assertTrue(self.cipher(driver, "ssl_mode=REQUIRED", nopassword))
                 self.assertTrue(self.cipher(driver, "ssl_mode=REQUIRED"))
                 for mode in ("VERIFY_CA", "VERIFY_IDENTITY"):
                     verified = f"ssl_mode={mode}&ssl_ca="
                     self.assertTrue(self.cipher(driver, f"{verified}{self.certificate}"))
-                    # Who has signed it is not among those of the system.
-                    with self.assertRaises(load_driver(driver).module.OperationalError) as refused:
-                        self.cipher(driver, f"ssl_mode={mode}")
+                    # Who has signed it is not among those of the system. By a password, a server
+                    # proves itself to MariaDB's client library 3.4.
+                    error = load_driver(driver).module.OperationalError
+                    with self.assertRaisesRegex(error, "certificate") as refused:
+                        self.cipher(driver, f"ssl_mode={mode}", nopassword)
                     self.assertNotIsInstance(refused.exception, DisconnectionError)
                 for option in ("ssl_ca=/missing", "ssl_mode=REQUIRED&ssl_cert=/no&ssl_key=/no"):
                     # PyMySQL reads the files earlier.
