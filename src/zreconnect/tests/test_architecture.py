@@ -4,6 +4,7 @@ Everything is read from the source, nothing is imported.
 """
 
 import ast
+import functools
 import graphlib
 import unittest
 from pathlib import Path
@@ -81,7 +82,10 @@ class Module:
         self.name = ".".join(part for part in parts if part != "__init__") or "zreconnect"
         self.package = path.parent
         self.text = path.read_text(encoding="utf-8")
-        self.tree = ast.parse(self.text)
+
+    @functools.cached_property
+    def tree(self):
+        return ast.parse(self.text)
 
     def imports(self, inside_functions):
         """The names of the modules of zreconnect that it imports, with lines.
