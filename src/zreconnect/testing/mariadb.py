@@ -98,6 +98,8 @@ class EmbeddedMariaDB(EmbeddedServer):
             password=self.password,
             database=dbname,
             autocommit=True,
+            # Else it reads all certificates of the system, for each connection.
+            ssl_disabled="require_secure_transport" not in self.settings,
             connect_timeout=max(2, timeout),
             # A suspended server accepts connections and says nothing.
             read_timeout=max(2, timeout),
