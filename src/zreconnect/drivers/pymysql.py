@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import configparser
+import copy
 import functools
 import math
+import os
 import socket
 import ssl
 import traceback
@@ -12,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import pymysql
-from pymysql import cursors
+from pymysql import connections, cursors
 from pymysql.charset import charset_by_name
 from pymysql.constants import CLIENT, SERVER_STATUS
 
@@ -31,10 +33,13 @@ from zreconnect.interfaces import IDriver
 SOCKETS = frozenset({"eventlet", "gevent", "pymysql", "socket", "ssl"})
 # What its class raises for an option that it refuses, or for a file that an option names.
 REFUSALS = configparser.Error, LookupError, OSError, TypeError, ValueError, pymysql.Error
+# Without a place for certificates, PyMySQL reads all of the system's for each connection, which
+# takes 28 ms of a CPU, and looks at none of them.
+ANY_CERTIFICATE = {"verify_mode": False, "check_hostname": False, "capath": os.devnull}
 TLS: Mapping[str, Mapping[str, Any]] = {
     "DISABLED": {"ssl_disabled": True},
     "PREFERRED": {},
-    "REQUIRED": {"ssl": {"verify_mode": False, "check_hostname": False}},
+    "REQUIRED": {"ssl": ANY_CERTIFICATE},
     "VERIFY_CA": {"ssl_verify_cert": True},
     "VERIFY_IDENTITY": {"ssl_verify_cert": True, "ssl_verify_identity": True},
 }
@@ -61,7 +66,7 @@ class PymysqlDriver(MysqlDriver):
     name = "pymysql"
     module = pymysql
     disconnection_error = PymysqlDisconnectionError
-    connection_class = pymysql.connections.Connection
+    connection_class = connections.Connection
     plain_cursor = cursors.Cursor
     server_side_cursor = cursors.SSCursor
     refused_methods = frozenset({"query", "next_result", "connect"})
@@ -112,20 +117,19 @@ class PymysqlDriver(MysqlDriver):
         if charset_by_name(parameters.get("charset", CHARSET)) is None:
             raise pymysql.ProgrammingError("PyMySQL does not know the charset")
         keywords = self.connect_keywords(parameters, timeout)
-        # It would make a context that takes any certificate, after it has read all of the system's.
-        is_context_ours = not TLS_KEYWORDS & keywords.keys()
-        if is_context_ours:
+        prefers_tls = connections.SSL_ENABLED and not TLS_KEYWORDS & keywords.keys()
+        if prefers_tls:
             keywords["ssl_disabled"] = True
         try:
             raw = pymysql.connect(**keywords, defer_connect=True)
+            if prefers_tls:
+                raw.ssl, raw.ctx = True, raw._create_ssl_ctx(ANY_CERTIFICATE)
         except REFUSALS as error:
             # It has read certificates and the configuration file, which its message may quote.
             reason = getattr(error, "strerror", None) or "see its documentation"
             raise pymysql.ProgrammingError(
                 f"PyMySQL refuses an option, with {type(error).__name__}: {reason}"
             ) from None
-        if is_context_ours:
-            raw.ssl, raw.ctx = True, _taking_any_certificate()
         return raw
 
     def close(self, raw: Any) -> None:
@@ -146,10 +150,9 @@ class PymysqlDriver(MysqlDriver):
 
     def tls_keywords(self, parameters: Mapping[str, str]) -> dict[str, Any]:
         mode = parameters.get("ssl_mode", "PREFERRED")
-        if mode == "REQUIRED" and not TLS_KEYWORDS & parameters.keys():
-            return {"ssl": _taking_any_certificate()}
         files = {name: parameters[name] for name in _FILES if name in parameters}
-        return {**TLS[mode], **files}
+        # PyMySQL adds to a dictionary what its configuration file has.
+        return {**copy.deepcopy(TLS[mode]), **files}
 
     def encrypted(self, raw: Any, parameters: Mapping[str, str]) -> Mapping[str, str] | None:
         if not isinstance(raw._sock, ssl.SSLSocket):
@@ -172,13 +175,6 @@ class PymysqlDriver(MysqlDriver):
             raise pymysql.InterfaceError("The connection is closed")
         number: int = raw._sock.fileno()
         return number
-
-
-@functools.cache
-def _taking_any_certificate() -> ssl.SSLContext:
-    """For all connections together. PyMySQL makes one for each, which takes 28 ms of a CPU."""
-    context: ssl.SSLContext = pymysql.connect(defer_connect=True).ctx
-    return context
 
 
 def _refuse_to_read() -> NoReturn:

@@ -52,6 +52,7 @@ FOREIGN_NAMES = {
     ("drivers.psycopg", "_counts"): "those that it counts before it prepares them",
     ("drivers.psycopg", "_names"): "those that it has prepared",
     ("drivers.psycopg", "_pipeline"): "what says that a connection is in a pipeline",
+    ("drivers.pymysql", "_create_ssl_ctx"): "what makes a context, of which it has no other way",
     ("drivers.pymysql", "_read_timeout"): "PyMySQL takes it before connecting only",
     ("drivers.pymysql", "_result"): "the rest of which would be read at its deletion",
     ("drivers.pymysql", "_read_rowdata_packet_unbuffered"): "what reads it, row by row",

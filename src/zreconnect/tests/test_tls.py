@@ -4,7 +4,10 @@ import importlib.util
 import itertools
 import os
 import ssl
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import psycopg
@@ -324,8 +327,6 @@ class MysqlTests(LineTestCase):
         read = ssl.SSLContext.load_default_certs
         with mock.patch.object(ssl.SSLContext, "load_default_certs", autospec=True) as reading:
             reading.side_effect = read
-            self.used("pymysql")
-            reading.reset_mock()
             for options in ("", "ssl_mode=PREFERRED", "ssl_mode=REQUIRED"):
                 self.used("pymysql", options)
             reading.assert_not_called()
@@ -333,6 +334,62 @@ class MysqlTests(LineTestCase):
             with self.assertRaisesRegex(pymysql.OperationalError, "certificate"):
                 connection.begin()
             reading.assert_called()
+
+    def test_a_context_is_of_the_class_that_ssl_has_by_then(self):
+        """gunicorn has gevent replace it after it has loaded an application beforehand."""
+        program = """
+import sys, gevent.monkey, zreconnect
+connection = zreconnect.connect(sys.argv[1], "pymysql", witness=None)
+gevent.monkey.patch_all()
+for _ in range(2):
+    with connection.transaction() as cursor:
+        cursor.execute("SHOW STATUS LIKE 'Ssl_cipher'")
+        print(cursor.fetchone()[1] != "", type(connection.driver_connection._sock).__module__)
+        connection.driver_connection._sock.close()
+"""
+        for options in ("", "?ssl_mode=REQUIRED"):
+            with self.subTest(options):
+                run = subprocess.run(
+                    (sys.executable, "-W", "ignore", "-c", program, self.server.dsn() + options),
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=60,
+                )
+                self.assertEqual(run.stdout.split(), ["True", "gevent.ssl"] * 2, run.stderr)
+
+    def test_what_an_option_file_has_is_for_its_connections(self):
+        certificate, key = make_certificate(self)
+        self.restart({**self.tls, "ssl_ca": certificate})
+        self.server.query(f"GRANT ALL ON *.* TO x509@'%' IDENTIFIED BY '{self.server.password}'")
+        self.server.query("ALTER USER x509@'%' REQUIRE X509")
+        directory = certificate.parent
+        Path(directory, "with").write_text(f"[client]\nssl-cert={certificate}\nssl-key={key}\n")
+        Path(directory, "without").write_text("[client]\n")
+
+        def user(name):
+            dsn = self.server.dsn(user="x509")
+            dsn += f"?ssl_mode=REQUIRED&read_default_file={directory / name}"
+            connection = zreconnect.connect(dsn, "pymysql", policy=FAIL_FAST, witness=None)
+            self.addCleanup(connection.close)
+            with connection.transaction() as cursor:
+                cursor.execute("SELECT CURRENT_USER()")
+                return cursor.fetchone()
+
+        self.assertEqual(user("with"), ("x509@%",))
+        with self.assertRaisesRegex(pymysql.OperationalError, "Access denied"):
+            user("without")
+
+    def test_no_tls_where_pymysql_is_without(self):
+        with mock.patch("pymysql.connections.SSL_ENABLED", False):
+            self.assertEqual(self.cipher(self.open("pymysql")), "")
+
+    def test_keys_that_cannot_be_logged(self):
+        with mock.patch.dict(os.environ, SSLKEYLOGFILE="/missing/file"):
+            for options in ("", "ssl_mode=REQUIRED", "ssl_mode=VERIFY_CA"):
+                with self.assertRaisesRegex(ValueError, "refuses an option.*No such file"):
+                    self.open("pymysql", options)
 
     def test_a_close_in_the_handshake(self):
         for driver in self.drivers:
