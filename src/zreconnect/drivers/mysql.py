@@ -126,7 +126,7 @@ REFUSED_BY_CLIENT = {
 # Of TLS, the client libraries have one number for what passes and for what does not.
 TLS_REFUSAL = re.compile(
     "certificate|required|no such file|permission denied|no start line|key values|private key"
-    "|alert|protocol version|unsupported protocol|no protocols|no shared cipher",
+    "|alert|protocol version|unsupported protocol|no protocols|no shared cipher|verification",
     re.IGNORECASE,
 )
 READ_ONLY = {ER_OPEN_AS_READONLY, ER_READ_ONLY_MODE}
