@@ -10,7 +10,7 @@ GEVENT = [
     "gevent >= 24.11.1; python_version >= '3.13'",
     "psycogreen >= 1.0.2",
 ]
-MYSQL = ["mysqlclient >= 2.2"]
+MYSQL = ["mysqlclient >= 2.3"]
 OPENTELEMETRY = ["opentelemetry-api >= 1.30"]
 PROMETHEUS = ["prometheus_client >= 0.20"]
 # Those before it go on without TLS if it is asked for and the server has none.

@@ -39,6 +39,13 @@ def find_out(work: Work, raw: Any, policy: RetryPolicy) -> Finding:
     policy: for how long the next session is tried. Raises what is neither the driver's nor the
     policy's error, such as an interrupt.
     """
+    finding = _look_up(work, raw, policy)
+    if finding.outcome is Outcome.UNKNOWN:
+        work.link.observer.leave_evidence()
+    return finding
+
+
+def _look_up(work: Work, raw: Any, policy: RetryPolicy) -> Finding:
     link = work.link
     if link.was_ended or link.driver.has_committed(raw):
         return Finding(Outcome.UNKNOWN)

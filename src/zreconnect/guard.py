@@ -85,7 +85,8 @@ class Guard:
             if state is State.IDLE:
                 said = f"The driver said: {one_line(error)}"
                 raise self._unknown("a statement in autocommit mode", said) from error
-            raise self._unknown("COMMIT", link.observer.describe(), link.observer.xid) from error
+            evidence = link.observer.leave_evidence()
+            raise self._unknown("COMMIT", evidence, link.observer.xid) from error
         return then is Then.SETTLED
 
     def _follow(self, event: Event | None, keeping: Keeping, error: BaseException) -> None:

@@ -619,6 +619,9 @@ class IObserver(Interface):
     def describe():
         """What a person needs to find it out by hand."""
 
+    def leave_evidence():
+        """As `describe`, for a person who will look: nothing changes any more what it names."""
+
     xid = Attribute("The transaction's id in PostgreSQL, if it is known, or None.")
 
     def close(raw):

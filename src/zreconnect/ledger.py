@@ -193,6 +193,13 @@ class LedgerObserver(SessionObserver):
             f"SELECT number FROM {self._table} WHERE id = '{self._id}' gives {self._number}."
         )
 
+    def leave_evidence(self) -> str:
+        evidence = self.describe()
+        if self._is_entered:
+            # The next transaction makes another row.
+            self._id, self._has_row, self._acknowledged = str(uuid.uuid4()), False, None
+        return evidence
+
     def close(self, raw: Any) -> None:
         self._driver.query(raw, f"DELETE FROM {self._table} WHERE id = %s", (self._id,))
 

@@ -143,6 +143,9 @@ class NoObserver:
     def describe(self) -> str:
         return "The connection has no witness."
 
+    def leave_evidence(self) -> str:
+        return self.describe()
+
     def close(self, raw: Any) -> None:
         """Nothing is to be taken away."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import time
 import unittest
 from contextlib import closing, contextmanager
@@ -99,6 +100,12 @@ def wait_until(condition, patience=PATIENCE):
         if time.monotonic() > deadline:
             raise AssertionError(f"not true within {patience} seconds: {condition}")
         time.sleep(0.005)
+
+
+def is_evident(unknown, query):
+    """Whether it was committed, by what a `CommitOutcomeUnknown` says to look at in the ledger."""
+    statement, number = re.search(r"if (SELECT .*) gives (\d+)", unknown.evidence).groups()
+    return query(statement) == [(int(number),)]
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from zreconnect.server import server_from_dsn
 from zreconnect.testing import EmbeddedMariaDB
 from zreconnect.tests.base import (
     LineTestCase,
+    is_evident,
     needs_mysqlclient,
     on_mariadb,
     policy_of,
@@ -124,6 +125,28 @@ class Tests(MysqlTestCase):
                 with connection.transaction():
                     self.insert(connection, name)
         self.assertEqual(len(self.names()), 5)
+
+    def test_what_is_said_to_look_at_stays(self):
+        for is_committed in (True, False):
+            with self.subTest(is_committed=is_committed):
+                connection = self.connect(policy=RetryPolicy(timeout=0.2))
+                connection.run(self.insert, connection, "before")
+                self.insert(connection, "in doubt")
+                if is_committed:
+                    self.forward.cut_at_commit(then=self.forward.refuse)
+                else:
+                    self.forward.cut("to_server", 0)
+                    self.forward.refuse()
+                with self.assertRaises(CommitOutcomeUnknown) as raised:
+                    connection.commit()
+                connection.rollback()
+                self.forward.accept()
+                for name in ("after", "in the end"):
+                    connection.run(self.insert, connection, name)
+                connection.close()
+                self.assertIs(is_evident(raised.exception, self.query), is_committed)
+                self.assertEqual("in doubt" in self.names(), is_committed)
+                self.query("DELETE FROM test.item")
 
     def test_inside_a_transaction_a_loss_dooms_it(self):
         connection = self.connect()
@@ -396,8 +419,10 @@ class Tests(MysqlTestCase):
         )
         waiting.start()
         wait_until(
-            lambda: self.query(
-                "SELECT 1 FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
+            # Who asks innodb_trx too often is shown what it has shown before.
+            lambda: (
+                self.query("SHOW GLOBAL STATUS LIKE 'Innodb_row_lock_current_waits'")
+                != [("Innodb_row_lock_current_waits", "0")]
             )
         )
         try:

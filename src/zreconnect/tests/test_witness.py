@@ -27,7 +27,7 @@ from zreconnect import (
 )
 from zreconnect.drivers.psycopg2 import driver
 from zreconnect.siblings import has_written
-from zreconnect.tests.base import DatabaseTestCase, policy_of, wait_until
+from zreconnect.tests.base import DatabaseTestCase, is_evident, policy_of, wait_until
 
 
 class WitnessTestCase(DatabaseTestCase):
@@ -954,6 +954,36 @@ class LedgerTests(WitnessTestCase):
                 connection, lambda: self.query("DELETE FROM zreconnect_ledger")
             )
         self.assertIn("zreconnect_ledger", unknown.exception.evidence)
+
+    def test_what_is_said_to_look_at_stays(self):
+        for self.driver in ("psycopg2", "psycopg"):
+            for is_committed in (True, False):
+                with self.subTest(self.driver, is_committed=is_committed):
+                    connection = self.connect(witness=Ledger(), policy=RetryPolicy(timeout=0.2))
+                    self.insert(connection, "before")
+                    connection.commit()
+                    self.insert(connection, "in doubt")
+                    if is_committed:
+                        self.forward.cut_at_commit(then=self.forward.refuse)
+                    else:
+                        self.forward.cut("to_server", 0)
+                        self.forward.refuse()
+                    with self.assertRaises(CommitOutcomeUnknown) as raised:
+                        connection.commit()
+                    connection.rollback()
+                    self.forward.accept()
+                    for name in ("after", "in the end"):
+                        connection.run(self.insert, connection, name)
+                        self.assertIs(is_evident(raised.exception, self.query), is_committed)
+                    self.forward.cut_at_commit()
+                    self.insert(connection, "found")
+                    connection.commit()
+                    connection.close()
+                    self.assertIs(is_evident(raised.exception, self.query), is_committed)
+                    self.assertEqual("in doubt" in self.names(), is_committed)
+                    self.assertEqual(self.query("SELECT count(*) FROM zreconnect_ledger"), [(1,)])
+                    self.query("DELETE FROM zreconnect_ledger")
+                    self.query("DELETE FROM item")
 
     def test_without_its_table_the_outcome_is_unknown_and_the_servers_error_says_why(self):
         connection = self.connect(witness=Ledger())
