@@ -27,7 +27,7 @@ class ReplicaTests:
         self.replica.query(
             f"CHANGE MASTER TO MASTER_HOST = '{self.primary.host}', MASTER_USER = 'root',"
             f" MASTER_PORT = {self.primary.port}, MASTER_PASSWORD = '{self.primary.password}',"
-            " MASTER_USE_GTID = slave_pos"
+            " MASTER_SSL = 0, MASTER_USE_GTID = slave_pos"
         )
         self.replica.query("START SLAVE")
         self.primary.query("CREATE OR REPLACE TABLE test.item (name text)")
