@@ -20,7 +20,8 @@ ifneq ($(made_of),$(python_id)|$(CURDIR)|)
 stale := yes
 endif
 debian_packages := chromium mariadb-server-core mariadb-client-core default-libmysqlclient-dev \
-    etcd-server galera-4 gcc haproxy iproute2 iptables openssl patroni pgbouncer pkg-config prometheus python3-dev
+    etcd-server galera-4 gcc haproxy iproute2 iptables openssl patroni pgbouncer pkg-config prometheus python3-dev \
+    python3-etcd
 server_programs := chromium mariadbd mariadb-install-db my_print_defaults pgbouncer haproxy patroni \
     etcd ip iptables openssl prometheus promtool
 has_server := (PATH="$$PATH:/usr/sbin"; for program in $(server_programs); do \

