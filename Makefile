@@ -127,10 +127,10 @@ changes: .venv/tools/built
 	    --constraint .venv/constraints.txt --group package setuptools wheel
 	@touch .venv/tools/built
 
-# chromium looks at reports. The next two packages have MariaDB's programs without the service; pgbouncer, haproxy, etcd-server and
-# prometheus come with one, on ports of their own, that the tests leave alone. iproute2 and iptables make networks
-# for root, openssl makes certificates. The others are for building mysqlclient, after which bin/ is to
-# be made anew.
+# chromium looks at reports. The next two packages have MariaDB's programs without the service; pgbouncer,
+# haproxy, etcd-server and prometheus come with one, on ports of their own, that the tests leave alone.
+# iproute2 and iptables make networks for root, openssl makes certificates. python3-etcd is for patroni. The
+# others are for building mysqlclient, after which bin/ is to be made anew.
 services:
 	@if $(has_server) && $(builds_mysqlclient); then \
 	    echo 'services: all that the tests need is installed.'; \

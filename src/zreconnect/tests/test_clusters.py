@@ -242,7 +242,9 @@ class ClusterTests(LineTestCase):
         cluster = EmbeddedPatroni()
         with (
             mock.patch("zreconnect.testing.embedded.shutil.which", return_value=None),
-            self.assertRaisesRegex(FileNotFoundError, "packages patroni, python3-etcd and etcd-server"),
+            self.assertRaisesRegex(
+                FileNotFoundError, "packages patroni, python3-etcd and etcd-server"
+            ),
         ):
             self.assertFalse(EmbeddedPatroni.installed())
             cluster.start()
