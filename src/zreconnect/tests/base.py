@@ -15,7 +15,7 @@ import transaction
 import zope.event
 
 import zreconnect
-from zreconnect import RetryPolicy
+from zreconnect import CommitOutcomeUnknown, RetryPolicy
 from zreconnect.policy import LONGEST_ATTEMPT
 from zreconnect.testing import (
     EmbeddedGalera,
@@ -100,6 +100,24 @@ def wait_until(condition, patience=PATIENCE):
         if time.monotonic() > deadline:
             raise AssertionError(f"not true within {patience} seconds: {condition}")
         time.sleep(0.005)
+
+
+def leave_in_doubt(test_case, connection, is_committed):
+    """Commit when the line is lost and the server away until the policy has given up.
+
+    is_committed: whether COMMIT has arrived before. Returns the `CommitOutcomeUnknown`.
+    """
+    forward = test_case.forward
+    if is_committed:
+        forward.cut_at_commit(then=forward.refuse)
+    else:
+        forward.cut("to_server", 0)
+        forward.refuse()
+    with test_case.assertRaises(CommitOutcomeUnknown) as raised:
+        connection.commit()
+    connection.rollback()
+    forward.accept()
+    return raised.exception
 
 
 def is_evident(unknown, query):

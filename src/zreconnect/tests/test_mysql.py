@@ -41,6 +41,7 @@ from zreconnect.testing import EmbeddedMariaDB
 from zreconnect.tests.base import (
     LineTestCase,
     is_evident,
+    leave_in_doubt,
     needs_mysqlclient,
     on_mariadb,
     policy_of,
@@ -132,19 +133,11 @@ class Tests(MysqlTestCase):
                 connection = self.connect(policy=RetryPolicy(timeout=0.2))
                 connection.run(self.insert, connection, "before")
                 self.insert(connection, "in doubt")
-                if is_committed:
-                    self.forward.cut_at_commit(then=self.forward.refuse)
-                else:
-                    self.forward.cut("to_server", 0)
-                    self.forward.refuse()
-                with self.assertRaises(CommitOutcomeUnknown) as raised:
-                    connection.commit()
-                connection.rollback()
-                self.forward.accept()
+                unknown = leave_in_doubt(self, connection, is_committed)
                 for name in ("after", "in the end"):
                     connection.run(self.insert, connection, name)
                 connection.close()
-                self.assertIs(is_evident(raised.exception, self.query), is_committed)
+                self.assertIs(is_evident(unknown, self.query), is_committed)
                 self.assertEqual("in doubt" in self.names(), is_committed)
                 self.query("DELETE FROM test.item")
 

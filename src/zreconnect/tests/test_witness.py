@@ -27,7 +27,13 @@ from zreconnect import (
 )
 from zreconnect.drivers.psycopg2 import driver
 from zreconnect.siblings import has_written
-from zreconnect.tests.base import DatabaseTestCase, is_evident, policy_of, wait_until
+from zreconnect.tests.base import (
+    DatabaseTestCase,
+    is_evident,
+    leave_in_doubt,
+    policy_of,
+    wait_until,
+)
 
 
 class WitnessTestCase(DatabaseTestCase):
@@ -963,23 +969,15 @@ class LedgerTests(WitnessTestCase):
                     self.insert(connection, "before")
                     connection.commit()
                     self.insert(connection, "in doubt")
-                    if is_committed:
-                        self.forward.cut_at_commit(then=self.forward.refuse)
-                    else:
-                        self.forward.cut("to_server", 0)
-                        self.forward.refuse()
-                    with self.assertRaises(CommitOutcomeUnknown) as raised:
-                        connection.commit()
-                    connection.rollback()
-                    self.forward.accept()
+                    unknown = leave_in_doubt(self, connection, is_committed)
                     for name in ("after", "in the end"):
                         connection.run(self.insert, connection, name)
-                        self.assertIs(is_evident(raised.exception, self.query), is_committed)
+                        self.assertIs(is_evident(unknown, self.query), is_committed)
                     self.forward.cut_at_commit()
                     self.insert(connection, "found")
                     connection.commit()
                     connection.close()
-                    self.assertIs(is_evident(raised.exception, self.query), is_committed)
+                    self.assertIs(is_evident(unknown, self.query), is_committed)
                     self.assertEqual("in doubt" in self.names(), is_committed)
                     self.assertEqual(self.query("SELECT count(*) FROM zreconnect_ledger"), [(1,)])
                     self.query("DELETE FROM zreconnect_ledger")
