@@ -192,6 +192,8 @@ class _Registration:
         self._parameters: dict[str, str] = {}
         # What listeners to "do_connect" have noted with a raw connection.
         self._noted: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+        # The raw connections that the pool was given to set up.
+        self._lent: weakref.WeakSet[Any] = weakref.WeakSet()
         # The places that were silent the last time.
         self._silent: set[int] = set()
         # One for all connections, which knock at its door one at a time.
@@ -217,6 +219,7 @@ class _Registration:
         record.info[KEY] = connection, set_up
         # As the driver makes it.
         raw.autocommit = False
+        self._lent.add(raw)
         return raw
 
     def check_out(self, dbapi_connection: Any, record: Any, pooled: Any) -> None:
@@ -242,9 +245,22 @@ class _Registration:
             original = error.getOriginalException()
             lost: BaseException = type(error)(str(error), original)
             return lost
-        if context.connection is None and self._is_lost(error):
+        if self._is_lost(error) and self._is_being_set_up(context.connection):
+            # No ROLLBACK is sent, and no other connection of the pool is thrown away.
+            context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
             return self._lost_in_set_up(error)
         return None
+
+    def _is_being_set_up(self, connection: Any) -> bool:
+        """Whether ``connection`` has not got one of ours yet, so that there is no transaction.
+
+        The dialect asks the server for its version, and more, by a connection of its own around the
+        first raw one. What was connected before `register` has a raw one, too, and may be in a
+        transaction.
+        """
+        if connection is None or connection.invalidated:
+            return True
+        return not connection.closed and connection.connection.dbapi_connection in self._lent
 
     def _is_lost(self, error: BaseException) -> bool:
         return (

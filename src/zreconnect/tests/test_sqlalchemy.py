@@ -759,6 +759,72 @@ class Psycopg2Tests(SqlalchemyTestCase):
         self.assertEqual(self.scalar(engine), 1)
         self.assertEqual(next(times), 5)
 
+    def test_lost_while_the_dialect_is_initialised(self):
+        """By the first connection of an engine, around which SQLAlchemy puts one of its own."""
+        # Nothing is asked before.
+        engine = self.plain_engine(use_native_hstore=False)
+        register(engine, QUICK)
+        sessions = self.zope_sessions(engine)
+        times, runs = itertools.count(1), []
+
+        @event.listens_for(engine, "connect", insert=True)
+        def lose(dbapi_connection, record):
+            if next(times) in (1, 2):
+                self.forward.drop()
+
+        with self.raises(DisconnectionError) as raised:
+            engine.connect()
+        original = raised.exception.getOriginalException()[1]
+        self.assertIsInstance(original, self.module.OperationalError)
+        self.assertNotIsInstance(original, DisconnectionError)
+
+        def work():
+            runs.append(1)
+            sessions.execute(ONE)
+
+        transaction.manager.run(work)
+        self.assertEqual(runs, [1, 1])
+        self.assertEqual(next(times), 4)
+
+    def test_lost_anywhere_before_there_is_a_transaction(self):
+        """It is tried again, or ours."""
+        for direction in ("to_server", "to_client"):
+            for witness in ("xid", Ledger()):
+                with self.subTest(direction, witness=witness):
+                    self.check_lost_before_there_is_a_transaction(direction, witness)
+
+    def check_lost_before_there_is_a_transaction(self, direction, witness):
+        lost = 0
+        for after in itertools.count(0, 97):
+            engine = self.engine(witness=witness)
+            cut = self.forward.cut(direction, after)
+            try:
+                engine.connect().close()
+            except Exception as error:
+                self.assertIsInstance(error, DisconnectionError, after)
+                lost += 1
+            if self.forward.cancel_cut():
+                break
+            self.assertTrue(cut.happened)
+            self.assertEqual(self.scalar(engine), 1)
+            engine.dispose()
+        self.assertGreater(lost, 2)
+
+    def test_lost_after_it_was_invalidated_by_the_program(self):
+        engine = self.engine()
+        with engine.connect() as connection:
+            connection.invalidate()
+            connection.rollback()
+
+            @event.listens_for(engine, "connect", once=True)
+            def use(dbapi_connection, record):
+                self.forward.drop()
+                dbapi_connection.cursor().execute("SELECT 1")
+
+            with self.raises(DisconnectionError):
+                connection.execute(ONE)
+            self.assertEqual(connection.scalar(ONE), 1)
+
     def test_error_of_a_listener(self):
         engine = self.plain_engine()
         register(engine, QUICK)
@@ -1079,6 +1145,16 @@ class Psycopg2Tests(SqlalchemyTestCase):
         with self.assertRaisesRegex(sqlalchemy.exc.InvalidRequestError, "before the engine"):
             engine.connect()
         self.assertEqual(self.scalar(engine), 1)
+
+    def test_what_was_connected_before_is_not_ours(self):
+        """It may be in a transaction, or at its COMMIT."""
+        engine = self.plain_engine()
+        with engine.connect() as connection:
+            register(engine)
+            connection.execute(ONE)
+            self.lose("to_client")
+            with self.assertRaises(sqlalchemy.exc.OperationalError):
+                connection.commit()
 
     def test_bad_engines(self):
         engine = self.engine()
