@@ -272,7 +272,9 @@ class PortForward:
 
         What the server has committed its client then never hears of; nor of what else came with
         that answer. A change outside of a transaction is a COMMIT, too: see `Count.commits`, also
-        for what cannot be read. All else is as `cut()` has it, which raises the same.
+        for what cannot be read. So is what a new connection does first to have its row in the
+        `Ledger`: begin before, or have the pool connect. All else is as `cut()` has it, which
+        raises the same.
         """
         return self._prepare_cut("to_client", None, reset, then)
 
