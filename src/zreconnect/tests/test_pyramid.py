@@ -1,10 +1,12 @@
 """Web requests under Pyramid, with pyramid_tm and pyramid_retry."""
 
+import contextlib
 import sys
 from pathlib import Path
 from unittest import mock
 
 from pyramid.config import Configurator
+from pyramid.exceptions import ConfigurationConflictError
 from pyramid.request import Request
 
 from zreconnect import DisconnectionError
@@ -43,6 +45,36 @@ class PyramidTests(StackTests, WebTestCase):
         with mock.patch.dict(sys.modules, {"pyramid_retry": None}):
             config.include("zreconnect.integrations.pyramid")
         config.commit()
+
+    def test_own_page_of_a_function_that_is_included(self):
+        def ours(config):
+            config.include("zreconnect.integrations.pyramid")
+
+        def ours_at_once(config):
+            ours(config)
+            config.commit()
+
+        def page(config):
+            config.add_exception_view(lambda: None, context=DisconnectionError)
+
+        def both(config):
+            page(config)
+            ours(config)
+
+        for included, conflict in (
+            ([both], False),
+            ([ours, page], True),
+            ([ours_at_once, page], False),
+            ([page, ours_at_once], True),
+        ):
+            with self.subTest(included):
+                config = Configurator()
+                with contextlib.ExitStack() as stack:
+                    if conflict:
+                        stack.enter_context(self.assertRaises(ConfigurationConflictError))
+                    for function in included:
+                        config.include(function)
+                    config.commit()
 
     def test_body_that_an_attempt_has_replaced(self):
         bodies = []
