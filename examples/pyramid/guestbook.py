@@ -5,12 +5,15 @@ import os
 from pyramid.config import Configurator
 from pyramid.view import view_config
 
-from zreconnect import ReconnectingDatabaseAdapter
+from zreconnect import Ledger, ReconnectingDatabaseAdapter
 
 # Without a timeout, a request does not wait for a database that is down.
 timeout = os.environ.get("DATABASE_TIMEOUT")
 database = ReconnectingDatabaseAdapter(
-    os.environ["DATABASE_URL"], timeout=float(timeout) if timeout else None
+    os.environ["DATABASE_URL"],
+    timeout=float(timeout) if timeout else None,
+    # Knows what became of a COMMIT after a crash of the server as well.
+    witness=Ledger(),
 )
 
 
