@@ -412,7 +412,10 @@ class IDriver(Interface):
         when run again; False for every other exception."""
 
     def condition(error):
-        """The `Condition` that an error of a statement of zreconnect's own tells, or None."""
+        """The `Condition` that an error of a statement of zreconnect's own tells, or None.
+
+        UNDEFINED_OBJECT and OBJECT_NOT_IN_PREREQUISITE_STATE are needed if `supports_two_phase`.
+        """
 
     def is_refused_by_standby(error, raw, is_old_news=False):
         """Whether ``error`` says that the server takes no writes, as one that was a primary.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from zreconnect.branch import CLUSTER, PREFIX, Branch, decided, end_branch, is_prepared
+from zreconnect.drivers.base import Condition
 from zreconnect.exceptions import one_line
 from zreconnect.policy import check_number
 from zreconnect.server import server_from_dsn
@@ -126,9 +127,9 @@ class _Database:
         """End it; returns it as it is then, or nothing if somebody else has ended it."""
         try:
             end_branch(self.driver, self.raw, prepared.gid, outcome)
-        except self.driver.module.errors.UndefinedObject:
-            return []
         except self.driver.module.Error as error:
+            if self.driver.condition(error) is Condition.UNDEFINED_OBJECT:
+                return []
             return [replace(prepared, reason=f"{prepared.reason}, but: {one_line(error)}")]
         return [replace(prepared, settled=True)]
 

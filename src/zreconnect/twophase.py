@@ -21,6 +21,7 @@ from transaction.interfaces import ITransaction
 from zreconnect import events
 from zreconnect.branch import CLUSTER, Branch, decided, end_branch, is_prepared
 from zreconnect.datamanager import ConnectionDataManager
+from zreconnect.drivers.base import Condition
 from zreconnect.exceptions import CommitOutcomeUnknown, one_line
 from zreconnect.finding import lookup_errors
 from zreconnect.policy import RetryPolicy
@@ -315,13 +316,15 @@ class TwoPhaseDataManager(ConnectionDataManager):
             try:
                 end_branch(self._driver, raw, branch.gid, wanted)
                 return wanted
-            except self._driver.module.errors.UndefinedObject:
-                return self._outcome_without(raw, branch, wanted)
-            except self._driver.module.errors.ObjectNotInPrerequisiteState:
+            except self._driver.module.Error as error:
+                condition = self._driver.condition(error)
+                if condition is Condition.UNDEFINED_OBJECT:
+                    return self._outcome_without(raw, branch, wanted)
                 # It is busy: another server process is about to end it.
-                if time.monotonic() > deadline:
+                is_busy = condition is Condition.OBJECT_NOT_IN_PREREQUISITE_STATE
+                if not is_busy or time.monotonic() > deadline:
                     raise
-                time.sleep(POLL_INTERVAL)
+            time.sleep(POLL_INTERVAL)
 
     def _outcome_without(self, raw: Any, branch: Branch, wanted: Outcome) -> Outcome:
         """What became of a branch that is not prepared any more."""

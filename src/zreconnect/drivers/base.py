@@ -53,6 +53,10 @@ class Condition(enum.Enum):
     ALREADY_EXISTS = "somebody else has made it"
     LOCK_NOT_AVAILABLE = "a lock was not given in time"
     READ_ONLY_TRANSACTION = "the transaction may not write"
+    #: SQLSTATE 42704, as COMMIT PREPARED tells it of a name that is not prepared.
+    UNDEFINED_OBJECT = "there is no such thing"
+    #: SQLSTATE 55000, as COMMIT PREPARED tells it of a name that another session is about to end.
+    OBJECT_NOT_IN_PREREQUISITE_STATE = "it is not in the state for that"
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ CONDITIONS = {
     "42P07": Condition.ALREADY_EXISTS,  # duplicate_table
     "55P03": Condition.LOCK_NOT_AVAILABLE,
     READ_ONLY_SQL_TRANSACTION: Condition.READ_ONLY_TRANSACTION,
+    "42704": Condition.UNDEFINED_OBJECT,
+    "55000": Condition.OBJECT_NOT_IN_PREREQUISITE_STATE,
 }
 # libpq's own words (fe-misc.c, fe-secure*.c, fe-exec.c), for errors that carry no SQLSTATE and
 # leave the connection's state undecided.
