@@ -166,7 +166,7 @@ class IDriver(Interface):
 
         timeout: seconds for the attempt, from connecting to the server's last word. It may be
         rounded up, for the caller goes on without the attempt when they are over; but the attempt
-        has to end. Raises the module's errors or OSError.
+        has to end. Raises the module's errors or OSError, whatever it is that answers.
         """
 
     def connect_meaning(error, parameters):

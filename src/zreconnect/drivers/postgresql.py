@@ -288,9 +288,13 @@ class PostgresqlDriver:
     def connect(self, parameters: Mapping[str, str], timeout: float) -> Any:
         try:
             return self.module.connect(**conninfo.connect_keywords(parameters, timeout))
+        except UnicodeDecodeError as error:
+            # psycopg2 raises it in place of what is told, if that is not in UTF-8.
+            told = self.module.OperationalError(error.object.decode("utf-8", "replace"))
+            _explain(told)
+            raise told from None
         except self.module.OperationalError as error:
-            if OTHER_PROTOCOL.search(str(error)):
-                error.args = (f"{one_line(error)}. {NO_SERVER}",)
+            _explain(error)
             raise
 
     def places(self, parameters: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -588,6 +592,12 @@ def _has_known(text: bytes) -> bool:
     text = text.lower()
     called = {word for word, parenthesis in WORDS.findall(text) if parenthesis}
     return HARMLESS.issuperset(called) and WRITING.search(text) is None
+
+
+def _explain(error: BaseException) -> None:
+    """Have an error of connecting say what to do, if who has answered is no server."""
+    if OTHER_PROTOCOL.search(str(error)):
+        error.args = (f"{one_line(error)}. {NO_SERVER}",)
 
 
 def plain_encoding(name: str) -> str:

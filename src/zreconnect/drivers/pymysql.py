@@ -9,6 +9,7 @@ import math
 import os
 import socket
 import ssl
+import struct
 import traceback
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -31,6 +32,8 @@ from zreconnect.interfaces import IDriver
 
 # Where the errors of a socket come from. Others are a signal handler's.
 SOCKETS = frozenset({"eventlet", "gevent", "pymysql", "socket", "ssl"})
+# What it raises when it reads what is no server's first word.
+NONSENSE = pymysql.InternalError, LookupError, UnicodeDecodeError, struct.error
 # What its class raises for an option that it refuses, or for a file that an option names.
 REFUSALS = configparser.Error, LookupError, OSError, TypeError, ValueError, pymysql.Error
 # Without a place for certificates, PyMySQL reads all of the system's for each connection, which
@@ -95,7 +98,7 @@ class PymysqlDriver(MysqlDriver):
                 raw.connect(_socket(parameters["hostaddr"], raw.port, raw.connect_timeout))
             else:
                 raw.connect()
-        except pymysql.InternalError as error:
+        except NONSENSE as error:
             raise pymysql.OperationalError(
                 CR_SERVER_HANDSHAKE_ERR,
                 f"Who answers at {self.address(parameters)} is no server of MySQL's or MariaDB's: "
