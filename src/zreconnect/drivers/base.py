@@ -41,6 +41,8 @@ DRIVERS = {
 }
 #: Which extra of zreconnect installs a database module.
 EXTRAS = {"psycopg": "psycopg", "MySQLdb": "mysql", "pymysql": "pymysql"}
+#: What to do about a connection of another module, for a driver that refuses it.
+OF_ANOTHER_MODULE = "; for a connection of another module pass the name of its driver, driver=..."
 #: The entry points by which other distributions make their drivers known.
 ENTRY_POINTS = "zreconnect.drivers"
 

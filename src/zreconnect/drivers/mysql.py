@@ -26,6 +26,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from zreconnect import dsn as dsn_module
 from zreconnect.documented import documented_by
 from zreconnect.drivers.base import (
+    OF_ANOTHER_MODULE,
     Condition,
     Evidence,
     ServerSession,
@@ -282,7 +283,7 @@ class MysqlDriver(ChoosingDriver):
         if not isinstance(raw, self.connection_class):
             raise TypeError(
                 f"connection_factory must return a connection of {self.module.__name__}, "
-                f"not {raw!r}"
+                f"not {raw!r}{OF_ANOTHER_MODULE}"
             )
         if raw.get_autocommit():
             raise self.module.ProgrammingError(

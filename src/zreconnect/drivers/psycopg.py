@@ -28,7 +28,13 @@ from psycopg.rows import tuple_row
 
 from zreconnect.documented import implements
 from zreconnect.drivers import handlers
-from zreconnect.drivers.base import AT_HAND, Begun, SessionSettings, reads_as
+from zreconnect.drivers.base import (
+    AT_HAND,
+    OF_ANOTHER_MODULE,
+    Begun,
+    SessionSettings,
+    reads_as,
+)
 from zreconnect.drivers.pipelines import pass_on_first_errors
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
@@ -91,7 +97,10 @@ class PsycopgDriver(PostgresqlDriver):
 
     def prepare(self, raw: Any) -> None:
         if not isinstance(raw, psycopg.Connection):
-            raise TypeError(f"connection_factory must return a psycopg.Connection, not {raw!r}")
+            raise TypeError(
+                f"connection_factory must return a psycopg.Connection, "
+                f"not {raw!r}{OF_ANOTHER_MODULE}"
+            )
         if raw.autocommit:
             raise psycopg.ProgrammingError(
                 "connection_factory made a connection in autocommit mode; set autocommit on the "

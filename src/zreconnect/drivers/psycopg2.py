@@ -21,7 +21,13 @@ import psycopg2.errors
 from psycopg2 import extensions, sql
 
 from zreconnect.documented import implements
-from zreconnect.drivers.base import AT_HAND, Begun, SessionSettings, reads_as
+from zreconnect.drivers.base import (
+    AT_HAND,
+    OF_ANOTHER_MODULE,
+    Begun,
+    SessionSettings,
+    reads_as,
+)
 from zreconnect.drivers.greenlets import tell_if_it_blocks
 from zreconnect.drivers.postgresql import (
     COMMIT_STATEMENT,
@@ -92,7 +98,10 @@ class Psycopg2Driver(PostgresqlDriver):
 
     def prepare(self, raw: Any) -> None:
         if not isinstance(raw, extensions.connection):
-            raise TypeError(f"connection_factory must return a psycopg2 connection, not {raw!r}")
+            raise TypeError(
+                f"connection_factory must return a psycopg2 connection, "
+                f"not {raw!r}{OF_ANOTHER_MODULE}"
+            )
         if raw.async_:
             raise psycopg2.ProgrammingError("connection_factory made an asynchronous connection")
         if raw.autocommit:

@@ -33,6 +33,7 @@ from urllib.parse import quote, unquote
 
 from zreconnect.documented import implements
 from zreconnect.drivers.base import (
+    OF_ANOTHER_MODULE,
     BaseDriver,
     Condition,
     Evidence,
@@ -149,7 +150,10 @@ class SqliteDriver(BaseDriver):
 
     def prepare(self, raw: Any) -> None:
         if not isinstance(raw, sqlite3.Connection):
-            raise TypeError(f"connection_factory must return an sqlite3 connection, not {raw!r}")
+            raise TypeError(
+                f"connection_factory must return an sqlite3 connection, "
+                f"not {raw!r}{OF_ANOTHER_MODULE}"
+            )
         mode = _legacy_mode(raw)
         if raw.in_transaction:
             raise sqlite3.ProgrammingError("connection_factory made a connection in a transaction")

@@ -1050,7 +1050,7 @@ class FactoryTests(DatabaseTestCase):
                 self.module.ProgrammingError,
                 "asynchronous",
             ),
-            (lambda: None, TypeError, "must return a psycopg2 connection, not None"),
+            (lambda: None, TypeError, "must return a psycopg2 connection, not None.*driver="),
         ]:
             with self.subTest(message), self.assertRaisesRegex(error, message):
                 ReconnectingConnection(factory, driver=self.driver).begin()
