@@ -9,10 +9,12 @@ it, and run it with any runner for unittest. This is the one for psycopg2, compl
     import psycopg2.extras
 
     from zreconnect.testing import DriverConformance
-    from zreconnect.testing.layers import PORT_FORWARD_LAYER
+    from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
+
+    SETTINGS = {"max_prepared_transactions": 5}
 
     class Psycopg2Conformance(DriverConformance, unittest.TestCase):
-        layer = PORT_FORWARD_LAYER
+        layer = PortForwardLayer(PostgresLayer("Conformance", SETTINGS), "ConformanceForward")
         driver_name = "psycopg2"
         cursor_class = psycopg2.extras.DictCursor
         isolation_query = "SHOW transaction_isolation"
@@ -49,7 +51,7 @@ the class does that, and the other methods ask ``self`` instead of ``self.layer`
         @classmethod
         def setUpClass(cls):
             super().setUpClass()
-            cls.server = EmbeddedPostgres()
+            cls.server = EmbeddedPostgres(settings=SETTINGS)
             cls.server.start()
             cls.addClassCleanup(cls.server.stop)
             cls.forward = PortForward("127.0.0.1", cls.server.port)
@@ -66,6 +68,8 @@ DSNs that ask for it::
     [project.entry-points."zreconnect.drivers"]
     acme = "acme_zreconnect:driver"
 
+Two-phase commit is tested if the server allows prepared transactions, as it does here.
+
 What a database cannot do, its driver says in its attributes and answers (``has_sessions``,
 ``supports_two_phase``, ``has_transaction_ids()``, ``fileno()``,
 ``in_failed_transaction()``); tests of what is not there are skipped.
@@ -73,33 +77,41 @@ What a database cannot do, its driver says in its attributes and answers (``has_
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
+import socket
+import socketserver
 import threading
 import time
 import traceback
 import unittest
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
+import transaction
 from transaction.interfaces import TransientError
 from zope.interface.verify import verifyObject
 from zope.publisher.interfaces import Retry
 
+from zreconnect.branch import end_branch, is_prepared
 from zreconnect.connection import ReconnectingConnection, connect
 from zreconnect.drivers.base import Condition, Evidence, Meaning, SessionSettings, load_driver
 from zreconnect.exceptions import CommitOutcomeUnknown, DisconnectionError
+from zreconnect.history import History
 from zreconnect.interfaces import DOOMED, IDLE, IDriver
 from zreconnect.ledger import Ledger
+from zreconnect.marks import TOLD
 from zreconnect.policy import RetryPolicy
 from zreconnect.server import server_from_dsn
 from zreconnect.testing.portforward import PortForward
-from zreconnect.witness import XidWitness
+from zreconnect.witness import Outcome, XidWitness
 
 if TYPE_CHECKING:
     TestCase = unittest.TestCase
@@ -115,6 +127,22 @@ LEDGER = "conformance_ledger"
 PASSWORD = "not-to-be-shown"
 ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 WRONG_STATEMENT = "SELECT name FROM conformance_nothing"
+# How long a connection may take, and a statement of it that has to take longer, in seconds. A
+# module may round the first up.
+SHORT_TIME, LONGER_TIME = 1.0, 3.0
+# What can be heard from who is no server of the kind, or is none that is in order, and hangs up.
+NONSENSE = {
+    "nothing": b"",
+    "a line of text": b"HTTP/1.1 400 Bad Request\r\n\r\n",
+    "zeros": bytes(64),
+    "bytes": bytes(range(255, -1, -1)),
+    "a refusal of PostgreSQL's": b"E\0\0\0\x26SFATAL\0C53300\0Mtoo many clients\0\0",
+    "its yes to TLS, and no TLS": b"Syes, but there is none",
+    "its no to TLS, and no more": b"N",
+    "a packet of MySQL's with nothing in it": b"\0\0\0\0",
+    "a greeting of MySQL's that breaks off": b"\x09\0\0\0\x0a8.0.36\0\x01",
+    "a refusal of MySQL's": b"\x0c\0\0\0\xff\x10\x04Too many!",
+}
 
 
 class DriverConformance(TestCase):
@@ -128,7 +156,8 @@ class DriverConformance(TestCase):
     #: The name that ``connect(driver=...)`` takes.
     driver_name: str
     #: The `PortForward` that the connections of `dsn` go through, started and in order. Without
-    #: one, disconnects are tested with `kill` alone, and round trips are not counted.
+    #: one, disconnects are tested with `kill` alone, and round trips are not counted. A test
+    #: listens in its place while it refuses.
     forward: PortForward | None = None
     #: A cursor class of the module's, other than its usual one.
     cursor_class: type
@@ -339,6 +368,51 @@ class DriverConformance(TestCase):
                 self._line().drop()
         self.assertIsInstance(error, (self.module.Error, OSError))
         self.assertIs(self.driver.connect_meaning(error, parameters), Meaning.DISCONNECT)
+
+    def test_who_is_no_server_is_an_error_of_connecting(self) -> None:
+        self._need_sessions()
+        line, parameters = self._line(), self.driver.parse(self.dsn())
+        line.refuse()
+        for said, answer in NONSENSE.items():
+            with self.subTest(said), Impostor(line, answer), ThreadPoolExecutor(1) as threads:
+                error = threads.submit(self.driver.connect, parameters, PATIENCE).exception()
+                self.assertIsInstance(
+                    error,
+                    (self.module.Error, OSError),
+                    f"connect() has raised {error!r}, which is neither the module's nor an OSError",
+                )
+
+    def test_the_time_for_connecting_is_none_for_statements(self) -> None:
+        self._need_sessions()
+        other, parameters = self._open(), self.driver.parse(self.dsn())
+        self._insert(other, "a")
+        raw = self._connect_within(SHORT_TIME, parameters)
+        self._begin(other)
+        self.driver.query(other, increment("a"))
+        self._begin(raw)
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(self.driver.query, raw, increment("a"))
+            # Until it fails, or should have done so.
+            wait([waiting], LONGER_TIME)
+            # Gives the lock to who still waits for it.
+            self.driver.rollback(other)
+        error = waiting.exception()
+        self.assertIsNone(error, "a statement may not take longer than connecting was to take")
+        self.driver.rollback(raw)
+
+    def _connect_within(self, seconds: float, parameters: Any) -> Any:
+        """A raw connection that was to be made in that time, on a machine that may be busy."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                raw = self.driver.connect(parameters, seconds)
+                break
+            except (self.module.Error, OSError):
+                if time.monotonic() > deadline:
+                    raise
+        self.addCleanup(self.driver.close, raw)
+        self.driver.prepare(raw)
+        return raw
 
     def test_an_attempt_that_the_caller_gave_up_means_to_try_again(self) -> None:
         error = TimeoutError("no answer within 10.0 seconds")
@@ -940,6 +1014,27 @@ class DriverConformance(TestCase):
                 connection.rollback()
         self.assertCountEqual(self._names(), self._ways_to_lose())
 
+    def test_work_that_commits_and_begins_by_itself_is_not_run_again(self) -> None:
+        for way, lose in self._ways_to_lose().items():
+            with self.subTest(way):
+                self._see_one_run(way, lose)
+        self.assertCountEqual(self._names(), self._ways_to_lose())
+
+    def _see_one_run(self, name: str, lose: Callable[[Any], object]) -> None:
+        connection, runs = self._connect(), []
+
+        def work() -> None:
+            runs.append(name)
+            cursor = connection.cursor()
+            for statement in (insert(name), "COMMIT", "BEGIN", insert("more")):
+                cursor.execute(statement)
+            lose(connection.driver_connection)
+            cursor.execute(insert("yet more"))
+
+        self._see_no_retry(lambda: connection.run(work))
+        connection.rollback()
+        self.assertEqual(len(runs), 1, "transaction_flag() has not told of the work's own COMMIT")
+
     def test_what_a_definition_has_committed_is_not_to_be_done_again(self) -> None:
         ((_, lose), *_) = self._ways_to_lose().items()
         connection = self._connect()
@@ -1200,6 +1295,102 @@ class DriverConformance(TestCase):
                 connection.rollback()
         self.assertCountEqual(self._names(), committed)
 
+    def test_the_history_is_told_as_the_server_tells_it(self) -> None:
+        self._need_sessions()
+        raw = self._open()
+        if not self.driver.has_transaction_ids(raw):
+            self.skipTest("there are no transaction ids")
+        history = self.driver.identify(raw).history
+        self.assertIsInstance(history, History, "identify() gives no history, or not as a History")
+        ((told,),) = self.driver.query(raw, f"SELECT {TOLD}")
+        for name, value in asdict(History(*told.split())).items():
+            found = getattr(history, name)
+            self.assertEqual(
+                found,
+                value,
+                f"{name} of the History that identify() gives is {found!r}, and {value!r} is what "
+                "the server is asked to compare it with",
+            )
+        self.assertEqual(self.driver.identify(self._open()).history, history)
+
+    # Two phases
+
+    def _need_two_phases(self) -> None:
+        if not self.driver.supports_two_phase:
+            self.skipTest(f"{self.driver_name} has no two-phase commit")
+        ((limit,),) = self._ask("SHOW max_prepared_transactions")
+        if int(limit) == 0:
+            self.skipTest("the server's max_prepared_transactions is 0")
+
+    def _prepare(self, name: str) -> str:
+        """Prepare a transaction that has written a row; returns what it is called."""
+        gid = f"conformance's {uuid.uuid4()}"
+        raw = self._open()
+        self._begin(raw)
+        self._insert(raw, name)
+        self.driver.prepare_transaction(raw, gid)
+        self.addCleanup(self._end_if_prepared, gid)
+        self.assertFalse(self.driver.in_transaction(raw))
+        self.driver.close(raw)
+        return gid
+
+    def _end_if_prepared(self, gid: str) -> None:
+        raw = self._open()
+        if is_prepared(self.driver, raw, gid):
+            end_branch(self.driver, raw, gid, Outcome.ABORTED)
+
+    def test_what_is_prepared_is_ended_by_another_session(self) -> None:
+        self._need_two_phases()
+        raw = self._open()
+        for outcome, names in ((Outcome.ABORTED, []), (Outcome.COMMITTED, ["a"])):
+            with self.subTest(outcome):
+                gid = self._prepare("a")
+                self.assertTrue(is_prepared(self.driver, raw, gid))
+                self.assertEqual(self._names(), [])
+                end_branch(self.driver, raw, gid, outcome)
+                self.assertFalse(is_prepared(self.driver, raw, gid))
+                self.assertEqual(self._names(), names)
+
+    def test_a_failed_transaction_is_not_prepared(self) -> None:
+        self._need_two_phases()
+        connection = self._connect(two_phase=True)
+        self.addCleanup(transaction.abort)
+        connection.cursor().execute(insert("a"))
+        with self.assertRaises(self.module.Error):
+            connection.cursor().execute(WRONG_STATEMENT)
+        with self.assertRaises(self.module.Error):
+            transaction.commit()
+        transaction.abort()
+        self.assertEqual(self._names(), [])
+
+    def test_the_conditions_of_what_is_not_prepared(self) -> None:
+        self._need_two_phases()
+        raw = self._open()
+        for outcome in (Outcome.ABORTED, Outcome.COMMITTED):
+            with self._error() as errors:
+                end_branch(self.driver, raw, "nothing", outcome)
+            self.assertIs(self.driver.condition(errors[0]), Condition.UNDEFINED_OBJECT)
+            self.assertIs(self.driver.meaning(errors[0], raw), Meaning.USER)
+        # As is told of what another session is about to end, which no test can have it do.
+        self.driver.query(raw, "CREATE TEMPORARY SEQUENCE conformance_sequence")
+        with self._error() as errors:
+            self.driver.query(raw, "SELECT currval('conformance_sequence')")
+        self.assertIs(self.driver.condition(errors[0]), Condition.OBJECT_NOT_IN_PREREQUISITE_STATE)
+
+    def test_two_phases_whose_last_answer_is_lost(self) -> None:
+        self._need_two_phases()
+        line = self._line()
+        for reset in (False, True):
+            with self.subTest(reset=reset):
+                connection = self._connect(two_phase=True)
+                self.addCleanup(transaction.abort)
+                connection.cursor().execute(insert(f"lost {reset}"))
+                cut = line.cut_at_commit(reset)
+                transaction.commit()
+                self.assertTrue(cut.wait(PATIENCE))
+                self.assertEqual(connection.state, IDLE)
+        self.assertEqual(self._names(), ["lost False", "lost True"])
+
     def test_an_id_that_is_asked_for_at_commit(self) -> None:
         self._need_sessions()
         connection = self._connect(witness=XidWitness(at_commit=True))
@@ -1226,6 +1417,41 @@ class DriverConformance(TestCase):
 
 class Interrupted(BaseException):
     """What a signal's handler raises."""
+
+
+class Impostor(socketserver.ThreadingTCPServer):
+    """Listens in the place of a forwarder that refuses, and answers whatever it hears the same."""
+
+    allow_reuse_address = daemon_threads = True
+
+    def __init__(self, line: PortForward, answer: bytes) -> None:
+        super().__init__((line.host, line.port), Hearing)
+        self.answer = answer
+        self._thread = threading.Thread(target=self.serve_forever, args=(POLL_INTERVAL,))
+
+    def __enter__(self) -> Impostor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+
+class Hearing(socketserver.BaseRequestHandler):
+    """One connection to an `Impostor`."""
+
+    server: Impostor
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):
+            self.request.settimeout(PATIENCE)
+            self.request.sendall(self.server.answer)
+            self.request.shutdown(socket.SHUT_WR)
+            # Closed with something unread, it would be reset, and the answer perhaps not be read.
+            while self.request.recv(4096):
+                pass
 
 
 class Forbidden:
