@@ -17,7 +17,16 @@ class History:
 
     A crash of the server may hand out ids again whose WAL was not flushed; it resets the
     statistics. A failover goes on in another timeline, a restored backup may be another system.
-    Where a server has no timelines or statistics, it is "" and None.
+
+    Of a server with transaction ids all three are strings. They are compared with what the server
+    itself tells in the query for an outcome, so that each has to be what this gives::
+
+        (pg_control_system()).system_identifier::text
+        substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)
+        coalesce(extract(epoch FROM pg_stat_get_bgwriter_stat_reset_time())::text, '-')
+
+    In another form, such as a datetime for the last one, they say nothing, and outcomes are
+    unknown. Where a server has no timelines or statistics, it is "" and None.
     """
 
     system_identifier: Any

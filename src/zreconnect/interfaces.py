@@ -439,11 +439,16 @@ class IDriver(Interface):
     def has_transaction_ids(raw):
         """Whether the server tells transactions' ids, and what became of them, as PostgreSQL does
         with ``pg_current_xact_id()`` and ``pg_xact_status()``. `identify` then has to give the
-        history, without which an id proves nothing. Without ids, a lost COMMIT is looked up in a
-        `Ledger`, or not at all."""
+        `History`, in the server's own words, without which an id proves nothing. Without ids, a
+        lost COMMIT is looked up in a `Ledger`, or not at all."""
 
     def identify(raw):
-        """What the server knows the session by, a `ServerSession`. Called in any state."""
+        """What the server knows the session by, a `ServerSession`.
+
+        Called outside a transaction: of a new session, and of one in which an outcome is looked up.
+        It is right inside one as well, where the tests call it; in one that has failed it may raise
+        the module's error.
+        """
 
     def end_session(raw, session, evidence):
         """Tell the server to end the session that holds a transaction; whether there was one.

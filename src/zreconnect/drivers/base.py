@@ -66,7 +66,8 @@ class ServerSession:
     """One session as its server knows it.
 
     pid: the server's number for it, which may be given again when it has ended.
-    start: what tells it from the others of that number.
+    start: what tells it from the others of that number, for `IDriver.end_session`; of any type, and
+    shown to people as it prints. None if there is nothing, so that it cannot be ended.
     is_standby: whether the server takes no writes.
     is_pooled: whether any transaction may be in another one, see `SessionSettings`.
     is_lent: whether a pooler has it, and gives it to others afterwards.
@@ -90,9 +91,11 @@ class Evidence:
     """What tells a transaction of ours from all others, as far as it is known.
 
     began: the monotonic time at which BEGIN had been answered. marks: of a transaction that has
-    told it, the number of its session, and its start there; more than one if it is not known which
-    of them it was.
-    xid: the id of whoever has written or locked our row of a ledger last.
+    told it, the number of its session, an integer, and its start there, a string; more than one
+    pair if it is not known which of them it was. Only where there are transaction ids:
+    ``pg_backend_pid()`` and ``extract(epoch FROM xact_start)::text``.
+    xid: the id of whoever has written or locked our row of a ledger last, a string, as the driver's
+    ``ledger_writer`` tells it.
     """
 
     began: float
