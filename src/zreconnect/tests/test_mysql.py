@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pickle
 import re
+import select
 import socket
 import ssl
 import tempfile
@@ -640,8 +641,11 @@ class Tests(MysqlTestCase):
 
     def lose(self, connection):
         number = self.number(connection)
+        fileno = self.driver.fileno(connection.driver_connection)
         self.server.kill_session(number)
         self.wait_for_end(number)
+        # The line passes it on later.
+        wait_until(lambda: select.select([fileno], [], [], 0)[0])
 
     def test_a_statement_that_contains_a_commit(self):
         self.query("CREATE PROCEDURE test.work() BEGIN COMMIT; INSERT INTO item VALUES (1, 1); END")
@@ -1126,7 +1130,7 @@ class Tests(MysqlTestCase):
                 connection.cursor().execute(statement)  # noqa: B023
                 connection.rollback()  # noqa: B023
 
-            for select in (
+            for choose in (
                 lambda: connection.select_db(name),  # noqa: B023
                 lambda: execute(f"USE {quoted}"),  # noqa: B023
                 lambda: execute(f"/*! USE {quoted} */"),  # noqa: B023
@@ -1134,7 +1138,7 @@ class Tests(MysqlTestCase):
             ):
                 with self.subTest(name):
                     connection = self.connect(dsn, witness=None)
-                    select()
+                    choose()
                     self.assert_chosen_again(connection, name)
 
     def test_a_database_is_selected_in_autocommit_mode(self):
