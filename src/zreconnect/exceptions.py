@@ -158,15 +158,16 @@ class CommitOutcomeUnknown(Exception):
         super().__init__(server, request, evidence, outcome)
         self.server = server
         self.request = request
-        self.evidence = evidence
+        # What is known needs none, and what it would name may change.
+        self.evidence = "" if outcome == "committed" else evidence
         self.outcome = outcome
 
     def __str__(self) -> str:
         if self.outcome == "committed":
             return (
                 f"{self.request} to {self.server} was interrupted, and had committed its work: it "
-                f"cannot be rolled back, and must not be done again. {self.evidence}"
-            ).rstrip()
+                "cannot be rolled back, and must not be done again."
+            )
         return (
             f"The connection to {self.server} was lost while {self.request} was under way. Its "
             "work may be committed or not: look for it in the database before you do it again. "

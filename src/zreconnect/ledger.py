@@ -56,10 +56,13 @@ class LedgerObserver(SessionObserver):
         self._table = table
         self._id = str(uuid.uuid4())
         self._number = 0
-        # Whether the last transaction has written it down.
-        self._is_entered = False
-        # Whether there has been a row before the last transaction.
+        # Whether the row is there.
         self._has_row = False
+        # In which one the last transaction has written itself down, and whether that was there.
+        self._entered: str | None = None
+        self._had_row = False
+        # The row to which a person was led.
+        self._left: str | None = None
         # When what was acknowledged last had begun.
         self._used = 0.0
 
@@ -100,7 +103,7 @@ class LedgerObserver(SessionObserver):
 
     def rider(self, raw: Any, settings: SessionSettings, along: bool = False) -> str:
         self._note_begin(raw, settings, along)
-        self._is_entered = False
+        self._entered = None
         if self.waits:
             return ""
         if self._is_to_enter():
@@ -120,7 +123,7 @@ class LedgerObserver(SessionObserver):
         self.acknowledged()
 
     def acknowledged(self) -> None:
-        if self._is_entered and not self.is_replaced:
+        if self._entered == self._id and not self.is_replaced:
             # Where it was the first in another history, it has written over what was there.
             number = None if self.is_elsewhere else self._number
             self._acknowledged, self._used, self._has_row = number, self._sent, True
@@ -132,15 +135,17 @@ class LedgerObserver(SessionObserver):
 
     def _enter(self) -> str:
         """What writes the transaction down."""
-        self._is_entered = True
+        if self._id == self._left:
+            self._id, self._has_row, self._acknowledged = str(uuid.uuid4()), False, None
+        self._entered, self._had_row = self._id, self._has_row
         self._number += 1
         update = f"number = {self._number}, used = now()"
         if self.needs_row:
             update += f" RETURNING concat_ws(' ', {self._place})"
-        return self._upsert(self._number, update)
+        return self._upsert(self._id, self._number, update)
 
     def outcome(self, raw: Any) -> Outcome:
-        if not self._is_entered or self.is_replaced:
+        if self._entered is None or self.is_replaced:
             return Outcome.UNKNOWN
         driver, before = self._driver, None
         number: int | None = -self._number
@@ -149,9 +154,9 @@ class LedgerObserver(SessionObserver):
                 before = driver.limit_lock_waits(raw, self._patience_left())
                 # The transaction has the row locked until it has ended, whichever way, and also if
                 # nobody else can see it yet. This COMMIT is as durable as that one would have been.
-                driver.query(raw, self._upsert(-self._number, "used = now()"))
+                driver.query(raw, self._upsert(self._entered, -self._number, "used = now()"))
                 ((number,),) = driver.query(
-                    raw, f"SELECT number FROM {self._table} WHERE id = %s", (self._id,)
+                    raw, f"SELECT number FROM {self._table} WHERE id = %s", (self._entered,)
                 )
         except driver.module.Error as error:
             condition = driver.condition(error)
@@ -179,46 +184,52 @@ class LedgerObserver(SessionObserver):
         """
         assert self._session is not None
         before = self._session.history
-        is_certain = has_row or not self._has_row
+        is_certain = has_row or not self._had_row
         if before is None:
             return is_certain
         now: History = self._driver.identify(raw).history or before
         return now.is_of_system(before) and (is_certain or now.has_forked(before))
 
     def describe(self) -> str:
-        if not self._is_entered:
-            return f"{self._describe_session()} It was read-only, and is not in the ledger."
+        session, row = self._describe_session(), self._entered
+        if row is None:
+            return f"{session} It was read-only, and is not in the ledger."
+        if self.is_replaced:
+            return (
+                f"{session} The ledger has the transaction that a statement of the program's had "
+                "ended before, and not what came after that."
+            )
         return (
-            f"{self._describe_session()} Its row in the ledger is {self._id}: it was committed if "
-            f"SELECT number FROM {self._table} WHERE id = '{self._id}' gives {self._number}."
+            f"{session} Its row in the ledger is {row}: it was committed if SELECT number FROM "
+            f"{self._table} WHERE id = '{row}' gives {self._number}, and not if that gives less; "
+            "no row, or a negative number, says nothing."
         )
 
     def leave_evidence(self) -> str:
-        evidence = self.describe()
-        if self._is_entered:
-            # The next transaction makes another row.
-            self._id, self._has_row, self._acknowledged = str(uuid.uuid4()), False, None
-        return evidence
+        if not self.is_replaced:
+            self._left = self._entered
+        return self.describe()
 
     def close(self, raw: Any) -> None:
-        self._driver.query(raw, f"DELETE FROM {self._table} WHERE id = %s", (self._id,))
+        if self._id != self._left:
+            self._driver.query(raw, f"DELETE FROM {self._table} WHERE id = %s", (self._id,))
 
     def _evidence(self, raw: Any, began: float) -> Evidence:
         evidence, writer = Evidence(began, self._marks), self._driver.ledger_writer
-        if writer is None or not self._is_entered or self._marks:
+        if writer is None or self._entered is None or self._marks:
             return evidence
         # Without the row, or the right to read it, there is no evidence in it.
         with contextlib.suppress(self._driver.module.ProgrammingError), self._transaction(raw):
             for (xid,) in self._driver.query(
-                raw, f"SELECT {writer} FROM {self._table} WHERE id = %s", (self._id,)
+                raw, f"SELECT {writer} FROM {self._table} WHERE id = %s", (self._entered,)
             ):
                 return replace(evidence, xid=xid)
         return evidence
 
-    def _upsert(self, number: int, update: str) -> str:
-        """Insert the connection's row with that number or, if it is there, do the update."""
+    def _upsert(self, row: str, number: int, update: str) -> str:
+        """Insert a row of the connection's with that number or, if it is there, do the update."""
         return (
-            f"INSERT INTO {self._table} (id, number) VALUES ('{self._id}', {number})"
+            f"INSERT INTO {self._table} (id, number) VALUES ('{row}', {number})"
             f" {self._driver.ledger_conflict} {update}"
         )
 
@@ -262,13 +273,15 @@ class LedgerObserver(SessionObserver):
             self._table = self._own_table or self._table
 
     def _insert_row(self, raw: Any) -> int | None:
-        """Insert the connection's row, unless it is there from an earlier session and free, and
-        remove those that nobody has used for long."""
+        """Insert the connection's row, unless it is there from an earlier session, free, and not
+        left, and remove those that nobody has used for long."""
         query, table = self._driver.query, self._table
         unused = f"used < now() - INTERVAL '{KEPT_DAYS}' DAY"
         with self._transaction(raw):
             mine = f"SELECT number FROM {table} WHERE id = %s"
-            numbers = query(raw, f"{mine} {self._driver.ledger_free}", (self._id,))
+            numbers = []
+            if self._id != self._left:
+                numbers = query(raw, f"{mine} {self._driver.ledger_free}", (self._id,))
             if not numbers:
                 if self._acknowledged is not None:
                     numbers = query(raw, mine, (self._id,))

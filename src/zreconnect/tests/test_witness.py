@@ -12,6 +12,7 @@ import psycopg.sql
 import psycopg2
 import psycopg2.sql
 import transaction
+import zope.event
 
 import zreconnect
 from zreconnect import (
@@ -26,6 +27,7 @@ from zreconnect import (
     witness,
 )
 from zreconnect.drivers.psycopg2 import driver
+from zreconnect.events import ConnectionLost, HistoryChanged
 from zreconnect.siblings import has_written
 from zreconnect.tests.base import (
     DatabaseTestCase,
@@ -188,7 +190,7 @@ class BothTests(WitnessTestCase):
     def check_evidence(self, evidence, process):
         """Who does what it says finds out that the transaction of that process was committed."""
         self.assertIn(f"in the server process {process} ", evidence)
-        if ledger := re.search(r"(SELECT number .*) gives (\d+)\.", evidence):
+        if ledger := re.search(r"(SELECT number .*) gives (\d+), and", evidence):
             self.assertEqual(self.query(ledger[1]), [(int(ledger[2]),)])
         else:
             by_id = re.search(r"SELECT pg_xact_status\('\d+'\)", evidence)
@@ -953,13 +955,68 @@ class LedgerTests(WitnessTestCase):
         self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
 
     def test_without_its_row_the_outcome_is_unknown(self):
-        connection = self.connect(witness=Ledger())
-        self.insert(connection)
-        with self.assertRaises(CommitOutcomeUnknown) as unknown:
-            self.lose_answer_to_commit(
-                connection, lambda: self.query("DELETE FROM zreconnect_ledger")
-            )
-        self.assertIn("zreconnect_ledger", unknown.exception.evidence)
+        for goes_on in (False, True):
+            connection = self.connect(witness=Ledger())
+            self.insert(connection)
+            with self.assertRaises(CommitOutcomeUnknown) as unknown:
+                self.lose_answer_to_commit(
+                    connection, lambda: self.query("DELETE FROM zreconnect_ledger")
+                )
+            self.assertIn("negative number, says nothing", unknown.exception.evidence)
+            connection.rollback()
+            if goes_on:
+                connection.run(self.insert, connection, "two")
+            connection.close()
+            self.assertEqual(self.query("SELECT number FROM zreconnect_ledger"), [(-1,)])
+            self.query("DELETE FROM item")
+
+    def test_what_is_looked_up_again_is_the_same_commit(self):
+        connection = self.connect(witness=Ledger(), policy=RetryPolicy(timeout=0.2))
+        self.insert(connection, "before")
+        connection.commit()
+        self.insert(connection, "in doubt")
+        told = []
+
+        def roll_back(event):
+            if isinstance(event, ConnectionLost):
+                try:
+                    connection.rollback()
+                except CommitOutcomeUnknown as unknown:
+                    told.append(unknown)
+                self.forward.accept()
+
+        zope.event.subscribers.append(roll_back)
+        self.addCleanup(zope.event.subscribers.remove, roll_back)
+        self.forward.cut_at_commit(then=self.forward.refuse)
+        # It is found, because the server is there again.
+        connection.commit()
+        connection.run(self.insert, connection, "after")
+        (unknown,) = told
+        self.assertTrue(is_evident(unknown, self.query))
+        self.assertEqual(self.names(), ["after", "before", "in doubt"])
+
+    def test_what_was_acknowledged_before_is_compared_all_the_same(self):
+        connection = self.connect(witness=Ledger(), policy=RetryPolicy(timeout=0.2))
+        for name in ("one", "two"):
+            self.insert(connection, name)
+            connection.commit()
+        self.insert(connection, "in doubt")
+        leave_in_doubt(self, connection, is_committed=False)
+        # As a failover would.
+        self.query("UPDATE zreconnect_ledger SET number = 1")
+        with self.events() as seen:
+            connection.begin()
+        changes = [each for each in seen if isinstance(each, HistoryChanged)]
+        self.assertEqual([each.is_missing for each in changes], [True])
+
+    def test_what_comes_after_a_commit_of_the_programs_is_not_in_the_ledger(self):
+        connection = self.connect(witness=Ledger(), policy=RetryPolicy(timeout=0.2))
+        self.insert(connection, "first part")
+        connection.cursor().execute("COMMIT AND CHAIN")
+        self.insert(connection, "second part")
+        unknown = leave_in_doubt(self, connection, is_committed=False)
+        self.assertIn("not what came after that", unknown.evidence)
+        self.assertNotIn("SELECT", unknown.evidence)
 
     def test_what_is_said_to_look_at_stays(self):
         for self.driver in ("psycopg2", "psycopg"):
