@@ -17,12 +17,18 @@ PROMETHEUS = ["prometheus_client >= 0.20"]
 PYMYSQL = ["PyMySQL >= 1.2"]
 # Those before it import pkg_resources, which setuptools has no longer, and take any setuptools.
 PYRAMID = ["pyramid >= 2.1"]
-# Those before 3.2.3 lose what a pipeline raises, and 3.3.0 rows of server-side cursors.
-PSYCOPG = ["psycopg[binary] >= 3.2.3, != 3.3.0"]
+# Those before 3.2.11 raise of a pipeline what has been raised before, and 3.3.0 loses rows of
+# server-side cursors.
+PSYCOPG = ["psycopg[binary] >= 3.2.11, != 3.3.0"]
 # Their fixtures, and the server of these.
 PYTEST = ["pytest >= 8.0", *EMBEDDED]
 # Those before it prepare a transaction on psycopg that its connection does not know of.
-SQLALCHEMY = ["SQLAlchemy >= 2.0.50", "zope.sqlalchemy >= 3.1"]
+SQLALCHEMY = [
+    "SQLAlchemy >= 2.0.50",
+    "zope.sqlalchemy >= 3.1",
+    # With those before it its own tests do not run there.
+    "zope.sqlalchemy >= 4.1; python_version >= '3.13'",
+]
 # With those before it, errors of psycopg are not SQLObject's, or psycopg2 is not found.
 SQLOBJECT = ["SQLObject >= 3.13.1"]
 # 1.0 leaves out the options of a URI.
