@@ -77,8 +77,13 @@ class PsycopgDriver(PostgresqlDriver):
     returns_cursor = True
     disconnection_error = PsycopgDisconnectionError
     rollback_request = psycopg.Rollback
-    # psycopg's own words (waiting.py): the socket has hung up, and libpq does not know it yet.
-    disconnect_messages = (*DISCONNECT_MESSAGES, "connection socket closed")
+    # psycopg's own words (waiting.py, pgconn.pyx): the socket has hung up, and libpq does not know
+    # it yet, or has none any more.
+    disconnect_messages = (
+        *DISCONNECT_MESSAGES,
+        "connection socket closed",
+        "the connection is lost",
+    )
     isolation_levels = ISOLATION_LEVELS
 
     def parse_conninfo(self, dsn: str) -> dict[str, str]:
