@@ -63,19 +63,18 @@ class LedgerObserver(SessionObserver):
         self._had_row = False
         # The row to which a person was led.
         self._left: str | None = None
-        # When what was acknowledged last had begun.
+        # When what was acknowledged last had begun, and in which row it is.
         self._used = 0.0
+        self._acknowledged_in = ""
 
     def record_session(self, raw: Any, settings: SessionSettings) -> Change | None:
-        session, before, row = self._identify(raw, settings), self.history, self._id
+        session, before = self._identify(raw, settings), self.history
         if session.is_standby:
             return None
         evidence = session.history.difference(before) if session.history else ""
         change = Change(evidence) if evidence else None
         if not self._driver.begins_read_only(raw, settings):
             change = self._change(evidence, self._open_row(raw))
-            if self._id != row:
-                self._acknowledged = None
         # Last: what keeps us from coming here has the next session compared with the same.
         self.history = session.history or before
         return change
@@ -123,10 +122,11 @@ class LedgerObserver(SessionObserver):
         self.acknowledged()
 
     def acknowledged(self) -> None:
-        if self._entered == self._id and not self.is_replaced:
+        if self._entered is not None and not self.is_replaced:
             # Where it was the first in another history, it has written over what was there.
-            number = None if self.is_elsewhere else self._number
-            self._acknowledged, self._used, self._has_row = number, self._sent, True
+            self._acknowledged = None if self.is_elsewhere else self._number
+            self._acknowledged_in, self._used = self._entered, self._sent
+            self._has_row = self._has_row or self._entered == self._id
 
     def _is_to_enter(self) -> bool:
         """Whether the transaction is for the ledger. Where there was a standby, there is no row."""
@@ -136,7 +136,7 @@ class LedgerObserver(SessionObserver):
     def _enter(self) -> str:
         """What writes the transaction down."""
         if self._id == self._left:
-            self._id, self._has_row, self._acknowledged = str(uuid.uuid4()), False, None
+            self._id, self._has_row = str(uuid.uuid4()), False
         self._entered, self._had_row = self._id, self._has_row
         self._number += 1
         update = f"number = {self._number}, used = now()"
@@ -201,12 +201,12 @@ class LedgerObserver(SessionObserver):
             )
         return (
             f"{session} Its row in the ledger is {row}: it was committed if SELECT number FROM "
-            f"{self._table} WHERE id = '{row}' gives {self._number}, and not if that gives less; "
-            "no row, or a negative number, says nothing."
+            f"{self._table} WHERE id = '{row}' gives {self._number}; no row, or a negative number, "
+            "says nothing."
         )
 
     def leave_evidence(self) -> str:
-        if not self.is_replaced:
+        if self._entered is not None and not self.is_replaced:
             self._left = self._entered
         return self.describe()
 
@@ -249,7 +249,8 @@ class LedgerObserver(SessionObserver):
             raise
 
     def _open_row(self, raw: Any) -> int | None:
-        """Have a row for the connection; returns the number in the one that it had, if any."""
+        """Have a row for the connection; returns the number in the row in which a transaction was
+        acknowledged last, or in the one that it had, if any."""
         self._resolve_name(raw)
         try:
             return self._insert_row(raw)
@@ -275,25 +276,25 @@ class LedgerObserver(SessionObserver):
     def _insert_row(self, raw: Any) -> int | None:
         """Insert the connection's row, unless it is there from an earlier session, free, and not
         left, and remove those that nobody has used for long."""
-        query, table = self._driver.query, self._table
+        query, table, row = self._driver.query, self._table, self._id
         unused = f"used < now() - INTERVAL '{KEPT_DAYS}' DAY"
         with self._transaction(raw):
             mine = f"SELECT number FROM {table} WHERE id = %s"
             numbers = []
-            if self._id != self._left:
-                numbers = query(raw, f"{mine} {self._driver.ledger_free}", (self._id,))
+            if row != self._left:
+                numbers = query(raw, f"{mine} {self._driver.ledger_free}", (row,))
             if not numbers:
-                if self._acknowledged is not None:
-                    numbers = query(raw, mine, (self._id,))
                 # Whoever has it locked, for as long as he likes, has that one to himself.
-                self._id = str(uuid.uuid4())
-                query(raw, f"INSERT INTO {table} (id) VALUES (%s)", (self._id,))
+                row = str(uuid.uuid4())
+                query(raw, f"INSERT INTO {table} (id) VALUES (%s)", (row,))
+            if self._acknowledged is not None and self._acknowledged_in != row:
+                numbers = query(raw, mine, (self._acknowledged_in,))
             # A connection may be waiting for its server, to look up its outcome here.
             rows = query(raw, f"SELECT id FROM {table} WHERE {unused}")
+        self._id, self._has_row = row, True
         # By their ids: MySQL's DELETE waits for the locks of those it passes by.
         for (identifier,) in rows:
             query(raw, f"DELETE FROM {table} WHERE id = %s AND {unused}", (str(identifier),))
-        self._has_row = True
         return int(numbers[0][0]) if numbers else None
 
 

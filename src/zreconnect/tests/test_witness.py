@@ -190,7 +190,7 @@ class BothTests(WitnessTestCase):
     def check_evidence(self, evidence, process):
         """Who does what it says finds out that the transaction of that process was committed."""
         self.assertIn(f"in the server process {process} ", evidence)
-        if ledger := re.search(r"(SELECT number .*) gives (\d+), and", evidence):
+        if ledger := re.search(r"(SELECT number .*) gives (\d+);", evidence):
             self.assertEqual(self.query(ledger[1]), [(int(ledger[2]),)])
         else:
             by_id = re.search(r"SELECT pg_xact_status\('\d+'\)", evidence)
@@ -1002,12 +1002,35 @@ class LedgerTests(WitnessTestCase):
             connection.commit()
         self.insert(connection, "in doubt")
         leave_in_doubt(self, connection, is_committed=False)
+        # A session of which nothing is acknowledged, and one that does not get its row.
+        connection.begin()
+        connection.rollback()
+        self.forward.drop()
+        alter = f"ALTER DATABASE {self.dbname}"
+        self.query(f"{alter} SET default_transaction_read_only TO on")
+        with self.assertRaisesRegex(psycopg2.ProgrammingError, "ledger cannot be written"):
+            connection.begin()
+        elsewhere = "template1"
+        self.server.query(f"{alter} RESET default_transaction_read_only", dbname=elsewhere)
         # As a failover would.
-        self.query("UPDATE zreconnect_ledger SET number = 1")
+        self.query("UPDATE zreconnect_ledger SET number = 1 WHERE number = 2")
         with self.events() as seen:
             connection.begin()
         changes = [each for each in seen if isinstance(each, HistoryChanged)]
         self.assertEqual([each.is_missing for each in changes], [True])
+
+    def test_what_is_not_in_the_ledger_gives_no_row_back(self):
+        connection = self.connect(witness=Ledger(), policy=RetryPolicy(timeout=0.2))
+        self.insert(connection)
+        unknown = leave_in_doubt(self, connection, is_committed=True)
+        connection.readonly = True
+        connection.begin()
+        connection.cursor().execute("NOTIFY item")
+        self.assertIn(
+            "not in the ledger", leave_in_doubt(self, connection, is_committed=False).evidence
+        )
+        connection.close()
+        self.assertTrue(is_evident(unknown, self.query))
 
     def test_what_comes_after_a_commit_of_the_programs_is_not_in_the_ledger(self):
         connection = self.connect(witness=Ledger(), policy=RetryPolicy(timeout=0.2))
