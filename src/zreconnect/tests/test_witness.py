@@ -1019,6 +1019,16 @@ class LedgerTests(WitnessTestCase):
         changes = [each for each in seen if isinstance(each, HistoryChanged)]
         self.assertEqual([each.is_missing for each in changes], [True])
 
+    def test_each_row_that_is_left_in_a_session_stays(self):
+        connection = self.connect(witness=Ledger())
+        for name in ("one", "two"):
+            self.insert(connection, name)
+            connection.commit()
+            connection.work.link.observer.leave_evidence()
+        connection.close()
+        numbers = self.query("SELECT number FROM zreconnect_ledger ORDER BY number")
+        self.assertEqual(numbers, [(1,), (2,)])
+
     def test_what_is_not_in_the_ledger_gives_no_row_back(self):
         connection = self.connect(witness=Ledger(), policy=RetryPolicy(timeout=0.2))
         self.insert(connection)
