@@ -103,7 +103,7 @@ class PsycopgDriver(PostgresqlDriver):
     def prepare(self, raw: Any) -> None:
         if not isinstance(raw, psycopg.Connection):
             raise TypeError(
-                f"connection_factory must return a psycopg.Connection, "
+                "connection_factory must return a psycopg.Connection, "
                 f"not {raw!r}{OF_ANOTHER_MODULE}"
             )
         if raw.autocommit:

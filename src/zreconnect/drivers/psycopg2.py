@@ -99,7 +99,7 @@ class Psycopg2Driver(PostgresqlDriver):
     def prepare(self, raw: Any) -> None:
         if not isinstance(raw, extensions.connection):
             raise TypeError(
-                f"connection_factory must return a psycopg2 connection, "
+                "connection_factory must return a psycopg2 connection, "
                 f"not {raw!r}{OF_ANOTHER_MODULE}"
             )
         if raw.async_:

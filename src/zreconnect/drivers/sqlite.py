@@ -151,7 +151,7 @@ class SqliteDriver(BaseDriver):
     def prepare(self, raw: Any) -> None:
         if not isinstance(raw, sqlite3.Connection):
             raise TypeError(
-                f"connection_factory must return an sqlite3 connection, "
+                "connection_factory must return an sqlite3 connection, "
                 f"not {raw!r}{OF_ANOTHER_MODULE}"
             )
         mode = _legacy_mode(raw)

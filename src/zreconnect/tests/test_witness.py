@@ -962,6 +962,7 @@ class LedgerTests(WitnessTestCase):
                 self.lose_answer_to_commit(
                     connection, lambda: self.query("DELETE FROM zreconnect_ledger")
                 )
+            self.assertIn("zreconnect_ledger", unknown.exception.evidence)
             self.assertIn("negative number, says nothing", unknown.exception.evidence)
             connection.rollback()
             if goes_on:
