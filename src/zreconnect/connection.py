@@ -145,7 +145,7 @@ class ReconnectingConnection(DriverCalls):
 
     def commit(self) -> None:
         self._commit()
-        self.work.own.told(None)
+        _ = [*self.work.own.telling()]
 
     def _commit(self) -> None:
         """Commit; that the program is told is to follow, when nothing else has to be done."""
@@ -224,7 +224,7 @@ class ReconnectingConnection(DriverCalls):
             attempts=attempts,
             timeout=timeout,
         )
-        return self.work.own.told(result)
+        return [result, *self.work.own.telling()][0]  # type: ignore[return-value]
 
     def transactional(
         self, attempts: int = 3, timeout: float | None = None
@@ -290,7 +290,7 @@ class ReconnectingConnection(DriverCalls):
             if error is not None:
                 self.rollback_after(error)
             self.work.give_turn()
-        self.work.own.told(None)
+        _ = [*self.work.own.telling()]
 
     def _is_late(self) -> bool:
         """Whether a ``with`` block that was left suspended, in a generator, has ended before."""

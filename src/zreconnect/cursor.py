@@ -8,7 +8,6 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from zreconnect import commits
 from zreconnect.beginning import may_begin_along
 from zreconnect.cursorsettings import SettingsOfCursor
 from zreconnect.documented import implements
@@ -182,8 +181,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
                 (";" in query or link.driver.may_chain(query) if isinstance(query, str) else True)
                 and link.driver.chains(query)
             ):
-                link.was_ended = True
-                commits.note()
+                link.statement_ends()
             session = link.session
             if self._session is not session:
                 self._open()
@@ -205,8 +203,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
                 self._executes_unseen()
                 raise
             if work.state is State.ACTIVE and not session.in_transaction():
-                link.was_ended = True
-                commits.note()
+                link.statement_ends()
             if link.observer.watches_statements:
                 link.observer.executed(raw)
             if link.driver.loses_rows and self.name is None and raw.description is not None:

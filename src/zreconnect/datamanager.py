@@ -109,7 +109,7 @@ class ConnectionDataManager:
     def tpc_finish(self, transaction: ITransaction) -> None:
         self.work.leave(self)
         if self.work.told_by_call != self.work.number:
-            self.work.own.told(None)
+            _ = [*self.work.own.telling()]
 
     def tpc_abort(self, transaction: ITransaction) -> None:
         self.abort(transaction)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from zreconnect import commits
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.documented import documented_by
 from zreconnect.interfaces import IReconnectingConnection
@@ -89,6 +88,5 @@ class DriverCalls(TwoPhaseCalls):
                 if link.observer.watches_statements:
                     link.observer.executed(None)
             if work.state is State.ACTIVE and not session.in_transaction():
-                link.was_ended = True
-                commits.note()
+                link.statement_ends()
             return next((ours for raw, ours in handed if raw is result), result)

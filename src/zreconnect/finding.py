@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transaction.interfaces import TransientError
@@ -20,34 +20,40 @@ class Finding:
     """What became of it.
 
     problem: what has kept us from knowing better. was_looked_up: whether the server was asked.
+    evidence, xid: see `ICommitLookedUp`.
     """
 
     outcome: Outcome
     problem: BaseException | None = None
     was_looked_up: bool = False
+    evidence: str = ""
+    xid: int | None = None
 
-    def tell(self, server: str, evidence: str, xid: int | None) -> None:
-        """Announce it. For the arguments see `ICommitLookedUp`."""
+    def tell(self, server: str) -> None:
+        """Announce it. server: its address."""
         if self.was_looked_up or self.outcome is Outcome.UNKNOWN:
-            found = self.outcome.value, "COMMIT", evidence, xid
+            found = self.outcome.value, "COMMIT", self.evidence, self.xid
             events.announce(events.CommitLookedUp(server, *found))
 
 
-def find_out(work: Work, raw: Any, policy: RetryPolicy) -> Finding:
-    """What became of the transaction whose COMMIT may have been sent on ``raw``.
+def find_out(work: Work, policy: RetryPolicy) -> Finding:
+    """What became of the transaction whose COMMIT may have been sent in a session that has ended.
 
     policy: for how long the next session is tried. Raises what is neither the driver's nor the
     policy's error, such as an interrupt.
     """
-    finding = _look_up(work, raw, policy)
+    observer = work.link.observer
+    # Before the next session takes the place of the transaction's.
+    evidence, xid = observer.describe(), observer.xid
+    finding = _look_up(work, policy)
     if finding.outcome is Outcome.UNKNOWN:
-        work.link.observer.leave_evidence()
-    return finding
+        observer.leave_evidence()
+    return replace(finding, evidence=evidence, xid=xid)
 
 
-def _look_up(work: Work, raw: Any, policy: RetryPolicy) -> Finding:
+def _look_up(work: Work, policy: RetryPolicy) -> Finding:
     link = work.link
-    if link.was_ended or link.driver.has_committed(raw):
+    if link.has_committed():
         return Finding(Outcome.UNKNOWN)
     # It is doomed if COMMIT was refused.
     if work.state is State.DOOMED or not link.observer.may_have_written:

@@ -72,7 +72,7 @@ class Guard:
             return self._meet_closed(moment, error)
         if moment is Moment.STATEMENT:
             moment = self._kind_of_statement(raw_cursor)
-        if self._driver.is_transient(error) and not self._link.has_committed():
+        if self._driver.is_transient(error) and (state is State.IDLE or not link.has_committed()):
             make_transient(error)
         found = verdict(error, link.server, link.session.raw, link.is_refused)
         # If the session goes on, an interrupt may have left a wait behind.
@@ -134,14 +134,17 @@ class Guard:
 
     def _meet_closed(self, moment: Moment, error: BaseException) -> bool:
         """Another thread has closed the connection meanwhile."""
-        self._link.end()
+        link = self._link
+        link.end()
         if moment is Moment.COMMIT and isinstance(error, self._driver.module.Error):
-            raise self._unknown("COMMIT", "Another thread has closed the connection.") from error
+            evidence = f"Another thread has closed the connection. {link.observer.leave_evidence()}"
+            raise self._unknown("COMMIT", evidence) from error
         return False
 
     def _unknown(self, request: str, evidence: str, xid: int | None = None) -> CommitOutcomeUnknown:
         """The error, which is announced."""
-        return events.told(CommitOutcomeUnknown(self._link.server.address, request, evidence), xid)
+        unknown = CommitOutcomeUnknown(self._link.server.address, request, evidence)
+        return self.work.own.told(events.told(unknown, xid))
 
     def raise_lost(self, error: BaseException, inside: bool) -> NoReturn:
         raise self._driver.disconnection_error(
@@ -274,7 +277,7 @@ class Guard:
 
         Raises what `IReconnectingConnection.commit` promises.
         """
-        work, raw = self.work, self._link.session.raw
+        work = self.work
         if work.state is not State.ACTIVE:
             try:
                 work.ask(Request.COMMIT)
@@ -287,7 +290,7 @@ class Guard:
         except BaseException as error:
             if not self.meet(error, Moment.COMMIT):
                 raise
-            self._settle_lost_commit(error, raw)
+            self._settle_lost_commit(error)
 
     def roll_back(self) -> None:
         """Roll back, and be idle.
@@ -312,6 +315,8 @@ class Guard:
                 if not self.meet(error, Moment.ROLL_BACK):
                     raise
         work.rolled_back()
+        if answer is Answer.LETS_GO:
+            self.tell()
 
     def roll_back_after(
         self, error: BaseException, roll_back: Callable[[], object] | None = None
@@ -337,46 +342,45 @@ class Guard:
     def tell(self) -> None:
         """Raise `CommitOutcomeUnknown` if an interrupt has kept the thread from learning that its
         transaction is committed, or may be."""
-        outcome = self.work.own.untold()
-        if outcome is not None:
-            unknown = CommitOutcomeUnknown(self._link.server.address, outcome=outcome.value)
-            raise self.work.own.told(unknown)
+        if (outcome := self.work.own.untold()) is not None:
+            raise self._telling(outcome)
 
-    def _settle_lost_commit(self, error: BaseException, raw: Any) -> None:
+    def _telling(self, outcome: Outcome, evidence: str = "") -> CommitOutcomeUnknown:
+        server = self._link.server.address
+        unknown = CommitOutcomeUnknown(server, evidence=evidence, outcome=outcome.value)
+        return self.work.own.told(unknown)
+
+    def _settle_lost_commit(self, error: BaseException) -> None:
         """Return if the transaction was committed; else raise what became of it."""
-        work, server = self.work, self._link.server.address
-        evidence, xid = self._link.observer.describe(), self._link.observer.xid
-        finding = find_out(work, raw, work.patience.policy)
+        work = self.work
+        finding = find_out(work, work.patience.policy)
         if finding.outcome is Outcome.COMMITTED:
             work.committed()
         else:
             aborted = finding.outcome is Outcome.ABORTED
             work.note(Event.FOUND_ABORTED if aborted else Event.NOT_FOUND)
-        finding.tell(server, evidence, xid)
+        finding.tell(self._link.server.address)
         if finding.outcome is Outcome.ABORTED:
             self.raise_lost(error, inside=True)
         if finding.outcome is Outcome.UNKNOWN:
-            raise CommitOutcomeUnknown(server, evidence=evidence) from (finding.problem or error)
+            raise self._telling(finding.outcome, finding.evidence) from (finding.problem or error)
 
     def _settle_interrupted_commit(self) -> None:
         """Be idle; raise `CommitOutcomeUnknown` unless the transaction was not committed."""
-        work, server = self.work, self._link.server.address
+        work = self.work
         self._link.end()
-        evidence, xid = self._link.observer.describe(), self._link.observer.xid
-        policy = self.work.patience.policy.within(PATIENCE_OF_ROLLBACK)
-        if self._driver.has_sessions:
-            finding = find_out(work, work.committing, policy)
-        else:
-            # COMMIT was executed, and its answer not read.
-            finding = Finding(Outcome.UNKNOWN)
+        policy = work.patience.policy.within(PATIENCE_OF_ROLLBACK)
+        # Without sessions COMMIT was executed, and its answer not read.
+        has_sessions = self._driver.has_sessions
+        finding = find_out(work, policy) if has_sessions else Finding(Outcome.UNKNOWN)
         if finding.outcome is Outcome.ABORTED:
             work.note(Event.FOUND_ABORTED)
+        else:
+            work.own.leave_untold(finding.outcome)
         work.rolled_back()
-        finding.tell(server, evidence, xid)
+        finding.tell(self._link.server.address)
         if finding.outcome is not Outcome.ABORTED:
-            raise CommitOutcomeUnknown(
-                server, evidence=evidence, outcome=finding.outcome.value
-            ) from finding.problem
+            raise self._telling(finding.outcome, finding.evidence) from finding.problem
 
     def may_run_again(self, error: BaseException) -> bool:
         """Whether a unit of work that raised ``error`` was not committed and may succeed later."""
@@ -418,10 +422,8 @@ class Guard:
     def end_forgotten(self) -> None:
         """End what its transaction manager has forgotten, after an interrupt."""
         if self.work.is_forgotten():
-            try:
+            with events.unknown_logged():
                 self.work.member.abort(None)
-            except CommitOutcomeUnknown as unknown:
-                events.logger.error("%s", unknown, extra=vars(unknown))
 
     @contextlib.contextmanager
     def _turn_taken(self) -> Iterator[None]:
@@ -441,8 +443,6 @@ class Guard:
                 self._link.server.address,
                 extra={"server": self._link.server.address},
             )
-        try:
+        with events.unknown_logged():
             self.roll_back()
-        except CommitOutcomeUnknown as unknown:
-            events.logger.error("%s", unknown, extra=vars(unknown))
         work.forget_member()

@@ -564,8 +564,8 @@ class IObserver(Interface):
         "come first. Set before the transaction begins; `commit` then records what the rider would."
     )
     is_replaced = Attribute(
-        "Whether a statement of the program's has ended the transaction, so that what is committed "
-        "is another one. Set before `commit`."
+        "Whether a statement of the program's has ended the transaction, or may have, so that what "
+        "is committed is another one. Set when it does, and when the session ends."
     )
     history = Attribute(
         "The `zreconnect.history.History` of the last session whose server told one, or None."

@@ -193,21 +193,23 @@ class LedgerObserver(SessionObserver):
     def describe(self) -> str:
         session, row = self._describe_session(), self._entered
         if row is None:
-            return f"{session} It was read-only, and is not in the ledger."
+            return (
+                f"{session} It is not in the ledger: it was read-only, or a statement has ended it "
+                "before commit() could write it there."
+            )
+        question = f"SELECT number FROM {self._table} WHERE id = '{row}' gives {self._number}"
         if self.is_replaced:
             return (
-                f"{session} The ledger has the transaction that a statement of the program's had "
-                "ended before, and not what came after that."
+                f"{session} A statement of the program's has ended it, or may have: what came "
+                f"before that was committed if {question}; what came after it is not in the ledger."
             )
         return (
-            f"{session} Its row in the ledger is {row}: it was committed if SELECT number FROM "
-            f"{self._table} WHERE id = '{row}' gives {self._number}; no row, or a negative number, "
-            "says nothing."
+            f"{session} Its row in the ledger is {row}: it was committed if {question}; no row, or "
+            "a negative number, says nothing."
         )
 
     def leave_evidence(self) -> str:
-        if self._entered is not None and not self.is_replaced:
-            self._left = self._entered
+        self._left = self._entered or self._left
         return self.describe()
 
     def close(self, raw: Any) -> None:

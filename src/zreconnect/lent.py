@@ -6,8 +6,7 @@ psycopg2 has the server answer an error in its place.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 from zreconnect.link import Link
@@ -68,18 +67,18 @@ class Lent:
         with self._link.session.watch.pausing():
             return next(self._wrapped)
 
-    @contextlib.contextmanager
-    def lending(self) -> Iterator[Lent]:
+    def __enter__(self) -> Lent:
         """For the request that uses a file."""
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        own, self._error = self._error, None
         try:
-            yield self
-        except BaseException as error:
-            if self._error is not None and self._error is not error:
-                raise self._error from error
-            raise
+            if own is not None and error is not None and own is not error:
+                raise own from error
         finally:
-            # Its traceback refers to this object.
-            self._error = None
+            # Their tracebacks refer to this frame, and to the object.
+            del own, error, traceback
 
 
 def lend_items(link: Link, value: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from zreconnect import events
+from zreconnect import commits, events
 from zreconnect.drivers.base import SessionSettings
 from zreconnect.history import Change
 from zreconnect.options import Options
@@ -118,8 +118,13 @@ class Link:
         moved = self.observer.is_elsewhere
         return bool(moved or (self.is_on_standby and self.observer.takes_writes))
 
+    def statement_ends(self) -> None:
+        """A statement of the program's ends the transaction, or has ended it, as COMMIT does."""
+        self.was_ended = self.observer.is_replaced = True
+        commits.note()
+
     def has_committed(self) -> bool:
-        """Whether a statement of the present transaction may have committed it."""
+        """Whether a statement of the last transaction may have committed it."""
         return self.was_ended or bool(self.driver.has_committed(self.session.raw))
 
     def answer_limit(self) -> float:
@@ -232,6 +237,7 @@ class Link:
         self.keepers.clear()
         session = self.session
         if session is not NO_SESSION:
+            self.was_ended = self.observer.is_replaced = self.has_committed()
             self._kept = self.driver.keep(session.raw)
 
     def end(self) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Generator, Iterator
 from functools import partial
 from typing import Any
 
-from zreconnect import commits
 from zreconnect.exceptions import CommitOutcomeUnknown
 from zreconnect.guard import Guard
 from zreconnect.interfaces import DOOMED
@@ -159,8 +158,7 @@ def guarded_attribute(
             return value(*args, **keywords)
         with turn(), guard.asking(Moment.STATEMENT, raw_cursor, in_block):
             if name in driver.committing_methods:
-                guard.work.link.was_ended = True
-                commits.note()
+                guard.work.link.statement_ends()
             result = value(*args, **keywords)
         if isinstance(result, Generator):
             rows = guarded_rows(guard, result, raw_cursor, waits=not is_connection)

@@ -163,7 +163,7 @@ class TwoPhaseCalls(SettingsOfSessions):
                     branch.tpc_finish(None)
                 finally:
                     self._leave_ended(branch)
-        work.own.told(None)
+        _ = [*work.own.telling()]
 
     def tpc_rollback(self, xid: Any = None) -> None:
         with self.guard.in_turn():

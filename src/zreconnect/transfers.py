@@ -33,19 +33,19 @@ class Transfers:
     @IfThere
     def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> Any:
         """As in psycopg2."""
-        with Lent(self._work.link, file).lending() as lent:
+        with Lent(self._work.link, file) as lent:
             return self._statement("copy_expert", sql, lent, size)
 
     @IfThere
     def copy_from(self, file: Any, table: str, *args: Any, **keywords: Any) -> Any:
         """As in psycopg2."""
-        with Lent(self._work.link, file).lending() as lent:
+        with Lent(self._work.link, file) as lent:
             return self._statement("copy_from", lent, table, *args, **keywords)
 
     @IfThere
     def copy_to(self, file: Any, table: str, *args: Any, **keywords: Any) -> Any:
         """As in psycopg2."""
-        with Lent(self._work.link, file).lending() as lent:
+        with Lent(self._work.link, file) as lent:
             return self._statement("copy_to", lent, table, *args, **keywords)
 
     @IfThere

@@ -71,12 +71,11 @@ class Work:
     data manager of the larger transaction that this one is part of, or None. join: called before
     one begins, to make it part of a larger one, or None. implicit_begin: whether a statement begins
     a transaction. is_explicit: whether the transaction was begun by ``begin()`` and not by a
-    statement. block: has an entry while the connection is in a ``with`` block. committing: the raw
-    connection on which COMMIT was sent last. waited: the seconds that the thread has waited for its
-    turn. number: that of the present transaction, or of the last. block_began_after: that of the
-    last one before the ``with`` block. told_by_call: the one of whose commit the program learns
-    when the call returns that commits. own: what each thread knows of its own COMMITs here.
-    savepoints: of open blocks, see `zreconnect.blocks`.
+    statement. block: has an entry while the connection is in a ``with`` block. waited: the seconds
+    that the thread has waited for its turn. number: that of the present transaction, or of the
+    last. block_began_after: that of the last one before the ``with`` block. told_by_call: the one
+    of whose commit the program learns when the call returns that commits. own: what each thread
+    knows of its own COMMITs here. savepoints: of open blocks, see `zreconnect.blocks`.
     """
 
     __slots__ = (
@@ -84,7 +83,6 @@ class Work:
         "_anchors",
         "block",
         "block_began_after",
-        "committing",
         "implicit_begin",
         "is_explicit",
         "join",
@@ -117,7 +115,6 @@ class Work:
         self.block: dict[str, Any] = {}
         self.block_began_after = 0
         self.savepoints: list[Any] = []
-        self.committing: Any = None
         self.own = OwnCommits()
         _works[id(self)] = self
         self.waited = 0.0
@@ -128,6 +125,8 @@ class Work:
         """Write down what has happened, or is about to."""
         before = self.state
         state = NEXT[event][before]
+        if event is Event.NOT_FOUND:
+            self.own.leave_untold(Outcome.UNKNOWN)
         if state in _LOST and state is not before:
             # First: an interrupt before the next line has one loss too many, which is harmless.
             self.losses += 1
@@ -233,11 +232,10 @@ class Work:
         if self.savepoints:
             refuse(Answer.OPEN, self.link.driver, self.link.server.address)
         session = self.link.session
-        self.committing = session.raw
         self.own.sending()
         self.note(Event.COMMIT_LEAVES)
         observer, limit = self.link.observer, self.link.options.response_timeout
-        observer.is_replaced, commit = self.link.was_ended, observer.commit
+        commit = observer.commit
         if limit is None:
             commit(session.raw)
         else:
@@ -250,7 +248,6 @@ class Work:
         if self.savepoints:
             refuse(Answer.OPEN, self.link.driver, self.link.server.address)
         session = self.link.session
-        self.link.observer.is_replaced = self.link.was_ended
         self.note(Event.PREPARE_LEAVES)
         with session.watch.awaiting(self.link.options.response_timeout):
             self.link.driver.prepare_transaction(session.raw, gid)

@@ -125,7 +125,7 @@ class ZopelessTransactionManager:
             attempts=attempts,
             timeout=timeout,
         )
-        return work.own.told(result)
+        return [result, *work.own.telling()][0]  # type: ignore[return-value]
 
     def _abort_after(self, error: BaseException, abort: Callable[[], object]) -> None:
         """Abort because of ``error``, which is to be raised afterwards."""

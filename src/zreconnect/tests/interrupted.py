@@ -14,9 +14,18 @@ import pymysql
 import transaction
 
 import zreconnect
-from zreconnect import ConnectionDescriptor, RetryPolicy, initZopeless
+from zreconnect import (
+    CommitOutcomeUnknown,
+    ConnectionDescriptor,
+    ReconnectTimeout,
+    RetryPolicy,
+    initZopeless,
+)
+from zreconnect.testing import PortForward
 
 POLICY = RetryPolicy(timeout=5, initial=0.01, maximum=0.05)
+# For a server that does not come back.
+BRIEF_POLICY = RetryPolicy(timeout=0.02, initial=0.01, maximum=0.01)
 
 
 # The databases, as somebody else sees them
@@ -63,6 +72,7 @@ class Postgres(Database):
         observer = psycopg2.connect(server.dsn())
         observer.autocommit = True
         super().__init__(server.dsn(), observer)
+        self.server = server
 
     def under_way(self):
         return self.ask(
@@ -91,6 +101,7 @@ class MariaDB(Database):
             autocommit=True,
         )
         super().__init__(server.dsn(), observer)
+        self.server = server
 
     def under_way(self):
         # Unlike information_schema.innodb_trx it is never one that was asked for before.
@@ -297,6 +308,50 @@ class TwoPhaseProgram(ManagedProgram):
         self.second.close()
 
 
+class DoubtingProgram(Program):
+    """Its server has committed, and cannot be reached any more until the rollback."""
+
+    def __init__(self, database, driver, witness):
+        self.forward = PortForward(database.server.host, database.server.port)
+        self.forward.start()
+        super().__init__(database, driver, witness)
+
+    def _connect(self, witness):
+        return zreconnect.connect(
+            self.database.server.dsn(host="127.0.0.1", port=self.forward.port),
+            driver=self.driver,
+            policy=POLICY,
+            witness=witness,
+        )
+
+    def begin_in_vain(self):
+        self.begin()
+        self.insert()
+        self.connection.work.patience.policy = BRIEF_POLICY
+        self.forward.cut_at_commit(then=self.forward.refuse)
+
+    def commit_in_doubt(self):
+        try:
+            self.commit()
+        except CommitOutcomeUnknown as unknown:
+            if isinstance(unknown.__cause__, (ReconnectTimeout, self.connection.Error)):
+                return "unknown"
+            # An interrupt's.
+            raise
+
+    def undo(self):
+        try:
+            super().undo()
+        finally:
+            self.connection.work.patience.policy = POLICY
+            self.forward.cancel_cut()
+            self.forward.accept()
+
+    def close(self):
+        super().close()
+        self.forward.stop()
+
+
 # The calls that are interrupted
 
 
@@ -377,6 +432,12 @@ ZOPELESS_ABORT = Call("ztm.abort", ROLLBACK.call, begin_and_insert)
 ZOPELESS_RUN = Call("ztm.run", lambda program: program.manager.run(program.insert), commits=True)
 PREPARE_AND_FINISH = Call("prepare and finish", COMMIT.call, COMMIT.before, True)
 PREPARE_AND_ABORT = Call("prepare and abort", TwoPhaseProgram.commit_in_vain, insert_in_vain)
+COMMIT_IN_DOUBT = Call(
+    "commit in doubt",
+    lambda program: program.commit_in_doubt(),
+    lambda program: program.begin_in_vain(),
+    commits=True,
+)
 CALLS = (
     *(CONNECT, BEGIN, FIRST_STATEMENT, STATEMENT, FETCH, COMMIT, ROLLBACK, RUN, BLOCKS),
     *(CLOSE, CLOSE_IDLE),

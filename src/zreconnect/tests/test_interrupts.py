@@ -38,6 +38,7 @@ from zreconnect.tests.interrupted import (
     CLOSE,
     CLOSE_IDLE,
     COMMIT,
+    COMMIT_IN_DOUBT,
     CONNECT,
     FETCH,
     FIRST_STATEMENT,
@@ -52,6 +53,7 @@ from zreconnect.tests.interrupted import (
     ZOPELESS_BEGIN,
     ZOPELESS_COMMIT,
     ZOPELESS_RUN,
+    DoubtingProgram,
     ManagedProgram,
     MariaDB,
     Postgres,
@@ -342,6 +344,15 @@ class CallTests(SweepTestCase):
         self.sweep_moments(*CALLS)
 
 
+class DoubtTests(SweepTestCase):
+    """What became of a COMMIT is not found out; nor does the rollback hide it."""
+
+    program_class = DoubtingProgram
+
+    def test_commit(self):
+        self.sweep(COMMIT_IN_DOUBT)
+
+
 class ManagedTests(SweepTestCase):
     program_class = ManagedProgram
     witness = "xid"
@@ -364,11 +375,19 @@ class Psycopg2Tests(OnPostgres, CallTests, unittest.TestCase):
     """With psycopg2."""
 
 
+class Psycopg2DoubtTests(OnPostgres, DoubtTests, unittest.TestCase):
+    """With psycopg2."""
+
+
 class Psycopg2ManagedTests(OnPostgres, ManagedTests, unittest.TestCase):
     """With psycopg2."""
 
 
 class PsycopgTests(OnPostgres, CallTests, unittest.TestCase):
+    driver = "psycopg"
+
+
+class PsycopgDoubtTests(OnPostgres, DoubtTests, unittest.TestCase):
     driver = "psycopg"
 
 
@@ -385,6 +404,11 @@ class OnMariaDB:
 
 @on_mariadb(MARIADB_LAYER)
 class PymysqlTests(OnMariaDB, CallTests, unittest.TestCase):
+    """With PyMySQL."""
+
+
+@on_mariadb(MARIADB_LAYER)
+class PymysqlDoubtTests(OnMariaDB, DoubtTests, unittest.TestCase):
     """With PyMySQL."""
 
 

@@ -703,6 +703,27 @@ class Tests(MysqlTestCase):
                     connection.cursor().execute(statement)
                 connection.rollback()
 
+    def test_what_comes_after_ddl_is_not_in_the_ledger(self):
+        for lose_in in ("statement", "commit"):
+            with self.subTest(lose_in):
+                connection = self.connect()
+                self.insert(connection, f"before, {lose_in}")
+                connection.cursor().execute(f"CREATE TABLE {lose_in}_table (id int)")
+                if lose_in == "commit":
+                    self.insert(connection, "after")
+                self.forward.drop()
+                with self.assertRaises(CommitOutcomeUnknown) as raised:
+                    if lose_in == "commit":
+                        connection.commit()
+                    else:
+                        self.insert(connection, "after")
+                connection.rollback()
+                evidence = raised.exception.evidence
+                self.assertIn("what came after it is not in the ledger", evidence)
+                self.assertTrue(is_evident(raised.exception, self.query))
+                self.assertIn(f"before, {lose_in}", self.names())
+                self.assertNotIn("after", self.names())
+
     def test_a_unit_of_work_whose_first_transaction_ddl_has_committed(self):
         """It rolls back, begins again, and then may run again, if nobody knows of the first."""
 

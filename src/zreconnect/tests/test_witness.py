@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from unittest import mock
 
@@ -1049,8 +1050,54 @@ class LedgerTests(WitnessTestCase):
         connection.cursor().execute("COMMIT AND CHAIN")
         self.insert(connection, "second part")
         unknown = leave_in_doubt(self, connection, is_committed=False)
-        self.assertIn("not what came after that", unknown.evidence)
-        self.assertNotIn("SELECT", unknown.evidence)
+        self.assert_evident_in_part(unknown)
+
+    def assert_evident_in_part(self, unknown):
+        """It leads to what came before a COMMIT of the program's, and says so."""
+        self.assertIn("what came after it is not in the ledger", unknown.evidence)
+        self.assertTrue(is_evident(unknown, self.query))
+
+    def test_a_statement_after_a_commit_of_the_programs_that_is_lost(self):
+        for self.driver in ("psycopg2", "psycopg"):
+            for statement in ("COMMIT AND CHAIN", "COMMIT; BEGIN"):
+                with self.subTest(self.driver, statement=statement):
+                    connection = self.connect(witness=Ledger())
+                    self.insert(connection, "first part")
+                    connection.cursor().execute(statement)
+                    self.forward.drop()
+                    with self.assertRaises(CommitOutcomeUnknown) as raised:
+                        self.insert(connection, "second part")
+                    connection.rollback()
+                    connection.run(self.insert, connection, "after")
+                    self.assert_evident_in_part(raised.exception)
+                    connection.close()
+                    self.assert_evident_in_part(raised.exception)
+                    self.query("DELETE FROM item")
+
+    def test_what_was_not_entered_yet_is_not_called_read_only(self):
+        connection = self.connect(witness=Ledger())
+        connection.cursor().execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
+        self.insert(connection)
+        self.forward.cut_at_commit()
+        with self.assertRaises(CommitOutcomeUnknown) as raised:
+            connection.cursor().execute("COMMIT")
+        self.assertIn("a statement has ended it", raised.exception.evidence)
+
+    def test_another_threads_close_leaves_the_evidence(self):
+        connection = self.connect(witness=Ledger())
+        with ThreadPoolExecutor(1) as threads, ThreadPoolExecutor(1) as others:
+            threads.submit(self.insert, connection).result()
+            self.forward.silence("to_client")
+            committing = threads.submit(connection.commit)
+            wait_until(self.names)
+            # With psycopg2 it waits for the COMMIT.
+            others.submit(connection.close)
+            wait_until(lambda: connection.state == "closed")
+            self.forward.drop()
+            with self.assertRaises(CommitOutcomeUnknown) as raised:
+                committing.result()
+        self.assertIn("Another thread has closed the connection", raised.exception.evidence)
+        self.assertTrue(is_evident(raised.exception, self.query))
 
     def test_what_is_said_to_look_at_stays(self):
         for self.driver in ("psycopg2", "psycopg"):
