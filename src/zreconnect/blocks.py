@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from zreconnect import events
 from zreconnect.cursor import ReconnectingCursor
 from zreconnect.exceptions import CommitOutcomeUnknown, one_line
-from zreconnect.refusals import refuse
+from zreconnect.refusals import refusal
 from zreconnect.savepoint import Savepoint
 from zreconnect.states import Answer, Request, State
 
@@ -144,7 +144,7 @@ def _release(connection: ReconnectingConnection, savepoint: Savepoint) -> None:
     work = connection.work
     _check_open(connection, savepoint)
     if work.savepoints[-1] is not savepoint:
-        refuse(Answer.OPEN, work.link.driver, work.link.server.address)
+        raise refusal(Answer.OPEN, work.link.driver, work.link.server.address)
     try:
         savepoint.release()
     except work.link.driver.module.Error as error:

@@ -7,6 +7,7 @@ transaction is lost; what runs a call again watches it with `watched`.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-Result = TypeVar("Result")
+Error = TypeVar("Error", bound=BaseException)
+
+# Through whose frames an error has to go before it is the program's.
+_PACKAGES = frozenset({"zreconnect", "zreconnect.integrations", "zreconnect.integrations.django"})
 
 
 @dataclass
@@ -62,13 +66,20 @@ def note_loss() -> None:
         commits.lost += 1
 
 
+class _OfThread(threading.local):
+    """untold: what the thread is yet to be told, at the end; empty if there is nothing."""
+
+    def __init__(self) -> None:
+        self.untold: list[Any] = []
+
+
 class OwnCommits:
     """What the threads that use a connection know, each of its own COMMITs there."""
 
     __slots__ = ("_local", "_sent")
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        self._local = _OfThread()
         self._sent: tuple[Commits, ...] = ()
 
     def sending(self) -> None:
@@ -84,19 +95,28 @@ class OwnCommits:
         for commits in self._sent:
             commits.sent -= 1
 
-    def leave_untold(self, outcome: Any) -> None:
+    def leave_untold(self, outcome: Any, evidence: str = "") -> None:
         """The calling thread does not know yet what became of its COMMIT, or may not; so that a
-        ``rollback()`` after an interrupt has to say so."""
-        self._local.untold = [outcome]
+        ``rollback()`` after an interrupt has to say so. evidence: as in `CommitOutcomeUnknown`."""
+        self._local.untold = [(outcome, evidence)]
 
     def forget(self) -> None:
         """The calling thread goes on to another transaction."""
         self._local.untold = []
 
+    def raising(self, unknown: Error) -> Error:
+        """``unknown``, with which the calling thread learns what became of its COMMIT, unless
+        something else is raised in its place before it has come out of here."""
+        # In one step, as `telling`.
+        return [unknown, *map(self._local.untold.append, (unknown,))][0]  # type: ignore[return-value]
+
     def untold(self) -> Any:
-        """What became of the calling thread's COMMIT, if it may not know it; else None."""
-        untold = vars(self._local).get("untold")
-        return untold[0] if untold else None
+        """What became of the calling thread's COMMIT, with the evidence, or the error that was to
+        say so, if the thread may not know it; else None."""
+        untold = self._local.untold
+        if not untold or (isinstance(untold[-1], BaseException) and _has_come_out(untold[-1])):
+            return None
+        return untold[-1]
 
     def telling(self) -> Iterator[None]:
         """What tells the thread of its commit when it is unpacked.
@@ -105,8 +125,12 @@ class OwnCommits:
         interrupts it comes before, and leaves it untold, or finds it told. No signal's handler runs
         between the unpacking and the return, but one would after a call, in Python 3.10.
         """
-        return map(list.clear, (vars(self._local).setdefault("untold", []),))
+        return map(list.clear, (self._local.untold,))
 
-    def told(self, result: Result) -> Result:
-        """``result``, with which the thread learns of its commit."""
-        return [result, *self.telling()][0]  # type: ignore[return-value]
+
+def _has_come_out(error: BaseException) -> bool:
+    """Whether the program has got an error, or is about to: one that is being handled goes on."""
+    trace = error.__traceback__
+    if trace is None or sys.exc_info()[1] is error:
+        return True
+    return trace.tb_frame.f_globals.get("__package__") not in _PACKAGES

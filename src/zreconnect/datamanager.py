@@ -44,6 +44,8 @@ class ConnectionDataManager:
         self.work = connection.work
         self.guard = connection.guard
         self._losses = self.work.losses
+        # Whether it has committed when it voted.
+        self.has_committed = False
         # What a rollback has found out of a commit that was interrupted.
         self._unknown: CommitOutcomeUnknown | None = None
 
@@ -89,11 +91,11 @@ class ConnectionDataManager:
         # Also when the program rolled back the lost connection itself: a part of the transaction's
         # work is gone.
         if self.work.losses != self._losses or self.work.member is not self:
-            self.work.refuse_lost()
+            self.work.refuse_lost(self._losses)
         turn = self.work.turn
         if not turn.is_mine() and not turn.is_anothers():
             # The thread has ended whose transaction this was.
-            self.work.refuse_lost()
+            self.work.refuse_lost(self._losses)
 
     def commit(self, transaction: ITransaction) -> None:
         """With several connections, see that this one is there; see `zreconnect.siblings`."""
@@ -102,6 +104,7 @@ class ConnectionDataManager:
     def tpc_vote(self, transaction: ITransaction) -> None:
         try:
             self.guard.commit()
+            self.has_committed = True
         except Exception as error:
             if not siblings_of(transaction).is_harmless(self, error):
                 raise

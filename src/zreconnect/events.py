@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -254,12 +252,3 @@ def told(unknown: CommitOutcomeUnknown, xid: int | None = None) -> CommitOutcome
     found = unknown.outcome, unknown.request, unknown.evidence
     announce(CommitLookedUp(unknown.server, *found, xid))
     return unknown
-
-
-@contextlib.contextmanager
-def unknown_logged() -> Iterator[None]:
-    """For a block whose `CommitOutcomeUnknown` nobody is there to catch."""
-    try:
-        yield
-    except CommitOutcomeUnknown as unknown:
-        logger.error("%s", unknown, extra=vars(unknown))

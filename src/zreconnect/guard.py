@@ -24,7 +24,7 @@ from zreconnect.exceptions import (
     make_transient,
     one_line,
 )
-from zreconnect.finding import Finding, find_out
+from zreconnect.finding import Finding, find_out, finding_of, note_found
 from zreconnect.interfaces import ACTIVE
 from zreconnect.session import NO_SESSION
 from zreconnect.states import (
@@ -78,6 +78,10 @@ class Guard:
         # If the session goes on, an interrupt may have left a wait behind.
         link.session.watch.reset()
         event, keeping, then = CONSEQUENCES[moment][found]
+        if event is Event.NOT_FOUND:
+            link.note_committed()
+            evidence = link.observer.leave_evidence()
+            self.work.own.leave_untold(Outcome.UNKNOWN, evidence)
         self._follow(event, keeping, error)
         if then is Then.DISCONNECTION:
             self.raise_lost(error, inside=state is not State.IDLE)
@@ -85,8 +89,8 @@ class Guard:
             if state is State.IDLE:
                 said = f"The driver said: {one_line(error)}"
                 raise self._unknown("a statement in autocommit mode", said) from error
-            evidence = link.observer.leave_evidence()
-            raise self._unknown("COMMIT", evidence, link.observer.xid) from error
+            unknown = self._unknown("COMMIT", evidence, link.observer.xid)
+            raise self.work.own.raising(unknown) from error
         return then is Then.SETTLED
 
     def _follow(self, event: Event | None, keeping: Keeping, error: BaseException) -> None:
@@ -143,8 +147,7 @@ class Guard:
 
     def _unknown(self, request: str, evidence: str, xid: int | None = None) -> CommitOutcomeUnknown:
         """The error, which is announced."""
-        unknown = CommitOutcomeUnknown(self._link.server.address, request, evidence)
-        return self.work.own.told(events.told(unknown, xid))
+        return events.told(CommitOutcomeUnknown(self._link.server.address, request, evidence), xid)
 
     def raise_lost(self, error: BaseException, inside: bool) -> NoReturn:
         raise self._driver.disconnection_error(
@@ -288,9 +291,10 @@ class Guard:
         try:
             work.commit()
         except BaseException as error:
+            finding = finding_of(work)
             if not self.meet(error, Moment.COMMIT):
                 raise
-            self._settle_lost_commit(error)
+            self._settle_lost_commit(error, finding)
 
     def roll_back(self) -> None:
         """Roll back, and be idle.
@@ -334,7 +338,7 @@ class Guard:
                 raise
             events.logger.error("%s", unknown, extra=vars(unknown))
             # For the program's own rollback().
-            self.work.own.leave_untold(Outcome(unknown.outcome))
+            self.work.own.leave_untold(Outcome(unknown.outcome), unknown.evidence)
         else:
             if was_unknown and self.may_run_again(error):
                 raise CommitOutcomeUnknown(self._link.server.address) from error
@@ -342,45 +346,41 @@ class Guard:
     def tell(self) -> None:
         """Raise `CommitOutcomeUnknown` if an interrupt has kept the thread from learning that its
         transaction is committed, or may be."""
-        if (outcome := self.work.own.untold()) is not None:
-            raise self._telling(outcome)
+        untold = self.work.own.untold()
+        if untold is not None:
+            raise untold if isinstance(untold, BaseException) else self._telling(*untold)
 
     def _telling(self, outcome: Outcome, evidence: str = "") -> CommitOutcomeUnknown:
         server = self._link.server.address
         unknown = CommitOutcomeUnknown(server, evidence=evidence, outcome=outcome.value)
-        return self.work.own.told(unknown)
+        return self.work.own.raising(unknown)
 
-    def _settle_lost_commit(self, error: BaseException) -> None:
+    def _settle_lost_commit(self, error: BaseException, finding: Finding) -> None:
         """Return if the transaction was committed; else raise what became of it."""
-        work = self.work
-        finding = find_out(work, work.patience.policy)
-        if finding.outcome is Outcome.COMMITTED:
-            work.committed()
-        else:
-            aborted = finding.outcome is Outcome.ABORTED
-            work.note(Event.FOUND_ABORTED if aborted else Event.NOT_FOUND)
+        find_out(self.work, finding, self.work.patience.policy)
+        note_found(self.work, finding)
         finding.tell(self._link.server.address)
-        if finding.outcome is Outcome.ABORTED:
+        if finding.known is Outcome.ABORTED:
             self.raise_lost(error, inside=True)
-        if finding.outcome is Outcome.UNKNOWN:
-            raise self._telling(finding.outcome, finding.evidence) from (finding.problem or error)
+        if finding.known is Outcome.UNKNOWN:
+            raise self._telling(finding.known, finding.evidence) from (finding.problem or error)
 
     def _settle_interrupted_commit(self) -> None:
         """Be idle; raise `CommitOutcomeUnknown` unless the transaction was not committed."""
         work = self.work
         self._link.end()
-        policy = work.patience.policy.within(PATIENCE_OF_ROLLBACK)
+        finding = finding_of(work)
         # Without sessions COMMIT was executed, and its answer not read.
-        has_sessions = self._driver.has_sessions
-        finding = find_out(work, policy) if has_sessions else Finding(Outcome.UNKNOWN)
-        if finding.outcome is Outcome.ABORTED:
+        if self._driver.has_sessions:
+            find_out(work, finding, work.patience.policy.within(PATIENCE_OF_ROLLBACK))
+        if finding.known is Outcome.ABORTED:
             work.note(Event.FOUND_ABORTED)
         else:
-            work.own.leave_untold(finding.outcome)
+            work.own.leave_untold(finding.known, finding.evidence)
         work.rolled_back()
         finding.tell(self._link.server.address)
-        if finding.outcome is not Outcome.ABORTED:
-            raise self._telling(finding.outcome, finding.evidence) from finding.problem
+        if finding.known is not Outcome.ABORTED:
+            raise self._telling(finding.known, finding.evidence) from finding.problem
 
     def may_run_again(self, error: BaseException) -> bool:
         """Whether a unit of work that raised ``error`` was not committed and may succeed later."""
@@ -422,7 +422,7 @@ class Guard:
     def end_forgotten(self) -> None:
         """End what its transaction manager has forgotten, after an interrupt."""
         if self.work.is_forgotten():
-            with events.unknown_logged():
+            with self.work.unknown_logged():
                 self.work.member.abort(None)
 
     @contextlib.contextmanager
@@ -437,12 +437,12 @@ class Guard:
         work = self.work
         if work.state is State.PREPARED or work.state is State.PREPARING:
             return
-        if work.state is not State.IDLE:
+        if work.ask(Request.ROLLBACK) is Answer.ROLLS_BACK:
             events.logger.warning(
                 "A thread has ended inside its transaction on %s, which is rolled back",
                 self._link.server.address,
                 extra={"server": self._link.server.address},
             )
-        with events.unknown_logged():
+        with work.unknown_logged():
             self.roll_back()
         work.forget_member()

@@ -110,7 +110,8 @@ class LedgerObserver(SessionObserver):
         return f"SELECT concat_ws(' ', {self._place})" if self.needs_row else ""
 
     def commit(self, raw: Any) -> None:
-        if self.waits and self._is_to_enter() and not self._driver.in_failed_transaction(raw):
+        is_to_enter = self.waits and self._is_to_enter() and not self.is_replaced
+        if is_to_enter and not self._driver.in_failed_transaction(raw):
             # As long as no COMMIT is sent that has something to commit, losing the session rolls
             # back.
             self.may_have_written = False

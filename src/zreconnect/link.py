@@ -127,6 +127,10 @@ class Link:
         """Whether a statement of the last transaction may have committed it."""
         return self.was_ended or bool(self.driver.has_committed(self.session.raw))
 
+    def note_committed(self) -> None:
+        """Note what the session knows of that, before it ends or another transaction begins."""
+        self.was_ended = self.observer.is_replaced = self.has_committed()
+
     def answer_limit(self) -> float:
         """The seconds that the answer may take to a request that must not wait for ever."""
         return self.options.response_timeout or LONGEST_ATTEMPT
@@ -237,7 +241,7 @@ class Link:
         self.keepers.clear()
         session = self.session
         if session is not NO_SESSION:
-            self.was_ended = self.observer.is_replaced = self.has_committed()
+            self.note_committed()
             self._kept = self.driver.keep(session.raw)
 
     def end(self) -> None:

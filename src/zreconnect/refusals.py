@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 from zreconnect.exceptions import (
     CommitOutcomeUnknown,
@@ -44,24 +44,25 @@ _DRIVERS = {
 REFUSED = frozenset({*_DRIVERS, Answer.LOST, Answer.UNKNOWN})
 
 
-def refuse(answer: Answer, driver: Any, server: str, what: str = "") -> NoReturn:
-    """Raise what a refused request is answered.
+def refusal(answer: Answer, driver: Any, server: str, what: str = "") -> Exception:
+    """What a refused request is answered.
 
     server: the server's address. what: the request's name.
     """
     if answer is Answer.UNKNOWN:
-        raise CommitOutcomeUnknown(
+        return CommitOutcomeUnknown(
             server, evidence="Roll back (or abort) before the connection is used again."
         )
     if answer is Answer.LOST:
         original = DisconnectedConnectionError("Already disconnected")
-        raise driver.disconnection_error(
+        lost: Exception = driver.disconnection_error(
             f"Already disconnected from {server}, and nothing of the transaction is committed. "
             "Roll back (or abort) before the connection is used again.",
             (DisconnectedConnectionError, original, None),
         )
+        return lost
     name, message = _DRIVERS[answer]
-    error = getattr(driver.module, name)(message.format(what=what, server=server))
+    error: Exception = getattr(driver.module, name)(message.format(what=what, server=server))
     if answer is Answer.CONFLICT:
         make_transient(error)
-    raise error
+    return error

@@ -17,7 +17,6 @@ from zreconnect import events
 from zreconnect.exceptions import CommitOutcomeUnknown, DisconnectionError, PartlyCommitted
 from zreconnect.guard import Guard
 from zreconnect.states import Answer, Request, State
-from zreconnect.witness import Outcome
 
 if TYPE_CHECKING:
     from zreconnect.datamanager import ConnectionDataManager
@@ -63,16 +62,15 @@ class Siblings:
         one may have, and another one not.
         """
         others = [each for each in self._all if each is not member]
-        committed = [each for each in others if each.work.own.untold() is Outcome.COMMITTED]
+        committed = [each for each in others if each.has_committed]
         left = [each for each in others if each.work.state is not State.IDLE]
         is_unknown = isinstance(error, CommitOutcomeUnknown)
         is_lost = is_unknown or (committed and isinstance(error, DisconnectionError))
         if is_lost and member in self._readers:
             member.guard.roll_back()
+            member.work.own.forget()
             return True
         if committed or (is_unknown and left):
-            for each in committed:
-                each.work.own.told(None)
             where = (
                 _servers(committed),
                 _servers(left if is_unknown else [member, *left]),
@@ -80,6 +78,8 @@ class Siblings:
             )
             partly = PartlyCommitted(*where, str(error))
             events.announce(events.CommittedInPart(partly.server, *where, partly))
+            for each in (member, *committed):
+                each.work.own.raising(partly)
             raise partly from error
         return False
 

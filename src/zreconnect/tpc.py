@@ -89,7 +89,7 @@ class OwnBranch(TwoPhaseDataManager):
         if outcome is Outcome.COMMITTED:
             # tpc_commit() was interrupted, or had no answer.
             unknown = CommitOutcomeUnknown(self._connection.server, COMMIT, outcome=outcome.value)
-            raise self.work.own.told(unknown)
+            raise self.work.own.raising(unknown)
         if outcome is Outcome.UNKNOWN:
             self.let_go()
             if self._is_finishing or problem is None:
@@ -251,7 +251,7 @@ class TwoPhaseCalls(SettingsOfSessions):
         except CommitOutcomeUnknown as unknown:
             is_there, problem = self._is_still_prepared(gid)
             if wanted is Outcome.COMMITTED:
-                raise work.own.told(
+                raise work.own.raising(
                     CommitOutcomeUnknown(work.link.server.address, COMMIT, _EVIDENCE[is_there])
                 ) from (problem or unknown)
             if is_there:

@@ -127,7 +127,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
             self._finish(branch)
         elif self.branch is not None:
             # It is the parent process's.
-            self.work.refuse_lost()
+            self.work.refuse_lost(self.work.losses)
         super().tpc_finish(transaction)
 
     def abort(self, transaction: ITransaction | None) -> None:
@@ -245,7 +245,7 @@ class TwoPhaseDataManager(ConnectionDataManager):
         if decided is Outcome.COMMITTED:
             self._finish(branch)
             if not self.tells_in_abort and not self._is_finishing:
-                self.work.own.told(None)
+                self.work.own.forget()
             return
         wanted, why = Outcome.ABORTED, "although the transaction is aborted"
         if decided is Outcome.UNKNOWN:

@@ -131,8 +131,7 @@ class NoObserver:
         self._driver.rollback(raw)
 
     def has_written(self, raw: Any) -> bool:
-        has_written: bool = self._driver.has_written(raw)
-        return has_written
+        return bool(self._driver.has_written(raw))
 
     def fence(self, raw: Any) -> None:
         """The lost session is not known."""
@@ -221,7 +220,7 @@ class SessionObserver(NoObserver):
         self._is_under_way = False
 
     def has_written(self, raw: Any) -> bool:
-        has_written: bool = self._driver.has_written(raw, self._own_table)
+        has_written = bool(self._driver.has_written(raw, self._own_table))
         return (has_written and self.may_have_written) or self._has_written
 
     def fence(self, raw: Any) -> None:
@@ -252,8 +251,7 @@ class SessionObserver(NoObserver):
         All attempts to reach the server share them.
         """
         now = time.monotonic()
-        if self._deadline is None:
-            self._deadline = now + PATIENCE_WITH_ORPHANS
+        self._deadline = self._deadline or now + PATIENCE_WITH_ORPHANS
         return max(self._deadline - now, POLL_INTERVAL)
 
     def _note_begin(self, raw: Any, settings: SessionSettings, along: bool) -> None:
@@ -425,8 +423,10 @@ class XidObserver(SessionObserver):
     def describe(self) -> str:
         if self.xid is None:
             return f"{self._describe_session()} It had no transaction id."
+        before = "A statement has ended it, or may have; the id of what came before that"
         return (
-            f"{self._describe_session()} Its transaction id was {self.xid}. Ask with "
+            f"{self._describe_session()} {before if self.is_replaced else 'Its transaction id'} "
+            f"was {self.xid}. Ask with "
             f"SELECT pg_xact_status('{self.xid}'), which is only right if the server did not "
             "crash or fail over since."
         )

@@ -34,15 +34,16 @@ import contextlib
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from zreconnect import commits, events
 from zreconnect.commits import OwnCommits
+from zreconnect.exceptions import CommitOutcomeUnknown
 from zreconnect.interfaces import DOOMED
 from zreconnect.link import Check, Link, Use
 from zreconnect.policy import Patience, RetryPolicy
-from zreconnect.refusals import REFUSED, refuse
+from zreconnect.refusals import REFUSED, refusal
 from zreconnect.session import NO_SESSION
 from zreconnect.states import NEXT, REQUESTS, Answer, Event, Request, State
 from zreconnect.turn import Turn
@@ -67,15 +68,17 @@ class Work:
     """The present transaction of a connection. See the module's theory of operation.
 
     link: leads to the server. turn: whose turn it is. patience: how long transactions wait. state:
-    what is known. losses: how many transactions have been lost with their sessions. member: the
-    data manager of the larger transaction that this one is part of, or None. join: called before
-    one begins, to make it part of a larger one, or None. implicit_begin: whether a statement begins
-    a transaction. is_explicit: whether the transaction was begun by ``begin()`` and not by a
-    statement. block: has an entry while the connection is in a ``with`` block. waited: the seconds
-    that the thread has waited for its turn. number: that of the present transaction, or of the
-    last. block_began_after: that of the last one before the ``with`` block. told_by_call: the one
-    of whose commit the program learns when the call returns that commits. own: what each thread
-    knows of its own COMMITs here. savepoints: of open blocks, see `zreconnect.blocks`.
+    what is known. losses: how many transactions have been lost with their sessions. last_doubt: the
+    number of the last of them that may be committed. finding: what is known of the COMMIT that was
+    sent last, see `zreconnect.finding`. member: the data manager of the larger transaction that
+    this one is part of, or None. join: called before one begins, to make it part of a larger one,
+    or None. implicit_begin: whether a statement begins a transaction. is_explicit: whether the
+    transaction was begun by ``begin()`` and not by a statement. block: has an entry while the
+    connection is in a ``with`` block. waited: the seconds that the thread has waited for its turn.
+    number: that of the present transaction, or of the last. block_began_after: that of the last one
+    before the ``with`` block. told_by_call: the one of whose commit the program learns when the
+    call returns that commits. own: what each thread knows of its own COMMITs here. savepoints: of
+    open blocks, see `zreconnect.blocks`.
     """
 
     __slots__ = (
@@ -83,9 +86,11 @@ class Work:
         "_anchors",
         "block",
         "block_began_after",
+        "finding",
         "implicit_begin",
         "is_explicit",
         "join",
+        "last_doubt",
         "link",
         "losses",
         "member",
@@ -105,7 +110,7 @@ class Work:
         self.patience = patience
         self.state = State.IDLE
         self.number = 0
-        self.losses = 0
+        self.losses = self.last_doubt = 0
         self.member: Any = None
         self._anchors: tuple[weakref.ref[Any], ...] = ()
         self.join: Callable[[], None] | None = None
@@ -116,6 +121,7 @@ class Work:
         self.block_began_after = 0
         self.savepoints: list[Any] = []
         self.own = OwnCommits()
+        self.finding: Any = None
         _works[id(self)] = self
         self.waited = 0.0
 
@@ -125,11 +131,11 @@ class Work:
         """Write down what has happened, or is about to."""
         before = self.state
         state = NEXT[event][before]
-        if event is Event.NOT_FOUND:
-            self.own.leave_untold(Outcome.UNKNOWN)
         if state in _LOST and state is not before:
             # First: an interrupt before the next line has one loss too many, which is harmless.
             self.losses += 1
+            if state is State.UNKNOWN:
+                self.last_doubt = self.losses
             commits.note_loss()
         self.state = state
         # What a statement may have committed stays counted, whatever becomes of the rest.
@@ -175,6 +181,15 @@ class Work:
         self.member = None
         self.block.clear()
 
+    @contextlib.contextmanager
+    def unknown_logged(self) -> Iterator[None]:
+        """For a block whose `CommitOutcomeUnknown` nobody is there to catch."""
+        try:
+            yield
+        except CommitOutcomeUnknown as unknown:
+            events.logger.error("%s", unknown, extra=vars(unknown))
+            self.own.forget()
+
     def _forgotten(self, anchor: Any) -> None:
         if self.member is None or anchor not in self._anchors:
             return
@@ -193,12 +208,20 @@ class Work:
         """What becomes of a request; raises what refuses it. what: the request's name."""
         answer = REQUESTS[self.state][request]
         if answer in REFUSED:
-            refuse(answer, self.link.driver, self.link.server.address, what)
+            self._refuse(answer, what)
         return answer
 
-    def refuse_lost(self) -> NoReturn:
-        """Raise the `DisconnectionError` of who goes on after the loss of a session."""
-        refuse(Answer.LOST, self.link.driver, self.link.server.address)
+    def refuse_lost(self, since: int) -> NoReturn:
+        """Raise the error of who goes on after a transaction was lost.
+
+        since: how many had been lost before. Raises `CommitOutcomeUnknown` if one of them may be
+        committed, else `DisconnectionError`.
+        """
+        self._refuse(Answer.UNKNOWN if self.last_doubt > since else Answer.LOST)
+
+    def _refuse(self, answer: Answer, what: str = "") -> NoReturn:
+        error = refusal(answer, self.link.driver, self.link.server.address, what)
+        raise self.own.raising(error) if answer is Answer.UNKNOWN else error
 
     # Sessions
 
@@ -230,8 +253,9 @@ class Work:
     def commit(self) -> None:
         """Commit the transaction."""
         if self.savepoints:
-            refuse(Answer.OPEN, self.link.driver, self.link.server.address)
+            self._refuse(Answer.OPEN)
         session = self.link.session
+        self.finding = None
         self.own.sending()
         self.note(Event.COMMIT_LEAVES)
         observer, limit = self.link.observer, self.link.options.response_timeout
@@ -246,7 +270,7 @@ class Work:
     def prepare(self, gid: str) -> None:
         """Prepare the transaction for a two-phase commit, under that name."""
         if self.savepoints:
-            refuse(Answer.OPEN, self.link.driver, self.link.server.address)
+            self._refuse(Answer.OPEN)
         session = self.link.session
         self.note(Event.PREPARE_LEAVES)
         with session.watch.awaiting(self.link.options.response_timeout):

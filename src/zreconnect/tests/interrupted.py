@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import psycopg2
 import pymysql
 import transaction
@@ -24,6 +25,7 @@ from zreconnect import (
 from zreconnect.testing import PortForward
 
 POLICY = RetryPolicy(timeout=5, initial=0.01, maximum=0.05)
+ERRORS = psycopg2.Error, psycopg.Error, pymysql.Error
 # For a server that does not come back.
 BRIEF_POLICY = RetryPolicy(timeout=0.02, initial=0.01, maximum=0.01)
 
@@ -334,7 +336,9 @@ class DoubtingProgram(Program):
         try:
             self.commit()
         except CommitOutcomeUnknown as unknown:
-            if isinstance(unknown.__cause__, (ReconnectTimeout, self.connection.Error)):
+            if isinstance(
+                unknown.__cause__, (ReconnectTimeout, psycopg2.Error, psycopg.Error, pymysql.Error)
+            ):
                 return "unknown"
             # An interrupt's.
             raise

@@ -62,7 +62,7 @@ class DjangoConnection(ReconnectingConnection):
 
     def tell(self) -> None:
         """The program learns what became of its last commit."""
-        self.work.own.told(None)
+        _ = [*self.work.own.telling()]
 
     def leave_untold(self) -> None:
         """Have ``rollback()`` tell that the last transaction is committed."""
