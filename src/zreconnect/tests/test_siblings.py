@@ -169,6 +169,19 @@ class SiblingTests:
         transaction.commit()
         self.assertEqual(self.numbers(), [2, 1])
 
+    def test_a_rollback_meanwhile_hides_no_commit(self):
+        """Who is told that the first is found to be committed rolls it back, in vain."""
+        self.insert(self.first, self.second)
+
+        def meanwhile():
+            with self.assertRaises(CommitOutcomeUnknown):
+                self.first.rollback()
+            self.lose(self.second)
+
+        self.between(meanwhile)
+        self.assert_partly_committed(committed=[self.first], not_committed=[self.second])
+        transaction.abort()
+
     def test_nobody_runs_it_again(self):
         runs = []
 

@@ -1,0 +1,275 @@
+"""A transaction that may be committed: it is found out once, and whoever it concerns is told."""
+
+import contextlib
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import transaction
+import zope.event
+
+from zreconnect import (
+    CommitOutcomeUnknown,
+    ConnectionDescriptor,
+    DisconnectionError,
+    Ledger,
+    RetryPolicy,
+)
+from zreconnect.events import CommitLookedUp, ConnectionLost, Reconnected
+from zreconnect.states import State
+from zreconnect.tests.base import (
+    DatabaseTestCase,
+    is_evident,
+    leave_in_doubt,
+    wait_until,
+)
+from zreconnect.witness import Outcome
+
+BRIEF = RetryPolicy(timeout=0.2)
+CHAINS = "COMMIT AND CHAIN"
+
+
+class DoubtTestCase(DatabaseTestCase):
+    def setUp(self):
+        super().setUp()
+        self.make_table()
+
+    def insert(self, connection, name):
+        connection.cursor().execute("INSERT INTO item VALUES (%s)", (name,))
+
+    @contextlib.contextmanager
+    def subscriber(self, event_class, function):
+        """It is called once, in the block, with what is announced first of that class."""
+        pending = [function]
+
+        def call(event):
+            if isinstance(event, event_class) and pending:
+                pending.pop()()
+
+        zope.event.subscribers.append(call)
+        try:
+            yield
+        finally:
+            zope.event.subscribers.remove(call)
+
+    def lose_after_chain(self, connection):
+        """A statement of the transaction's second part is lost."""
+        self.insert(connection, "first part")
+        connection.cursor().execute(CHAINS)
+        self.forward.drop()
+        with self.assertRaises(CommitOutcomeUnknown) as raised:
+            self.insert(connection, "second part")
+        return raised.exception
+
+
+class PartTests(DoubtTestCase):
+    """A part of it is committed, and the program has swallowed that the rest is lost."""
+
+    def test_the_whole_is_not_run_again(self):
+        for self.driver in ("psycopg2", "psycopg"):
+            for rolls_back in (False, True):
+                with self.subTest(self.driver, rolls_back=rolls_back):
+                    self.assertEqual(self.runs(rolls_back), 1)
+                    self.assertEqual(self.names(), ["first part"])
+                    self.query("DELETE FROM item")
+
+    def runs(self, rolls_back):
+        """How often the whole is run that swallows the loss, and then perhaps rolls back."""
+        runs = []
+
+        def work():
+            runs.append(1)
+            self.lose_after_chain(connection)
+            if rolls_back:
+                connection.rollback()
+
+        with contextlib.closing(ConnectionDescriptor(self.dsn, driver=self.driver)) as descriptor:
+            connection = descriptor.connection()
+            with self.assertRaises(CommitOutcomeUnknown):
+                transaction.manager.run(work)
+            transaction.abort()
+        return len(runs)
+
+    def test_what_is_lost_without_a_doubt_is_called_lost(self):
+        descriptor = ConnectionDescriptor(self.dsn)
+        self.addCleanup(descriptor.close)
+        connection = descriptor.connection()
+        self.lose_after_chain(connection)
+        transaction.abort()
+        self.insert(connection, "lost")
+        self.forward.drop()
+        with self.assertRaises(DisconnectionError):
+            self.insert(connection, "never")
+        with self.assertRaises(DisconnectionError):
+            transaction.commit()
+        transaction.abort()
+
+    def test_the_id_is_that_of_the_first_part(self):
+        connection = self.connect(witness="xid", policy=BRIEF)
+        connection.begin()
+        self.insert(connection, "first part")
+        connection.cursor().execute(CHAINS)
+        self.insert(connection, "second part")
+        evidence = leave_in_doubt(self, connection, is_committed=False).evidence
+        self.assertRegex(evidence, r"the id of what came before that was \d+\. Ask with SELECT")
+
+    def test_what_comes_after_is_not_entered(self):
+        connection = self.connect(witness=Ledger(), policy=BRIEF)
+        connection.cursor().execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
+        self.insert(connection, "first part")
+        connection.cursor().execute(CHAINS)
+        self.insert(connection, "second part")
+        evidence = leave_in_doubt(self, connection, is_committed=False).evidence
+        self.assertIn("a statement has ended it before commit() could write it", evidence)
+
+    def test_who_is_refused_is_told(self):
+        connection = self.connect(policy=BRIEF)
+        for is_told in (True, False):
+            with self.subTest(is_told):
+                self.insert(connection, "in doubt")
+                self.forward.cut_at_commit(then=self.forward.refuse)
+                with self.assertRaises(CommitOutcomeUnknown):
+                    connection.commit()
+                self.assertIs(connection.work.state, State.UNKNOWN)
+                # As after an interrupt in the place of that error.
+                connection.work.own.leave_untold(Outcome.UNKNOWN, "Look there.")
+                if is_told:
+                    with self.assertRaises(CommitOutcomeUnknown):
+                        connection.cursor()
+                    connection.rollback()
+                else:
+                    with self.assertRaisesRegex(CommitOutcomeUnknown, "Look there"):
+                        connection.rollback()
+                connection.rollback()
+                self.forward.accept()
+                self.query("DELETE FROM item")
+
+
+class SubscriberTests(DoubtTestCase):
+    """Who is told of the loss uses the connection."""
+
+    def test_other_work_is_not_taken_for_it(self):
+        for witness in (Ledger(), "xid"):
+            for event_class in (ConnectionLost, CommitLookedUp):
+                with self.subTest(witness, event=event_class):
+                    connection = self.connect(witness=witness)
+                    connection.begin()
+                    self.insert(connection, "work")
+                    self.forward.cut("to_server", 0)
+
+                    def audit(connection=connection):
+                        connection.rollback()
+                        connection.run(self.insert, connection, "audit")
+
+                    with (
+                        self.subscriber(event_class, audit),
+                        self.assertRaises(DisconnectionError),
+                    ):
+                        connection.commit()
+                    self.assertEqual(self.names(), ["audit"])
+                    connection.rollback()
+                    self.query("DELETE FROM item")
+
+    def test_the_evidence_is_not_that_of_other_work(self):
+        connection = self.connect(witness=Ledger())
+        self.insert(connection, "first part")
+        connection.cursor().execute(CHAINS)
+        self.forward.drop()
+
+        def audit():
+            with contextlib.suppress(CommitOutcomeUnknown):
+                connection.rollback()
+            connection.run(self.insert, connection, "audit")
+
+        with (
+            self.subscriber(ConnectionLost, audit),
+            self.assertRaises(CommitOutcomeUnknown) as raised,
+        ):
+            self.insert(connection, "second part")
+        connection.rollback()
+        self.assertTrue(is_evident(raised.exception, self.query))
+        self.query("DELETE FROM item WHERE name = 'first part'")
+        self.assertEqual(self.names(), ["audit"])
+
+    def test_one_that_rolls_back_when_it_is_found(self):
+        told = []
+
+        def roll_back():
+            try:
+                connection.rollback()
+            except CommitOutcomeUnknown as unknown:
+                told.append(unknown.outcome)
+
+        connection = self.connect(witness=Ledger())
+        connection.begin()
+        self.insert(connection, "work")
+        self.forward.cut_at_commit()
+        with self.subscriber(Reconnected, roll_back):
+            connection.commit()
+        self.assertEqual((told, self.names()), (["committed"], ["work"]))
+        connection.rollback()
+
+
+class InterruptTests(DoubtTestCase):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    def test_what_was_found_is_not_asked_again(self):
+        """The next session has taken the place of the transaction's."""
+        for self.driver in ("psycopg2", "psycopg"):
+            with self.subTest(self.driver):
+                connection = self.connect(witness=Ledger())
+                connection.begin()
+                self.insert(connection, "work")
+                process = connection.work.link.session.raw.info.backend_pid
+                self.forward.cut_at_commit()
+                with (
+                    self.subscriber(Reconnected, self.interrupt),
+                    self.assertRaises(KeyboardInterrupt),
+                ):
+                    connection.commit()
+                self.query("DELETE FROM zreconnect_ledger")
+                with self.events() as seen, self.assertRaises(CommitOutcomeUnknown) as raised:
+                    connection.rollback()
+                self.assertEqual(raised.exception.outcome, "committed")
+                (looked_up,) = [each for each in seen if isinstance(each, CommitLookedUp)]
+                self.assertIn(f"in the server process {process} ", looked_up.evidence)
+                connection.rollback()
+                self.query("DELETE FROM item")
+
+
+class ThreadTests(DoubtTestCase):
+    def test_close_ends_the_search(self):
+        connection = self.connect(witness=Ledger())
+        connection.run(lambda: None)
+
+        def work():
+            connection.begin()
+            self.insert(connection, "work")
+            self.forward.cut_at_commit(then=self.forward.refuse)
+            connection.commit()
+
+        with ThreadPoolExecutor(1) as threads, self.events() as seen:
+            working = threads.submit(work)
+            wait_until(lambda: any(isinstance(each, ConnectionLost) for each in seen))
+            connection.close()
+            with self.assertRaises(CommitOutcomeUnknown):
+                working.result(30)
+        self.forward.accept()
+
+    def test_what_an_ended_thread_was_told_is_not_called_rolled_back(self):
+        connection = self.connect(witness=Ledger(), policy=BRIEF)
+
+        def work():
+            connection.begin()
+            self.insert(connection, "work")
+            self.forward.cut_at_commit(then=self.forward.refuse)
+            with self.assertRaises(CommitOutcomeUnknown):
+                connection.commit()
+
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(work).result()
+        self.forward.accept()
+        with self.assertNoLogs("zreconnect", logging.WARNING):
+            connection.rollback()
+        connection.run(lambda: None)
+        self.assertEqual(self.names(), ["work"])
