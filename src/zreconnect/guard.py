@@ -80,7 +80,7 @@ class Guard:
         event, keeping, then = CONSEQUENCES[moment][found]
         if event is Event.NOT_FOUND:
             link.note_committed()
-            evidence = link.observer.leave_evidence()
+            evidence, xid = link.observer.leave_evidence(), link.observer.xid
             self.work.own.leave_untold(Outcome.UNKNOWN, evidence)
         self._follow(event, keeping, error)
         if then is Then.DISCONNECTION:
@@ -89,8 +89,7 @@ class Guard:
             if state is State.IDLE:
                 said = f"The driver said: {one_line(error)}"
                 raise self._unknown("a statement in autocommit mode", said) from error
-            unknown = self._unknown("COMMIT", evidence, link.observer.xid)
-            raise self.work.own.raising(unknown) from error
+            raise self.work.own.raising(self._unknown("COMMIT", evidence, xid)) from error
         return then is Then.SETTLED
 
     def _follow(self, event: Event | None, keeping: Keeping, error: BaseException) -> None:

@@ -720,8 +720,9 @@ class IReconnectingConnection(Interface):
         transaction.
 
         Never fails because of a lost connection. Raises `CommitOutcomeUnknown`, and is idle all the
-        same, if an exception has interrupted ``commit()`` and the transaction is committed, or may
-        be. For that it asks the server, which takes 10 seconds at most if it cannot be reached.
+        same, if an exception has interrupted ``commit()``, or a statement that may have committed,
+        or was raised in the place of that error, and the transaction is committed, or may be. For
+        that it asks the server, which takes 10 seconds at most if it cannot be reached.
         """
 
     def close():
