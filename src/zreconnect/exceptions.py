@@ -142,8 +142,10 @@ class ReconnectTimeout(Exception):
 class CommitOutcomeUnknown(Exception):
     """The connection was lost while a commit was under way: the work may be committed or not.
 
-    In autocommit mode every statement is a commit. No retry loop runs the work again by itself,
-    because that could do it twice.
+    In autocommit mode every statement is a commit. No retry loop runs the work again after this
+    error, because that could do it twice. Do not swallow it in work that ``transaction``'s or a
+    publisher's loop runs: those do not know what was committed within, and may run it again after
+    a later error.
 
     server: the server's address without password.
     request: what was under way.

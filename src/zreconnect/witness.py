@@ -58,7 +58,7 @@ class XidWitness:
     """Records the transaction id, and asks the server what became of it.
 
     Needs no table. It proves a commit unless the server crashed or failed over since; then the
-    outcome is unknown. That it was not committed, it proves always.
+    outcome is unknown. That it was not committed, it proves in nearly all cases: see the manual.
 
     at_commit: False asks for the id along with BEGIN, which costs no round trip, but uses up an id
     for each transaction that may write. True asks just before COMMIT, and only a transaction that
@@ -277,7 +277,7 @@ class SessionObserver(NoObserver):
         lost = datetime.now(timezone.utc).isoformat(sep=" ", timespec="seconds")
         return (
             f"It was lost at {lost}, in the server process {self._session.pid} that had started "
-            f"at {self._session.start}."
+            f"at {self._session.start}; look when that has ended."
         )
 
     def _identify(self, raw: Any, settings: SessionSettings) -> ServerSession:
