@@ -730,6 +730,13 @@ class DriverConformance(TestCase):
         self.assertEqual(list(self.driver.query(raw, statement, ("a",))), [("a", None)])
         self.assertEqual(list(self.driver.query(raw, statement, ("b",))), [])
 
+    def test_parameters_of_query_are_not_read(self) -> None:
+        raw = self._open()
+        for text in ("a\\b", "it's", 'say "a"', "100 %", "%s", "a\\'; --"):
+            with self.subTest(text):
+                (row,) = self.driver.query(raw, "SELECT %s", (text,))
+                self.assertEqual(tuple(row), (text,))
+
     def test_query_does_not_use_the_cursor_class_of_the_user(self) -> None:
         raw = self._open()
         self.driver.set_cursor_factory(raw, Forbidden)
