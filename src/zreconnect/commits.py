@@ -114,9 +114,11 @@ class OwnCommits:
         """What became of the calling thread's COMMIT, with the evidence, or the error that was to
         say so, if the thread may not know it; else None."""
         untold = self._local.untold
-        if not untold or (isinstance(untold[-1], BaseException) and _has_come_out(untold[-1])):
-            return None
-        return untold[-1]
+        if untold and isinstance(untold[-1], BaseException) and _has_come_out(untold[-1]):
+            # Its traceback keeps the program's frames.
+            untold.clear()
+        # One that is being handled goes on.
+        return untold[-1] if untold and untold[-1] is not sys.exc_info()[1] else None
 
     def telling(self) -> Iterator[None]:
         """What tells the thread of its commit when it is unpacked.
@@ -129,8 +131,6 @@ class OwnCommits:
 
 
 def _has_come_out(error: BaseException) -> bool:
-    """Whether the program has got an error, or is about to: one that is being handled goes on."""
+    """Whether the program has got an error."""
     trace = error.__traceback__
-    if trace is None or sys.exc_info()[1] is error:
-        return True
-    return trace.tb_frame.f_globals.get("__package__") not in _PACKAGES
+    return trace is None or trace.tb_frame.f_globals.get("__package__") not in _PACKAGES

@@ -102,9 +102,10 @@ class ConnectionDataManager:
         siblings_of(transaction).before_commits(self)
 
     def tpc_vote(self, transaction: ITransaction) -> None:
+        is_active = self.work.state is State.ACTIVE
         try:
             self.guard.commit()
-            self.has_committed = True
+            self.has_committed = is_active
         except Exception as error:
             if not siblings_of(transaction).is_harmless(self, error):
                 raise

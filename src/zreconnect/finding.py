@@ -26,7 +26,7 @@ class Finding:
 
     number: the transaction's, see `Work`. evidence, xid: see `ICommitLookedUp`. outcome: None as
     long as nobody has found it out. problem: what has kept us from that. was_looked_up: whether the
-    server was asked.
+    server was asked. is_parents: whether this is a forked child, and the transaction its parent's.
     """
 
     number: int
@@ -35,6 +35,11 @@ class Finding:
     outcome: Outcome | None = None
     problem: BaseException | None = None
     was_looked_up: bool = False
+    is_parents: bool = False
+
+    def is_present(self, work: Work) -> bool:
+        """Whether the connection has not gone on, to another transaction or process."""
+        return self.number == work.number and not self.is_parents
 
     @property
     def known(self) -> Outcome:
@@ -64,8 +69,8 @@ def find_out(work: Work, finding: Finding, policy: RetryPolicy) -> None:
     policy: for how long the next session is tried. Raises what is neither the driver's nor the
     policy's error, such as an interrupt.
     """
-    if finding.number != work.number:
-        # The connection has gone on, after a rollback which has found out what could be.
+    if not finding.is_present(work):
+        # A rollback has found out what could be.
         return
     if finding.outcome is None:
         _look_up(work, finding, policy)
@@ -88,16 +93,23 @@ def _look_up(work: Work, finding: Finding, policy: RetryPolicy) -> None:
                 finding.outcome = link.observer.outcome(raw)
             link.record_session(raw)
 
+        def check() -> None:
+            work.check_open()
+            if not finding.is_present(work):
+                raise link.driver.module.OperationalError(
+                    "The connection was used meanwhile, by a subscriber of an event"
+                )
+
         finding.was_looked_up = True
         try:
-            work.open(first_use, policy, work.check_open)
+            work.open(first_use, policy, check)
         except lookup_errors(work) as error:
             finding.problem = error
 
 
 def note_found(work: Work, finding: Finding) -> None:
     """Note what became of the transaction, unless the connection has gone on to another one."""
-    if finding.number != work.number:
+    if not finding.is_present(work):
         return
     if finding.known is Outcome.COMMITTED:
         work.committed()

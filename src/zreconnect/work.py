@@ -252,10 +252,10 @@ class Work:
 
     def commit(self) -> None:
         """Commit the transaction."""
+        self.finding = None
         if self.savepoints:
             self._refuse(Answer.OPEN)
         session = self.link.session
-        self.finding = None
         self.own.sending()
         self.note(Event.COMMIT_LEAVES)
         observer, limit = self.link.observer, self.link.options.response_timeout
@@ -361,6 +361,8 @@ class Work:
         """This is a forked child: the session, and a transaction in it, are the parent's."""
         self.turn = self.turn.in_child()
         self.own = OwnCommits()
+        if self.finding is not None:
+            self.finding.is_parents = True
         self.note(Event.FORKED)
         self.link.renew_observer()
 

@@ -1,7 +1,9 @@
 """A transaction that may be committed: it is found out once, and whoever it concerns is told."""
 
 import contextlib
+import gc
 import logging
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import transaction
@@ -14,7 +16,12 @@ from zreconnect import (
     Ledger,
     RetryPolicy,
 )
-from zreconnect.events import CommitLookedUp, ConnectionLost, Reconnected
+from zreconnect.events import (
+    CommitLookedUp,
+    ConnectionAttemptFailed,
+    ConnectionLost,
+    Reconnected,
+)
 from zreconnect.states import State
 from zreconnect.tests.base import (
     DatabaseTestCase,
@@ -207,6 +214,75 @@ class SubscriberTests(DoubtTestCase):
             connection.commit()
         self.assertEqual((told, self.names()), (["committed"], ["work"]))
         connection.rollback()
+
+    def test_a_transaction_that_they_leave_open_keeps_its_session(self):
+        connection = self.connect(witness=Ledger())
+        connection.begin()
+        self.insert(connection, "work")
+        self.forward.cut_at_commit(then=self.forward.refuse)
+
+        def go_on():
+            self.forward.accept()
+            with contextlib.suppress(CommitOutcomeUnknown):
+                connection.rollback()
+            connection.begin()
+            self.insert(connection, "other")
+
+        with self.subscriber(ConnectionAttemptFailed, go_on):
+            connection.commit()
+        connection.commit()
+        self.assertEqual(self.names(), ["other", "work"])
+
+    def test_a_child_knows_nothing_of_it(self):
+        connection = self.connect(witness=Ledger())
+        connection.begin()
+        self.insert(connection, "work")
+        self.forward.cut_at_commit()
+
+        def in_child():
+            connection.work.in_child()
+
+        with (
+            self.subscriber(ConnectionLost, in_child),
+            self.assertRaises(CommitOutcomeUnknown),
+        ):
+            connection.commit()
+        connection.rollback()
+
+    def test_what_was_found_before_is_not_believed(self):
+        for self.driver in ("psycopg2", "psycopg"):
+            with self.subTest(self.driver):
+                connection = self.connect(witness=Ledger())
+                connection.begin()
+                self.insert(connection, "one")
+                self.forward.cut_at_commit()
+                connection.commit()
+                self.insert(connection, "two")
+                with contextlib.suppress(DisconnectionError), connection.transaction():
+                    connection.work.link.session.raw.close()
+                    with self.assertRaises(DisconnectionError):
+                        connection.commit()
+                connection.rollback()
+                self.assertEqual(self.names(), ["one"])
+                self.query("DELETE FROM item")
+
+    def test_what_was_told_is_not_kept(self):
+        class Local:
+            pass
+
+        def commit():
+            local = Local()
+            with contextlib.suppress(CommitOutcomeUnknown):
+                connection.commit()
+            return weakref.ref(local)
+
+        connection = self.connect(witness=None)
+        self.insert(connection, "work")
+        self.forward.cut_at_commit()
+        reference = commit()
+        connection.rollback()
+        gc.collect()
+        self.assertIsNone(reference())
 
 
 class InterruptTests(DoubtTestCase):

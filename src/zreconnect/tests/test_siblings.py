@@ -169,6 +169,16 @@ class SiblingTests:
         transaction.commit()
         self.assertEqual(self.numbers(), [2, 1])
 
+    def test_what_was_rolled_back_before_has_not_committed(self):
+        self.insert(self.first)
+        self.first.rollback()
+        self.insert(self.second)
+        self.between(self.lose, self.second)
+        with self.assertRaises(DisconnectionError):
+            transaction.commit()
+        transaction.abort()
+        self.assertEqual(self.numbers(), [0, 0])
+
     def test_a_rollback_meanwhile_hides_no_commit(self):
         """Who is told that the first is found to be committed rolls it back, in vain."""
         self.insert(self.first, self.second)
