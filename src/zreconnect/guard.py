@@ -349,7 +349,7 @@ class Guard:
         if untold is not None:
             raise untold if isinstance(untold, BaseException) else self._telling(*untold)
 
-    def _telling(self, outcome: Outcome, evidence: str = "") -> CommitOutcomeUnknown:
+    def _telling(self, outcome: Outcome, evidence: str) -> CommitOutcomeUnknown:
         server = self._link.server.address
         unknown = CommitOutcomeUnknown(server, evidence=evidence, outcome=outcome.value)
         return self.work.own.raising(unknown)

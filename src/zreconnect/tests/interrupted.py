@@ -336,9 +336,7 @@ class DoubtingProgram(Program):
         try:
             self.commit()
         except CommitOutcomeUnknown as unknown:
-            if isinstance(
-                unknown.__cause__, (ReconnectTimeout, psycopg2.Error, psycopg.Error, pymysql.Error)
-            ):
+            if isinstance(unknown.__cause__, (ReconnectTimeout, *ERRORS)):
                 return "unknown"
             # An interrupt's.
             raise
