@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 Error = TypeVar("Error", bound=BaseException)
 
 # Through whose frames an error has to go before it is the program's.
-_PACKAGES = frozenset({"zreconnect", "zreconnect.integrations", "zreconnect.integrations.django"})
+_PACKAGES = frozenset(
+    {"transaction", "zreconnect", "zreconnect.integrations", "zreconnect.integrations.django"}
+)
 
 
 @dataclass
@@ -34,6 +36,8 @@ class Commits:
 
 # Of the calls that are watched, one inside the other. A thread that such a call starts is outside.
 _watched: ContextVar[tuple[Commits, ...]] = ContextVar("zreconnect_commits", default=())
+# Whether the code that asks is a subscriber of an event, or called by one.
+_announcing: ContextVar[bool] = ContextVar("zreconnect_announcing", default=False)
 
 
 @contextmanager
@@ -64,6 +68,16 @@ def note_loss() -> None:
     """A transaction is lost with its session."""
     for commits in _watched.get():
         commits.lost += 1
+
+
+@contextmanager
+def announcing() -> Iterator[None]:
+    """For a block that notifies subscribers: what they are told, the program is not."""
+    token = _announcing.set(True)
+    try:
+        yield
+    finally:
+        _announcing.reset(token)
 
 
 class _OfThread(threading.local):
@@ -107,6 +121,8 @@ class OwnCommits:
     def raising(self, unknown: Error) -> Error:
         """``unknown``, with which the calling thread learns what became of its COMMIT, unless
         something else is raised in its place before it has come out of here."""
+        if _announcing.get():
+            return unknown
         # In one step, as `telling`.
         return [unknown, *map(self._local.untold.append, (unknown,))][0]  # type: ignore[return-value]
 

@@ -12,7 +12,8 @@ from zreconnect.documented import implements
 from zreconnect.exceptions import CommitOutcomeUnknown
 from zreconnect.interfaces import ITransactionDataManager
 from zreconnect.siblings import siblings_of
-from zreconnect.states import State
+from zreconnect.states import COMMIT_SENT, State
+from zreconnect.witness import Outcome
 
 if TYPE_CHECKING:
     from zreconnect.connection import ReconnectingConnection
@@ -44,8 +45,11 @@ class ConnectionDataManager:
         self.work = connection.work
         self.guard = connection.guard
         self._losses = self.work.losses
-        # Whether it has committed when it voted.
+        # Whether it has committed; and whether it had only read, as far as is known.
         self.has_committed = False
+        self.has_only_read = False
+        # Whether the thread has been told that.
+        self._has_finished = False
         # What a rollback has found out of a commit that was interrupted.
         self._unknown: CommitOutcomeUnknown | None = None
 
@@ -71,6 +75,13 @@ class ConnectionDataManager:
                 self.guard.tell()
         except CommitOutcomeUnknown as unknown:
             self._unknown = unknown
+        if self._unknown is None and self.has_committed and self._has_finished:
+            # Another one has failed to finish, and what it has raised may run the work again.
+            self._unknown = CommitOutcomeUnknown(
+                self._connection.server,
+                evidence="Another data manager of the transaction has failed to finish.",
+                outcome=Outcome.COMMITTED.value,
+            )
         if self._unknown is not None:
             raise self._unknown
 
@@ -105,13 +116,20 @@ class ConnectionDataManager:
         is_active = self.work.state is State.ACTIVE
         try:
             self.guard.commit()
-            self.has_committed = is_active
         except Exception as error:
-            if not siblings_of(transaction).is_harmless(self, error):
+            # What interrupts a COMMIT goes on as it is, and `abort` tells what became of that.
+            is_settled = self.work.state not in COMMIT_SENT
+            if not (is_settled and siblings_of(transaction).is_harmless(self, error)):
                 raise
+        else:
+            self.has_committed = is_active and not self.has_only_read
+            if self.has_only_read:
+                self.work.own.withdraw()
+                self.work.own.forget()
 
     def tpc_finish(self, transaction: ITransaction) -> None:
         self.work.leave(self)
+        self._has_finished = True
         if self.work.told_by_call != self.work.number:
             _ = [*self.work.own.telling()]
 

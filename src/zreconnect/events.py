@@ -12,6 +12,7 @@ from zope.event import notify
 
 from zreconnect import interfaces
 from zreconnect.advice import advice
+from zreconnect.commits import announcing
 from zreconnect.documented import implements
 from zreconnect.exceptions import (
     CommitOutcomeUnknown,
@@ -239,7 +240,8 @@ def announce(event: Event) -> None:
     """
     logger.log(event.level, "%s", event, extra=event.fields())
     try:
-        notify(event)
+        with announcing():
+            notify(event)
     except Exception as error:
         # What is raised right here is the program's, by a signal's handler.
         if error.__traceback__ is not None and error.__traceback__.tb_next is None:

@@ -82,7 +82,7 @@ def _look_up(work: Work, finding: Finding, policy: RetryPolicy) -> None:
     link = work.link
     if link.has_committed():
         finding.outcome = Outcome.UNKNOWN
-    elif work.state is State.DOOMED or not link.observer.may_have_written:
+    elif work.state is State.DOOMED or not link.observer.may_have_committed:
         # It is doomed if COMMIT was refused.
         finding.outcome = Outcome.ABORTED
     elif link.options.witness is not None:

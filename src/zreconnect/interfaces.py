@@ -555,9 +555,10 @@ class IObserver(Interface):
     """
 
     watches_statements = Attribute("Whether `executed` wants to know of each statement.")
-    may_have_written = Attribute(
-        "Whether a COMMIT that was lost may have committed something. If not, the work may run "
-        "again, and `outcome` must not be asked."
+    may_have_committed = Attribute(
+        "Whether a COMMIT of the transaction may have left, by `commit`, that has something to "
+        "commit: until then, losing the session rolls back. If not, the work may run again, and "
+        "`outcome` must not be asked."
     )
     waits = Attribute(
         "Whether nothing may go along with BEGIN, because the transaction's first statement must "

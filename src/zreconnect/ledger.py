@@ -110,14 +110,15 @@ class LedgerObserver(SessionObserver):
         return f"SELECT concat_ws(' ', {self._place})" if self.needs_row else ""
 
     def commit(self, raw: Any) -> None:
+        self.may_have_committed = False
         is_to_enter = self.waits and self._is_to_enter() and not self.is_replaced
-        if is_to_enter and not self._driver.in_failed_transaction(raw):
-            # As long as no COMMIT is sent that has something to commit, losing the session rolls
-            # back.
-            self.may_have_written = False
-            if self._driver.query(raw, "SHOW transaction_read_only") == [("off",)]:
-                self._driver.query(raw, self._enter())
-            self.may_have_written = True
+        if (
+            is_to_enter
+            and not self._driver.in_failed_transaction(raw)
+            and self._driver.query(raw, "SHOW transaction_read_only") == [("off",)]
+        ):
+            self._driver.query(raw, self._enter())
+        self.may_have_committed = self.may_have_written
         self._driver.commit(raw)
         self._is_under_way = False
         self.acknowledged()

@@ -91,7 +91,8 @@ def run_unit_of_work(
                 raise
             seconds = time.monotonic() - started
             if is_final:
-                give_up(name_of(function), attempt, seconds, error, "something of it is committed")
+                reason = "something of it is committed, or may be"
+                give_up(name_of(function), attempt, seconds, error, reason)
                 raise
             if attempt >= attempts and seconds >= (timeout or 0):
                 give_up(name_of(function), attempt, seconds, error, "its attempts are over")

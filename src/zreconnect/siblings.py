@@ -3,8 +3,8 @@
 With one phase, each commits by itself when it votes. If a later one's COMMIT fails, what the
 earlier ones have committed stays, and nothing can take it back. So before the first COMMIT all of
 them are asked: who is lost is found out while the work may still run again. When one has committed,
-or may have, what the next one meets is told as what it is, and runs no work again; unless it is one
-that has only read, for then nothing is missing.
+or may have, what the next one meets is told as what it is, and runs no work again. Those that have
+only read do not count: of them nothing is missing.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ class Siblings:
 
     def __init__(self) -> None:
         self._all: list[ConnectionDataManager] = []
-        # Those that commit when they vote; and which of them have only read, as far as is known.
+        # Those that commit when they vote; and which of them have written, as far as is known.
         self._one_phase = 0
         self._writers: list[ConnectionDataManager] = []
-        self._readers: list[ConnectionDataManager] = []
 
     def add(self, member: ConnectionDataManager) -> None:
         self._all.append(member)
@@ -53,28 +52,32 @@ class Siblings:
             self._writers.append(member)
             _warn(self._writers)
         else:
-            self._readers.append(member)
+            member.has_only_read = True
 
     def is_harmless(self, member: ConnectionDataManager, error: Exception) -> bool:
-        """Whether nothing is missing although ``member`` has met ``error`` in its vote.
+        """Whether nothing is missing although ``member`` has met ``error`` when it committed.
 
         Raises `PartlyCommitted` if the error does not tell all: a sibling has committed, or this
         one may have, and another one not.
         """
-        others = [each for each in self._all if each is not member]
+        others = [each for each in self._all if each is not member and not each.has_only_read]
         committed = [each for each in others if each.has_committed]
         left = [each for each in others if each.work.state is not State.IDLE]
         is_unknown = isinstance(error, CommitOutcomeUnknown)
         is_lost = is_unknown or (committed and isinstance(error, DisconnectionError))
-        if is_lost and member in self._readers:
+        if is_lost and member.has_only_read:
             member.guard.roll_back()
             member.work.own.forget()
             return True
+        same = [member]
+        if not member.commits_in_vote:
+            # It is a branch, and those that are left are others of the same transaction.
+            same, left = [member, *left], []
         if committed or (is_unknown and left):
             where = (
                 _servers(committed),
-                _servers(left if is_unknown else [member, *left]),
-                _servers([member] if is_unknown else []),
+                _servers(left if is_unknown else [*same, *left]),
+                _servers(same if is_unknown else []),
             )
             partly = PartlyCommitted(*where, str(error))
             events.announce(events.CommittedInPart(partly.server, *where, partly))
@@ -84,8 +87,10 @@ class Siblings:
         return False
 
 
-def siblings_of(transaction: ITransaction) -> Siblings:
-    """Those of a transaction of a transaction manager's."""
+def siblings_of(transaction: ITransaction | None) -> Siblings:
+    """Those of a transaction of a transaction manager's; without one there are none."""
+    if transaction is None:
+        return Siblings()
     try:
         siblings: Siblings = transaction.data(Siblings)
     except KeyError:

@@ -48,6 +48,10 @@ class State(_Constant):
         self.shown = shown
 
 
+# After these `rollback()` finds out whether it is committed.
+COMMIT_SENT = frozenset({State.COMMITTING, State.UNSETTLED})
+
+
 class Request(_Constant):
     """What a program asks of a connection."""
 

@@ -73,14 +73,11 @@ class OwnBranch(TwoPhaseDataManager):
             raise events.told(unknown, branch.xid) from error
         super()._raise_unprepared(branch, found, error)
 
-    def _raise_unknown(self, branch: Branch, problem: BaseException | None) -> NoReturn:
-        unknown = CommitOutcomeUnknown(
-            self._connection.server,
-            COMMIT,
+    def _evidence(self, branch: Branch) -> str:
+        return (
             f"tpc_commit() can be called again. What is still prepared as {branch.gid} is not "
-            "committed.",
+            "committed."
         )
-        raise events.told(unknown, branch.xid) from problem
 
     def _abort_prepared(self, branch: Branch) -> None:
         if self.work.state is State.PREPARING:

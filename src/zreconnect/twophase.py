@@ -26,6 +26,7 @@ from zreconnect.exceptions import CommitOutcomeUnknown, one_line
 from zreconnect.finding import lookup_errors
 from zreconnect.policy import RetryPolicy
 from zreconnect.session import NO_SESSION
+from zreconnect.siblings import siblings_of
 from zreconnect.states import Event, Moment, Request, State
 from zreconnect.witness import PATIENCE_WITH_ORPHANS, POLL_INTERVAL, Outcome
 from zreconnect.work import PATIENCE_OF_ROLLBACK
@@ -124,7 +125,16 @@ class TwoPhaseDataManager(ConnectionDataManager):
         branch = self.in_doubt()
         if branch is not None:
             self.work.own.sending()
-            self._finish(branch)
+            try:
+                self._finish(branch)
+            except Exception as error:
+                # What interrupts it goes on as it is, and `abort` tells what became of it.
+                is_settled = isinstance(error, CommitOutcomeUnknown) or (
+                    self.decision.outcome is Outcome.ABORTED
+                )
+                if not (is_settled and siblings_of(transaction).is_harmless(self, error)):
+                    raise
+            self.has_committed = True
         elif self.branch is not None:
             # It is the parent process's.
             self.work.refuse_lost(self.work.losses)
@@ -219,15 +229,19 @@ class TwoPhaseDataManager(ConnectionDataManager):
         if outcome is Outcome.ABORTED:
             self._raise_rolled_back(branch)
 
-    def _raise_unknown(self, branch: Branch, problem: BaseException | None) -> NoReturn:
-        unknown = CommitOutcomeUnknown(
-            self._connection.server,
-            COMMIT,
+    def _evidence(self, branch: Branch) -> str:
+        """What leads a person to the outcome."""
+        return (
             f"The deciding branch of its two-phase commit is {branch.gid}. Run zreconnect recover "
             "with the DSNs of all databases that took part: it finds the outcome out, and shows "
-            "what is still prepared.",
+            "what is still prepared."
         )
-        raise events.told(unknown, branch.xid) from problem
+
+    def _raise_unknown(self, branch: Branch, problem: BaseException | None) -> NoReturn:
+        evidence, own = self._evidence(branch), self.work.own
+        own.leave_untold(Outcome.UNKNOWN, evidence)
+        unknown = CommitOutcomeUnknown(self._connection.server, COMMIT, evidence)
+        raise own.raising(events.told(unknown, branch.xid)) from problem
 
     def _raise_rolled_back(self, branch: Branch) -> NoReturn:
         # Not a DisconnectionError: data managers that finished before may have committed.
@@ -261,6 +275,8 @@ class TwoPhaseDataManager(ConnectionDataManager):
         outcome, problem = self._end_prepared(branch, wanted, policy)
         self.decision.outcome = outcome if wanted is Outcome.COMMITTED else decided
         if outcome is Outcome.UNKNOWN:
+            if wanted is Outcome.COMMITTED:
+                self.work.own.leave_untold(outcome, self._evidence(branch))
             self._leave(branch, why, problem)
 
     def _end_prepared(
@@ -338,11 +354,11 @@ class TwoPhaseDataManager(ConnectionDataManager):
         return outcome
 
     def _leave(self, branch: Branch, why: str, problem: BaseException | None = None) -> None:
-        """Let go of what stays prepared."""
+        """Let go of what may stay prepared."""
         error = "" if problem is None else f" The last error was: {one_line(problem)}"
         events.logger.error(
-            "%s stays prepared in %s, %s. To end it, run zreconnect recover with the DSNs of all "
-            "databases that took part.%s",
+            "%s may still be prepared in %s, %s. To end it, run zreconnect recover with the DSNs "
+            "of all databases that took part.%s",
             branch.gid,
             self._connection.server,
             why,

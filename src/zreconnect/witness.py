@@ -100,7 +100,7 @@ class NoObserver:
     def __init__(self, driver: Any) -> None:
         self._driver = driver
         # Without a server no answer is lost: a connection that was closed has not committed.
-        self.may_have_written = driver.has_sessions
+        self.may_have_committed = driver.has_sessions
 
     @property
     def takes_writes(self) -> bool:
@@ -180,7 +180,7 @@ class SessionObserver(NoObserver):
         self._deadline: float | None = None
         # Whether the program has the raw connection.
         self._is_handed_out = False
-        self.may_have_written = False
+        self.may_have_written = self.may_have_committed = False
         # What stands for the last transaction that was acknowledged, if any.
         self._acknowledged: int | None = None
 
@@ -260,7 +260,7 @@ class SessionObserver(NoObserver):
         self._sent, self._began = time.monotonic(), None
         self._marks, self._is_on_primary = (), False
         self._goes_along = along
-        self._has_written = self.is_replaced = False
+        self._has_written = self.is_replaced = self.may_have_committed = False
         # Behind a pooler another server may have taken the place of a standby.
         self.may_have_written = (
             not self._session.is_standby or self._session.is_pooled
@@ -275,10 +275,7 @@ class SessionObserver(NoObserver):
     def _describe_session(self) -> str:
         assert self._session is not None
         lost = datetime.now(timezone.utc).isoformat(sep=" ", timespec="seconds")
-        return (
-            f"It was lost at {lost}, in the server process {self._session.pid} that had started "
-            f"at {self._session.start}; look when that has ended."
-        )
+        return f"It was lost at {lost}, in {self._session}; look when that has ended."
 
     def _identify(self, raw: Any, settings: SessionSettings) -> ServerSession:
         session: ServerSession = self._driver.identify(raw)
@@ -358,9 +355,11 @@ class XidObserver(SessionObserver):
         return Evidence(began, self._marks)
 
     def commit(self, raw: Any) -> None:
+        self.may_have_committed = False
         if self._has_written:
             self._commit_with_id(raw, ID)
         elif not (self._asks_at_commit and self.may_have_written and self._knows_ids):
+            self.may_have_committed = self.may_have_written
             self._driver.commit(raw)
         elif self._reads_write:
             self._commit_with_id(raw, ASSIGNED_ID)
@@ -371,12 +370,12 @@ class XidObserver(SessionObserver):
             self._acknowledged = self.xid
 
     def _commit_with_id(self, raw: Any, xid: str) -> None:
-        if not self._driver.in_failed_transaction(raw):
+        self.may_have_committed = self._driver.in_failed_transaction(raw)
+        if not self.may_have_committed:
             self._ask_id(raw, self._questions[xid])
         self._driver.commit(raw)
 
     def _commit_unless_written(self, raw: Any) -> None:
-        self.may_have_written = False
         try:
             self._driver.commit(raw, NOTHING_WRITTEN)
         except self._driver.module.DataError:
@@ -391,11 +390,9 @@ class XidObserver(SessionObserver):
             self._acknowledged = self.xid
 
     def _ask_id(self, raw: Any, question: str) -> None:
-        # As long as no COMMIT is sent that has something to commit, losing the session rolls back.
-        self.may_have_written = False
         (row,) = self._driver.query(raw, question)
         self.began(row)
-        self.may_have_written = self.xid is not None
+        self.may_have_committed = self.xid is not None
 
     def outcome(self, raw: Any) -> Outcome:
         assert self._session is not None

@@ -45,7 +45,7 @@ from zreconnect.link import Check, Link, Use
 from zreconnect.policy import Patience, RetryPolicy
 from zreconnect.refusals import REFUSED, refusal
 from zreconnect.session import NO_SESSION
-from zreconnect.states import NEXT, REQUESTS, Answer, Event, Request, State
+from zreconnect.states import COMMIT_SENT, NEXT, REQUESTS, Answer, Event, Request, State
 from zreconnect.turn import Turn
 from zreconnect.witness import Outcome
 
@@ -56,8 +56,7 @@ PATIENCE_OF_ROLLBACK = 10.0
 
 # A part of what was done is not there, or perhaps not.
 _LOST = frozenset({State.DOOMED, State.UNKNOWN, State.TORN})
-_COMMIT_SENT = frozenset({State.COMMITTING, State.UNSETTLED})
-_GOES_ON = _COMMIT_SENT | {State.ACTIVE}
+_GOES_ON = COMMIT_SENT | {State.ACTIVE}
 # After these the COMMIT that was sent is known to have committed nothing.
 _NOT_COMMITTED = frozenset({Event.REFUSED, Event.GOES_ON, Event.FOUND_ABORTED})
 # The end of the session rolls back what these answer.
@@ -139,7 +138,7 @@ class Work:
             commits.note_loss()
         self.state = state
         # What a statement may have committed stays counted, whatever becomes of the rest.
-        if before in _COMMIT_SENT and event in _NOT_COMMITTED and not self.link.has_committed():
+        if before in COMMIT_SENT and event in _NOT_COMMITTED and not self.link.has_committed():
             self.own.withdraw()
         if before is State.ACTIVE and state not in _GOES_ON and self.link.has_committed():
             self.own.sending()

@@ -72,6 +72,7 @@ class ServerSession:
     is_pooled: whether any transaction may be in another one, see `SessionSettings`.
     is_lent: whether a pooler has it, and gives it to others afterwards.
     history: that of the server; None if it is a standby, or does not tell.
+    start_is: what ``start`` is, for people.
     """
 
     pid: int
@@ -80,6 +81,11 @@ class ServerSession:
     is_pooled: bool = False
     is_lent: bool = False
     history: History | None = None
+    start_is: str = "that had started at"
+
+    def __str__(self) -> str:
+        start = "" if self.start is None else f" {self.start_is} {self.start}"
+        return f"the server process {self.pid}{start}"
 
 
 # A transaction as its server knows it: the number of its session, and its start there.

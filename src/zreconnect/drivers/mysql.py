@@ -633,7 +633,9 @@ class MysqlDriver(ChoosingDriver):
                 raise
             ((locked, name),) = self.query(raw, f"SELECT NULL, {system}")
         history = History(name, timeline="", stats_reset=None)
-        return ServerSession(raw.thread_id(), lock if locked else None, history=history)
+        return ServerSession(
+            raw.thread_id(), lock if locked else None, history=history, start_is="with the lock"
+        )
 
     def end_session(self, raw: Any, session: ServerSession, evidence: Evidence) -> bool:
         if session.start is None:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import transaction
 import zope.event
+from transaction.interfaces import TransientError
 
 from zreconnect import (
     CommitOutcomeUnknown,
@@ -16,6 +17,7 @@ from zreconnect import (
     Ledger,
     RetryPolicy,
 )
+from zreconnect.datamanager import join_transactions
 from zreconnect.events import (
     CommitLookedUp,
     ConnectionAttemptFailed,
@@ -29,6 +31,7 @@ from zreconnect.tests.base import (
     leave_in_doubt,
     wait_until,
 )
+from zreconnect.tests.test_siblings import LAYER
 from zreconnect.witness import Outcome
 
 BRIEF = RetryPolicy(timeout=0.2)
@@ -310,6 +313,95 @@ class InterruptTests(DoubtTestCase):
                 (looked_up,) = [each for each in seen if isinstance(each, CommitLookedUp)]
                 self.assertIn(f"in the server process {process} ", looked_up.evidence)
                 connection.rollback()
+                self.query("DELETE FROM item")
+
+    def test_what_a_subscriber_was_told_the_program_was_not(self):
+        """One that rolls back is told; the next one is interrupted."""
+        for self.driver in ("psycopg2", "psycopg"):
+            for event_class in (ConnectionLost, Reconnected):
+                with self.subTest(self.driver, event=event_class):
+                    connection = self.connect(witness=Ledger())
+                    connection.run(lambda: None)
+                    connection.begin()
+                    self.insert(connection, "work")
+
+                    def roll_back(connection=connection):
+                        with self.assertRaises(CommitOutcomeUnknown):
+                            connection.rollback()
+
+                    self.forward.cut_at_commit()
+                    with (
+                        self.subscriber(event_class, roll_back),
+                        self.subscriber(event_class, self.interrupt),
+                        self.assertRaises(KeyboardInterrupt),
+                    ):
+                        connection.commit()
+                    with self.assertRaises(CommitOutcomeUnknown) as raised:
+                        connection.rollback()
+                    self.assertEqual(raised.exception.outcome, "committed")
+                    connection.rollback()
+                    self.assertEqual(self.names(), ["work"])
+                    self.query("DELETE FROM item")
+
+    def test_what_a_transaction_manager_was_told_the_program_was_not(self):
+        """`transaction` aborts after an interrupt, and logs what that raises."""
+        for self.driver in ("psycopg2", "psycopg"):
+            with self.subTest(self.driver):
+                connection = self.connect(witness=Ledger())
+                join_transactions(connection, transaction.manager)
+                self.insert(connection, "work")
+                self.forward.cut_at_commit()
+                with (
+                    self.subscriber(CommitLookedUp, self.interrupt),
+                    self.assertRaises(KeyboardInterrupt),
+                ):
+                    transaction.commit()
+                with self.assertRaises(CommitOutcomeUnknown) as raised:
+                    connection.rollback()
+                self.assertEqual(raised.exception.outcome, "committed")
+                connection.rollback()
+                with self.assertRaises(CommitOutcomeUnknown):
+                    transaction.abort()
+                self.assertEqual(self.names(), ["work"])
+                self.query("DELETE FROM item")
+
+
+class LateDataManager:
+    """One that sorts last, and breaks its promise that it can finish."""
+
+    transaction_manager = transaction.manager
+
+    def sortKey(self):
+        return "~~"
+
+    def nothing(self, transaction):
+        pass
+
+    abort = tpc_begin = commit = tpc_vote = tpc_abort = nothing
+
+    def tpc_finish(self, transaction):
+        raise TransientError
+
+
+class FinishTests(DoubtTestCase):
+    layer = LAYER
+
+    def test_what_is_committed_is_not_run_again(self):
+        for keywords in ({"witness": Ledger()}, {"witness": None}, {"two_phase": True}):
+            with self.subTest(**keywords):
+                connection = self.connect(**keywords)
+                join_transactions(connection, transaction.manager)
+                runs = []
+
+                def work(connection=connection, runs=runs):
+                    runs.append(1)
+                    self.insert(connection, "work")
+                    transaction.get().join(LateDataManager())
+
+                with self.assertRaises(CommitOutcomeUnknown) as raised:
+                    transaction.manager.run(work)
+                self.assertEqual(raised.exception.outcome, "committed")
+                self.assertEqual((len(runs), self.names()), (1, ["work"]))
                 self.query("DELETE FROM item")
 
 

@@ -105,9 +105,12 @@ ANSWERS = ("not noticed", "begun again", "run again", "found committed", "in par
 # Without fsync a server recovers sooner. What a process has written outlives the process all the
 # same.
 SETTINGS = {"fsync": "off", "scram_iterations": 1}
+# It takes long: its names have it start among the first, as layers do in the order of theirs.
 SWEEP_LAYER = SweepLayer(
     *(
-        PortForwardLayer(PostgresLayer(f"Sweep{n}Layer", SETTINGS), f"Sweep{n}ForwardLayer")
+        PortForwardLayer(
+            PostgresLayer(f"BasicSweep{n}Layer", SETTINGS), f"BasicSweep{n}ForwardLayer"
+        )
         for n in (1, 2)
     )
 )

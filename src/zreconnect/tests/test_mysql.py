@@ -720,6 +720,7 @@ class Tests(MysqlTestCase):
                 connection.rollback()
                 evidence = raised.exception.evidence
                 self.assertIn("what came after it is not in the ledger", evidence)
+                self.assertRegex(evidence, r"the server process \d+ with the lock zreconnect:")
                 self.assertTrue(is_evident(raised.exception, self.query))
                 self.assertIn(f"before, {lose_in}", self.names())
                 self.assertNotIn("after", self.names())

@@ -26,6 +26,7 @@ from zreconnect import (
 )
 from zreconnect.datamanager import join_transactions
 from zreconnect.events import CommittedInPart
+from zreconnect.recovery import recover
 from zreconnect.siblings import has_written
 from zreconnect.testing.layers import PortForwardLayer, PostgresLayer
 from zreconnect.tests.base import (
@@ -60,6 +61,10 @@ class Between:
         pass
 
     abort = tpc_begin = commit = tpc_finish = tpc_abort = nothing
+
+
+class TimeLimit(Exception):
+    """What a handler of SIGALRM raises in many a program."""
 
 
 class SiblingTests:
@@ -239,6 +244,64 @@ class SiblingTests:
         self.assertEqual(caught.exception.outcome, "committed")
         self.assertEqual(self.numbers(), [1, 0])
 
+    def test_so_does_a_time_limit_in_a_commit(self):
+        """Its COMMIT has arrived, and the answer is not read."""
+        for statement, number in (("INSERT INTO item VALUES ('one')", 1), ("SELECT 1", 0)):
+            with self.subTest(statement):
+                self.open(self.witness)
+                self.insert(self.first)
+                self.execute(self.second, statement)
+                driver = self.second.work.link.driver
+
+                def commit(raw, *args, driver=driver):
+                    del driver.commit
+                    driver.commit(raw, *args)
+                    raise TimeLimit
+
+                # The driver is shared by connections of its kind.
+                self.between(setattr, driver, "commit", commit)
+                with self.assertRaises(TimeLimit):
+                    transaction.commit()
+                with self.assertRaises(CommitOutcomeUnknown) as caught:
+                    transaction.abort()
+                self.assertEqual(caught.exception.outcome, "committed")
+                self.assertEqual(self.numbers(), [1, number])
+
+    def test_who_has_only_read_has_committed_nothing(self):
+        """Its vote keeps nobody from running the work again."""
+        if not self.tells_what_has_written:
+            self.skipTest("this server does not tell what has only read")
+        for witness in WITNESSES[:-1]:
+            with self.subTest(witness):
+                self.open(witness)
+                runs = []
+
+                def work(runs=runs):
+                    runs.append(1)
+                    self.read(self.first)
+                    self.insert(self.second)
+                    if len(runs) == 1:
+                        self.between(self.lose, self.second)
+
+                self.second.run(lambda: transaction.manager.run(work))
+                self.assertEqual(len(runs), 2)
+                self.assertEqual(self.numbers(), [0, 1])
+
+    def test_of_who_has_only_read_nothing_is_missing(self):
+        if not self.tells_what_has_written:
+            self.skipTest("this server does not tell what has only read")
+        self.open(None)
+        self.insert(self.first)
+        self.read(self.second)
+        member = Between(self.first, lambda: self.lose(self.first))
+        member.sortKey = lambda: "~"
+        transaction.get().join(member)
+        with self.assertRaises(CommitOutcomeUnknown) as caught:
+            transaction.commit()
+        self.assertNotIsInstance(caught.exception, PartlyCommitted)
+        transaction.abort()
+        self.assertEqual(self.numbers(), [0, 0])
+
     def test_the_loss_of_what_has_only_read_harms_nobody(self):
         if not self.tells_what_has_written:
             self.skipTest("this server does not tell what has only read")
@@ -371,6 +434,19 @@ class PostgreSQLTests(SiblingTests):
         with self.assertRaises(DisconnectionError):
             transaction.commit()
         self.assertEqual(self.numbers(), [0, 0])
+
+    def test_a_branch_that_somebody_has_rolled_back(self):
+        """When it is to finish, the one that commits by itself has committed."""
+        dsn = self.fresh_database()
+        branch = zreconnect.connect(dsn, driver=self.driver, two_phase=True)
+        self.addCleanup(branch.close)
+        self.insert(branch, self.first)
+        member = Between(self.first, lambda: recover(dsn, older_than=0, settle=True))
+        member.sortKey = lambda: "~~"
+        transaction.get().join(member)
+        self.assert_partly_committed(committed=[self.first], not_committed=[branch])
+        transaction.abort()
+        self.assertEqual(self.numbers(), [1, 0])
 
     def test_what_counts_as_writing(self):
         self.open(Ledger())

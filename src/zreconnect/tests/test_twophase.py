@@ -32,7 +32,7 @@ from zreconnect import (
     twophase,
 )
 from zreconnect.drivers.psycopg2 import driver
-from zreconnect.events import CommitLookedUp, ConnectionLost, GaveUp
+from zreconnect.events import CommitLookedUp, ConnectionAttemptFailed, ConnectionLost, GaveUp
 from zreconnect.testing import EmbeddedPostgres, PortForward
 from zreconnect.testing.layers import POSTGRES_LAYER, PostgresLayer
 from zreconnect.tests.base import PATIENCE, wait_until
@@ -99,6 +99,22 @@ class Database:
     def lose_request(self):
         """What is sent next does not arrive."""
         self.forward.cut("to_server", 0)
+
+
+@contextlib.contextmanager
+def interrupted_at(event_class):
+    """An interrupt comes, once, when an event of that class is announced in the block."""
+    pending = [KeyboardInterrupt]
+
+    def interrupt(event):
+        if isinstance(event, event_class) and pending:
+            raise pending.pop()
+
+    zope.event.subscribers.append(interrupt)
+    try:
+        yield
+    finally:
+        zope.event.subscribers.remove(interrupt)
 
 
 class Side(Database):
@@ -205,7 +221,7 @@ class TwoPhaseTestCase(unittest.TestCase):
         """The block logs an error with these words about what stays prepared."""
         with self.assertLogs("zreconnect", logging.ERROR) as logs:
             yield
-        errors = [line for line in logs.output if "stays prepared" in line]
+        errors = [line for line in logs.output if "may still be prepared" in line]
         self.assertEqual(len(errors), len(words), logs.output)
         for line, word in zip(errors, words, strict=True):
             self.assertIn(word, line)
@@ -718,6 +734,42 @@ class LostDecisionTests(TwoPhaseTestCase):
             transaction.abort()
         self.assertEqual(found.exception.outcome, "committed")
         self.assertEqual(self.recover(), [])
+        self.check(rows=1)
+
+    def test_an_interrupt_while_the_server_is_away(self):
+        """COMMIT PREPARED has arrived, its answer is lost, and the reconnecting is interrupted."""
+        for direction, rows in (("to_client", 1), ("to_server", 0)):
+            with self.subTest(direction):
+                self.connect()
+                self.insert()
+                deciding = self.deciding
+                self.before_finish(
+                    partial(deciding.forward.cut, direction, 0, then=deciding.vanish)
+                )
+                with (
+                    self.left_behind("not known", "not known"),
+                    interrupted_at(ConnectionAttemptFailed),
+                    self.assertRaises(KeyboardInterrupt),
+                ):
+                    transaction.commit()
+                with self.assertRaisesRegex(CommitOutcomeUnknown, "zreconnect recover") as found:
+                    transaction.abort()
+                self.assertIn(":0:", found.exception.evidence)
+                self.recover()
+                self.check(rows)
+                for side in self.sides:
+                    side.query("DELETE FROM item")
+                    side.connection.close()
+
+    def test_an_interrupt_where_it_is_told(self):
+        self.connect()
+        self.insert()
+        self.before_finish(lambda: self.deciding.lose_answer(then=self.deciding.vanish))
+        with interrupted_at(CommitLookedUp), self.assertRaises(KeyboardInterrupt):
+            transaction.commit()
+        with self.assertRaisesRegex(CommitOutcomeUnknown, "zreconnect recover"):
+            transaction.abort()
+        self.assertEqual(self.recover(), ["commit"])
         self.check(rows=1)
 
     def test_the_right_to_commit_is_lost(self):

@@ -541,6 +541,43 @@ class FirstStatementTests(WitnessTestCase):
             connection.commit()
         self.assertEqual(losses, [])
 
+    def test_a_commit_that_was_ended_before_it_was_sent_and_comes_again(self):
+        """A time limit strikes when the witness asks, and the transaction goes on."""
+        for connection in self.connections(XidWitness(), XidWitness(at_commit=True), Ledger()):
+            with self.subTest(connection.work.link.options.witness):
+                connection.cursor().execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
+                self.insert(connection)
+                limit = mock.Mock(side_effect=TimeoutError)
+                with (
+                    mock.patch.object(connection.work.link.driver, "query", limit),
+                    self.assertRaises(TimeoutError),
+                ):
+                    connection.commit()
+                self.assertEqual((connection.state, limit.call_count), ("active", 1))
+                self.insert(connection, "two")
+                self.lose_answer_to_last_request(connection)
+                self.assertEqual((connection.state, self.names()), ("idle", ["one", "two"]))
+                self.query("DELETE FROM item")
+
+    def test_a_ledger_that_somebody_has_locked(self):
+        for connection in self.connections(Ledger()):
+            cursor = connection.cursor()
+            connection.run(lambda: None)
+            cursor.execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
+            cursor.execute("SAVEPOINT before")
+            cursor.execute("SET LOCAL statement_timeout = '100ms'")
+            dsn = self.server.dsn(dbname=self.dbname)
+            with contextlib.closing(psycopg2.connect(dsn)) as holder:
+                holder.cursor().execute("LOCK TABLE zreconnect_ledger")
+                with self.assertRaises(connection.OperationalError):
+                    connection.commit()
+            self.assertEqual(connection.state, "active")
+            cursor.execute("ROLLBACK TO SAVEPOINT before")
+            self.insert(connection)
+            self.lose_answer_to_last_request(connection)
+            self.assertEqual((connection.state, self.names()), ("idle", ["one"]))
+            self.query("DELETE FROM item")
+
     def test_what_is_lost_before_commit_may_run_again(self):
         for connection in self.connections(XidWitness(), Ledger()):
             connection.cursor().execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
