@@ -137,6 +137,7 @@ def _begin_another(work: Work, explicit: bool, statement: Any = None) -> None:
     link.observer.waits = statement is not None and link.driver.sets_modes(statement)
     link.reads_only = False
     work.number += 1
+    work.has_only_read = False
     work.savepoints.clear()
     work.own.forget()
     link.was_ended = False

@@ -190,6 +190,7 @@ class ReconnectingCursor(SettingsOfCursor, Transfers, Results):
                 self.have_raw_cursor_in_place()
                 self._forget_rows_ahead()
             raw = self._raw
+            work.has_only_read = False
             try:
                 call = getattr(raw, method)
                 if self.name is not None and work.state is State.ACTIVE:

@@ -45,10 +45,8 @@ class ConnectionDataManager:
         self.work = connection.work
         self.guard = connection.guard
         self._losses = self.work.losses
-        # Whether it has committed; and whether it had only read, as far as is known.
+        # Whether it has committed something, as far as is known; whether the thread was told that.
         self.has_committed = False
-        self.has_only_read = False
-        # Whether the thread has been told that.
         self._has_finished = False
         # What a rollback has found out of a commit that was interrupted.
         self._unknown: CommitOutcomeUnknown | None = None
@@ -122,8 +120,8 @@ class ConnectionDataManager:
             if not (is_settled and siblings_of(transaction).is_harmless(self, error)):
                 raise
         else:
-            self.has_committed = is_active and not self.has_only_read
-            if self.has_only_read:
+            self.has_committed = is_active and not self.work.has_only_read
+            if self.work.has_only_read:
                 self.work.own.withdraw()
                 self.work.own.forget()
 

@@ -170,6 +170,7 @@ class Guard:
         whether the session is at rest. waits: whether an answer is waited for.
         """
         limit = self._link.options.response_timeout if waits else None
+        self.work.has_only_read = False
         if self._link.readers:
             self._link.keep_rows_before_request(self.work.state is State.ACTIVE)
         try:

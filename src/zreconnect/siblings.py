@@ -52,7 +52,7 @@ class Siblings:
             self._writers.append(member)
             _warn(self._writers)
         else:
-            member.has_only_read = True
+            member.work.has_only_read = True
 
     def is_harmless(self, member: ConnectionDataManager, error: Exception) -> bool:
         """Whether nothing is missing although ``member`` has met ``error`` when it committed.
@@ -60,12 +60,12 @@ class Siblings:
         Raises `PartlyCommitted` if the error does not tell all: a sibling has committed, or this
         one may have, and another one not.
         """
-        others = [each for each in self._all if each is not member and not each.has_only_read]
+        others = [each for each in self._all if each is not member and not each.work.has_only_read]
         committed = [each for each in others if each.has_committed]
         left = [each for each in others if each.work.state is not State.IDLE]
         is_unknown = isinstance(error, CommitOutcomeUnknown)
         is_lost = is_unknown or (committed and isinstance(error, DisconnectionError))
-        if is_lost and member.has_only_read:
+        if is_lost and member.work.has_only_read:
             member.guard.roll_back()
             member.work.own.forget()
             return True

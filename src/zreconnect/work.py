@@ -77,7 +77,8 @@ class Work:
     number: that of the present transaction, or of the last. block_began_after: that of the last one
     before the ``with`` block. told_by_call: the one of whose commit the program learns when the
     call returns that commits. own: what each thread knows of its own COMMITs here. savepoints: of
-    open blocks, see `zreconnect.blocks`.
+    open blocks, see `zreconnect.blocks`. has_only_read: whether the transaction was found to have
+    written nothing, as far as is known, and nothing was asked of the server since.
     """
 
     __slots__ = (
@@ -86,6 +87,7 @@ class Work:
         "block",
         "block_began_after",
         "finding",
+        "has_only_read",
         "implicit_begin",
         "is_explicit",
         "join",
@@ -114,7 +116,7 @@ class Work:
         self._anchors: tuple[weakref.ref[Any], ...] = ()
         self.join: Callable[[], None] | None = None
         self.implicit_begin = True
-        self.is_explicit = False
+        self.is_explicit = self.has_only_read = False
         self.told_by_call = 0
         self.block: dict[str, Any] = {}
         self.block_began_after = 0

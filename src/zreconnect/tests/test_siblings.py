@@ -287,6 +287,21 @@ class SiblingTests:
                 self.assertEqual(len(runs), 2)
                 self.assertEqual(self.numbers(), [0, 1])
 
+    def test_who_had_only_read_when_it_was_asked(self):
+        """It writes later, when another data manager votes."""
+        for writes_late in (self.first, self.second):
+            with self.subTest(is_first=writes_late is self.first):
+                self.read(self.first)
+                self.read(self.second)
+                self.insert(self.second if writes_late is self.first else self.first)
+                member = Between(self.first, lambda each=writes_late: self.insert(each))
+                member.sortKey = lambda: "z"
+                transaction.get().join(member)
+                self.between(self.lose, self.second)
+                self.assert_partly_committed(committed=[self.first], not_committed=[self.second])
+                transaction.abort()
+        self.assertEqual(self.numbers(), [2, 0])
+
     def test_of_who_has_only_read_nothing_is_missing(self):
         if not self.tells_what_has_written:
             self.skipTest("this server does not tell what has only read")
