@@ -36,8 +36,9 @@ class Commits:
 
 # Of the calls that are watched, one inside the other. A thread that such a call starts is outside.
 _watched: ContextVar[tuple[Commits, ...]] = ContextVar("zreconnect_commits", default=())
-# Whether the code that asks is a subscriber of an event, or called by one.
-_announcing: ContextVar[bool] = ContextVar("zreconnect_announcing", default=False)
+# In how many announcements of events, one inside the other, the code is a subscriber, or called by
+# one.
+announcements: ContextVar[int] = ContextVar("zreconnect_announcements", default=0)
 
 
 @contextmanager
@@ -70,21 +71,13 @@ def note_loss() -> None:
         commits.lost += 1
 
 
-@contextmanager
-def announcing() -> Iterator[None]:
-    """For a block that notifies subscribers: what they are told, the program is not."""
-    token = _announcing.set(True)
-    try:
-        yield
-    finally:
-        _announcing.reset(token)
-
-
 class _OfThread(threading.local):
-    """untold: what the thread is yet to be told, at the end; empty if there is nothing."""
+    """untold: what the thread is yet to be told, at the end; empty if there is nothing. depth: in
+    how many announcements the thread was when it sent its COMMIT."""
 
     def __init__(self) -> None:
         self.untold: list[Any] = []
+        self.depth = 0
 
 
 class OwnCommits:
@@ -98,6 +91,7 @@ class OwnCommits:
 
     def sending(self) -> None:
         """A COMMIT is about to be sent."""
+        self._local.depth = announcements.get()
         watched_by = _watched.get()
         for commits in watched_by:
             commits.sent += 1
@@ -121,7 +115,8 @@ class OwnCommits:
     def raising(self, unknown: Error) -> Error:
         """``unknown``, with which the calling thread learns what became of its COMMIT, unless
         something else is raised in its place before it has come out of here."""
-        if _announcing.get():
+        if announcements.get() > self._local.depth:
+            # A subscriber is told, and not yet who has sent the COMMIT.
             return unknown
         # In one step, as `telling`.
         return [unknown, *map(self._local.untold.append, (unknown,))][0]  # type: ignore[return-value]

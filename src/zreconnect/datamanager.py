@@ -12,12 +12,15 @@ from zreconnect.documented import implements
 from zreconnect.exceptions import CommitOutcomeUnknown
 from zreconnect.interfaces import ITransactionDataManager
 from zreconnect.siblings import siblings_of
-from zreconnect.states import COMMIT_SENT, State
+from zreconnect.states import State
 from zreconnect.witness import Outcome
 
 if TYPE_CHECKING:
     from zreconnect.connection import ReconnectingConnection
     from zreconnect.savepoint import Savepoint
+
+# What `transaction` says of one that has succeeded; its hooks abort that, too.
+COMMITTED = "Committed"
 
 
 @implements(ITransactionDataManager)
@@ -45,7 +48,7 @@ class ConnectionDataManager:
         self.work = connection.work
         self.guard = connection.guard
         self._losses = self.work.losses
-        # Whether it has committed something, as far as is known; whether the thread was told that.
+        # Whether it has committed; and whether the thread was told that.
         self.has_committed = False
         self._has_finished = False
         # What a rollback has found out of a commit that was interrupted.
@@ -73,7 +76,8 @@ class ConnectionDataManager:
                 self.guard.tell()
         except CommitOutcomeUnknown as unknown:
             self._unknown = unknown
-        if self._unknown is None and self.has_committed and self._has_finished:
+        is_told = self.has_committed and self._has_finished
+        if is_told and transaction is not None and transaction.status != COMMITTED:
             # Another one has failed to finish, and what it has raised may run the work again.
             self._unknown = CommitOutcomeUnknown(
                 self._connection.server,
@@ -114,16 +118,12 @@ class ConnectionDataManager:
         is_active = self.work.state is State.ACTIVE
         try:
             self.guard.commit()
+            self.has_committed = is_active
         except Exception as error:
-            # What interrupts a COMMIT goes on as it is, and `abort` tells what became of that.
-            is_settled = self.work.state not in COMMIT_SENT
-            if not (is_settled and siblings_of(transaction).is_harmless(self, error)):
+            siblings = siblings_of(transaction)
+            if not siblings.is_harmless(self, error):
+                siblings.tell_part(self, error)
                 raise
-        else:
-            self.has_committed = is_active and not self.work.has_only_read
-            if self.work.has_only_read:
-                self.work.own.withdraw()
-                self.work.own.forget()
 
     def tpc_finish(self, transaction: ITransaction) -> None:
         self.work.leave(self)

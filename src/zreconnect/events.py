@@ -12,7 +12,7 @@ from zope.event import notify
 
 from zreconnect import interfaces
 from zreconnect.advice import advice
-from zreconnect.commits import announcing
+from zreconnect.commits import announcements
 from zreconnect.documented import implements
 from zreconnect.exceptions import (
     CommitOutcomeUnknown,
@@ -240,8 +240,11 @@ def announce(event: Event) -> None:
     """
     logger.log(event.level, "%s", event, extra=event.fields())
     try:
-        with announcing():
+        token = announcements.set(announcements.get() + 1)
+        try:
             notify(event)
+        finally:
+            announcements.reset(token)
     except Exception as error:
         # What is raised right here is the program's, by a signal's handler.
         if error.__traceback__ is not None and error.__traceback__.tb_next is None:

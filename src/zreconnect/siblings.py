@@ -3,8 +3,8 @@
 With one phase, each commits by itself when it votes. If a later one's COMMIT fails, what the
 earlier ones have committed stays, and nothing can take it back. So before the first COMMIT all of
 them are asked: who is lost is found out while the work may still run again. When one has committed,
-or may have, what the next one meets is told as what it is, and runs no work again. Those that have
-only read do not count: of them nothing is missing.
+or may have, what the next one meets is told as what it is, and runs no work again. Of those that
+have only read nothing is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transaction.interfaces import ITransaction
 from zreconnect import events
 from zreconnect.exceptions import CommitOutcomeUnknown, DisconnectionError, PartlyCommitted
 from zreconnect.guard import Guard
-from zreconnect.states import Answer, Request, State
+from zreconnect.states import COMMIT_SENT, Answer, Request, State
 
 if TYPE_CHECKING:
     from zreconnect.datamanager import ConnectionDataManager
@@ -55,20 +55,38 @@ class Siblings:
             member.work.has_only_read = True
 
     def is_harmless(self, member: ConnectionDataManager, error: Exception) -> bool:
-        """Whether nothing is missing although ``member`` has met ``error`` when it committed.
+        """Whether nothing is missing although ``member`` has met ``error`` in its vote.
 
-        Raises `PartlyCommitted` if the error does not tell all: a sibling has committed, or this
-        one may have, and another one not.
+        Then it is rolled back.
         """
-        others = [each for each in self._all if each is not member and not each.work.has_only_read]
-        committed = [each for each in others if each.has_committed]
-        left = [each for each in others if each.work.state is not State.IDLE]
-        is_unknown = isinstance(error, CommitOutcomeUnknown)
-        is_lost = is_unknown or (committed and isinstance(error, DisconnectionError))
-        if is_lost and member.work.has_only_read:
+        is_lost = isinstance(error, CommitOutcomeUnknown) or (
+            isinstance(error, DisconnectionError) and bool(self._committed_beside(member))
+        )
+        is_harmless: bool = is_lost and member.work.has_only_read
+        if is_harmless:
             member.guard.roll_back()
             member.work.own.forget()
-            return True
+        return is_harmless
+
+    def tell_part(self, member: ConnectionDataManager, error: Exception) -> None:
+        """Raise `PartlyCommitted` if ``error``, which ``member`` has met, does not tell all.
+
+        That is so if a sibling has committed, or this one may have, and another one not.
+        """
+        committed = self._committed_beside(member)
+        left = [
+            each
+            for each in self._all
+            if each is not member
+            and each.work.state is not State.IDLE
+            and not each.work.has_only_read
+        ]
+        is_unknown = isinstance(error, CommitOutcomeUnknown)
+        # An interrupt leaves the COMMIT to `abort`, which tells what became of it.
+        is_interrupted = member.work.state in COMMIT_SENT
+        if is_interrupted and (member.work.has_only_read or not committed):
+            return
+        is_in_doubt = is_unknown or is_interrupted
         same = [member]
         if not member.commits_in_vote:
             # It is a branch, and those that are left are others of the same transaction.
@@ -76,15 +94,17 @@ class Siblings:
         if committed or (is_unknown and left):
             where = (
                 _servers(committed),
-                _servers(left if is_unknown else [*same, *left]),
-                _servers(same if is_unknown else []),
+                _servers(left if is_in_doubt else [*same, *left]),
+                _servers(same if is_in_doubt else []),
             )
             partly = PartlyCommitted(*where, str(error))
             events.announce(events.CommittedInPart(partly.server, *where, partly))
             for each in (member, *committed):
                 each.work.own.raising(partly)
             raise partly from error
-        return False
+
+    def _committed_beside(self, member: ConnectionDataManager) -> list[ConnectionDataManager]:
+        return [each for each in self._all if each is not member and each.has_committed]
 
 
 def siblings_of(transaction: ITransaction | None) -> Siblings:

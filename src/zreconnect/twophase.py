@@ -132,8 +132,9 @@ class TwoPhaseDataManager(ConnectionDataManager):
                 is_settled = isinstance(error, CommitOutcomeUnknown) or (
                     self.decision.outcome is Outcome.ABORTED
                 )
-                if not (is_settled and siblings_of(transaction).is_harmless(self, error)):
-                    raise
+                if is_settled:
+                    siblings_of(transaction).tell_part(self, error)
+                raise
             self.has_committed = True
         elif self.branch is not None:
             # It is the parent process's.
@@ -315,6 +316,8 @@ class TwoPhaseDataManager(ConnectionDataManager):
             # First: what interrupts the rest must not hide it from the other branches.
             self.decision.outcome = outcome
             self.work.own.leave_untold(outcome)
+        elif outcome is Outcome.ABORTED:
+            self.work.own.forget()
         if outcome is not Outcome.UNKNOWN:
             self._release()
         return outcome, problem

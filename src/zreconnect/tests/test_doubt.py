@@ -343,6 +343,30 @@ class InterruptTests(DoubtTestCase):
                     self.assertEqual(self.names(), ["work"])
                     self.query("DELETE FROM item")
 
+    def test_what_a_subscriber_has_committed_itself(self):
+        """It is told of that once, as a program is."""
+        connection, other = self.connect(witness=Ledger()), self.connect(witness=None)
+        told = []
+
+        def use_another():
+            other.begin()
+            self.insert(other, "of the subscriber")
+            self.forward.cut_at_commit()
+            for end in (other.commit, other.rollback, other.rollback):
+                try:
+                    end()
+                except CommitOutcomeUnknown:
+                    told.append(end)
+
+        connection.begin()
+        self.forward.drop()
+        with self.subscriber(ConnectionLost, use_another), self.assertRaises(DisconnectionError):
+            self.insert(connection, "work")
+        self.assertEqual(told, [other.commit])
+        other.rollback()
+        connection.rollback()
+        self.assertEqual(self.names(), ["of the subscriber"])
+
     def test_what_a_transaction_manager_was_told_the_program_was_not(self):
         """`transaction` aborts after an interrupt, and logs what that raises."""
         for self.driver in ("psycopg2", "psycopg"):
@@ -385,6 +409,25 @@ class LateDataManager:
 
 class FinishTests(DoubtTestCase):
     layer = LAYER
+
+    def test_a_hook_of_a_transaction_has_one_of_its_own(self):
+        """`transaction` aborts what is committed after its hooks, and when they begin another."""
+        for keywords in ({"witness": Ledger()}, {"witness": None}, {"two_phase": True}):
+            with self.subTest(**keywords):
+                connection = self.connect(**keywords)
+                join_transactions(connection, transaction.manager)
+
+                def hook(success, connection=connection):
+                    transaction.begin()
+                    self.insert(connection, "by the hook")
+                    transaction.commit()
+
+                self.insert(connection, "work")
+                transaction.get().addAfterCommitHook(hook)
+                with self.assertNoLogs("txn", logging.WARNING):
+                    transaction.commit()
+                self.assertEqual(self.names(), ["by the hook", "work"])
+                self.query("DELETE FROM item")
 
     def test_what_is_committed_is_not_run_again(self):
         for keywords in ({"witness": Ledger()}, {"witness": None}, {"two_phase": True}):

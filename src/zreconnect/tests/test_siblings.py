@@ -244,48 +244,50 @@ class SiblingTests:
         self.assertEqual(caught.exception.outcome, "committed")
         self.assertEqual(self.numbers(), [1, 0])
 
-    def test_so_does_a_time_limit_in_a_commit(self):
-        """Its COMMIT has arrived, and the answer is not read."""
-        for statement, number in (("INSERT INTO item VALUES ('one')", 1), ("SELECT 1", 0)):
-            with self.subTest(statement):
+    def test_a_time_limit_in_a_commit(self):
+        """Whether its COMMIT has arrived is not known before it is looked up."""
+        for arrives in (True, False):
+            with self.subTest(arrives=arrives):
                 self.open(self.witness)
-                self.insert(self.first)
-                self.execute(self.second, statement)
-                driver = self.second.work.link.driver
+                self.insert(self.first, self.second)
+                self.between(self.limit_commit, arrives)
+                error = self.assert_partly_committed(committed=[self.first], unknown=[self.second])
+                self.assertIsInstance(error.__cause__, TimeLimit)
+                if arrives:
+                    with self.assertRaises(CommitOutcomeUnknown) as caught:
+                        transaction.abort()
+                    self.assertEqual(caught.exception.outcome, "committed")
+                self.assertEqual(self.numbers(), [1, int(arrives)])
 
-                def commit(raw, *args, driver=driver):
-                    del driver.commit
-                    driver.commit(raw, *args)
-                    raise TimeLimit
-
-                # The driver is shared by connections of its kind.
-                self.between(setattr, driver, "commit", commit)
-                with self.assertRaises(TimeLimit):
-                    transaction.commit()
-                with self.assertRaises(CommitOutcomeUnknown) as caught:
-                    transaction.abort()
-                self.assertEqual(caught.exception.outcome, "committed")
-                self.assertEqual(self.numbers(), [1, number])
-
-    def test_who_has_only_read_has_committed_nothing(self):
-        """Its vote keeps nobody from running the work again."""
+    def test_a_time_limit_in_a_commit_of_who_has_only_read(self):
         if not self.tells_what_has_written:
             self.skipTest("this server does not tell what has only read")
-        for witness in WITNESSES[:-1]:
-            with self.subTest(witness):
-                self.open(witness)
-                runs = []
+        self.insert(self.first)
+        self.read(self.second)
+        self.between(self.limit_commit, True)
+        with self.assertRaises(TimeLimit):
+            transaction.commit()
+        with self.assertRaises(CommitOutcomeUnknown) as caught:
+            transaction.abort()
+        self.assertEqual(caught.exception.outcome, "committed")
+        self.assertEqual(self.numbers(), [1, 0])
 
-                def work(runs=runs):
-                    runs.append(1)
-                    self.read(self.first)
-                    self.insert(self.second)
-                    if len(runs) == 1:
-                        self.between(self.lose, self.second)
+    def limit_commit(self, arrives):
+        """The next COMMIT of any connection of this driver is interrupted."""
+        driver = self.second.work.link.driver
 
-                self.second.run(lambda: transaction.manager.run(work))
-                self.assertEqual(len(runs), 2)
-                self.assertEqual(self.numbers(), [0, 1])
+        def commit(raw, *args):
+            del driver.commit, driver.is_at_rest
+            if arrives:
+                driver.commit(raw, *args)
+            driver.is_at_rest = busy
+            raise TimeLimit
+
+        def busy(raw):
+            del driver.is_at_rest
+            return False
+
+        driver.commit, driver.is_at_rest = commit, busy
 
     def test_who_had_only_read_when_it_was_asked(self):
         """It writes later, when another data manager votes."""
@@ -462,6 +464,14 @@ class PostgreSQLTests(SiblingTests):
         self.assert_partly_committed(committed=[self.first], not_committed=[branch])
         transaction.abort()
         self.assertEqual(self.numbers(), [1, 0])
+
+    def test_who_has_notified_has_committed(self):
+        """No lock shows it, so it must not be done twice."""
+        self.execute(self.first, "NOTIFY news")
+        self.insert(self.second)
+        self.between(self.lose, self.second)
+        self.assert_partly_committed(committed=[self.first], not_committed=[self.second])
+        transaction.abort()
 
     def test_what_counts_as_writing(self):
         self.open(Ledger())

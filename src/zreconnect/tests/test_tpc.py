@@ -21,6 +21,7 @@ from zreconnect import (
     Ledger,
     twophase,
 )
+from zreconnect.events import CommitLookedUp
 from zreconnect.tests.interrupts import Alarm, AtLines
 from zreconnect.tests.test_twophase import (
     DATABASES,
@@ -29,6 +30,7 @@ from zreconnect.tests.test_twophase import (
     PREPARED,
     STRIDE,
     Database,
+    interrupted_at,
     make_databases,
 )
 
@@ -358,6 +360,18 @@ class TwoPhaseCallsTests:
             end()
             self.check(rows)
         self.check_idle(1)
+
+    def test_what_was_unknown_and_is_rolled_back_is_told_no_more(self):
+        self.prepare()
+        self.vanish()
+        with interrupted_at(CommitLookedUp), self.assertRaises(KeyboardInterrupt):
+            self.connection.tpc_commit()
+        self.come_back()
+        self.database.query(f"ROLLBACK PREPARED '{self.gid}'")
+        with self.assertRaisesRegex(self.connection.OperationalError, "not committed"):
+            self.connection.tpc_commit()
+        self.connection.rollback()
+        self.check_idle(0)
 
     def test_committed_and_then_rolled_back(self):
         self.prepare()

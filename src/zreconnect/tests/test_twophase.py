@@ -712,7 +712,10 @@ class LostDecisionTests(TwoPhaseTestCase):
     def test_an_interrupt_in_the_other_branch(self):
         self.check_an_interrupt(2)
 
-    def check_an_interrupt(self, number):
+    def test_a_time_limit_in_the_deciding_branch(self):
+        self.check_an_interrupt(1, TimeoutError)
+
+    def check_an_interrupt(self, number, interrupt=KeyboardInterrupt):
         self.connect()
         self.insert()
         end = twophase.end_branch
@@ -722,11 +725,11 @@ class LostDecisionTests(TwoPhaseTestCase):
             end(*args)
             ended.append(args)
             if len(ended) == number:
-                raise KeyboardInterrupt
+                raise interrupt
 
         with (
             mock.patch.object(twophase, "end_branch", interrupted),
-            self.assertRaises(KeyboardInterrupt),
+            self.assertRaises(interrupt),
         ):
             transaction.commit()
         # It may have arrived, so that the branches are committed.
