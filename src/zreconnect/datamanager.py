@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from zreconnect.connection import ReconnectingConnection
     from zreconnect.savepoint import Savepoint
 
-# What `transaction` says of one that has succeeded; its hooks abort that, too.
-COMMITTED = "Committed"
+# What `transaction` says of one that has failed, while it tells its data managers, and afterwards.
+# One that has succeeded is aborted, too, for its hooks.
+FAILED = frozenset({"Committing", "Commit failed"})
 
 
 @implements(ITransactionDataManager)
@@ -77,7 +78,7 @@ class ConnectionDataManager:
         except CommitOutcomeUnknown as unknown:
             self._unknown = unknown
         is_told = self.has_committed and self._has_finished
-        if is_told and transaction is not None and transaction.status != COMMITTED:
+        if is_told and transaction is not None and transaction.status in FAILED:
             # Another one has failed to finish, and what it has raised may run the work again.
             self._unknown = CommitOutcomeUnknown(
                 self._connection.server,
