@@ -120,6 +120,31 @@ def leave_in_doubt(test_case, connection, is_committed):
     return raised.exception
 
 
+@contextmanager
+def subscriber(event_class, function):
+    """It is called once, in the block, when an event of that class is announced."""
+    pending = [function]
+
+    def call(event):
+        if isinstance(event, event_class) and pending:
+            pending.pop()()
+
+    zope.event.subscribers.append(call)
+    try:
+        yield
+    finally:
+        zope.event.subscribers.remove(call)
+
+
+def interrupted_at(event_class):
+    """An interrupt comes, once, when an event of that class is announced in the block."""
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    return subscriber(event_class, interrupt)
+
+
 def is_evident(unknown, query):
     """Whether it was committed, by what a `CommitOutcomeUnknown` says to look at in the ledger."""
     statement, number = re.search(r"if (SELECT .*) gives (\d+)", unknown.evidence).groups()

@@ -7,7 +7,6 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import transaction
-import zope.event
 from transaction.interfaces import TransientError
 
 from zreconnect import (
@@ -27,8 +26,10 @@ from zreconnect.events import (
 from zreconnect.states import State
 from zreconnect.tests.base import (
     DatabaseTestCase,
+    interrupted_at,
     is_evident,
     leave_in_doubt,
+    subscriber,
     wait_until,
 )
 from zreconnect.tests.test_siblings import LAYER
@@ -45,21 +46,6 @@ class DoubtTestCase(DatabaseTestCase):
 
     def insert(self, connection, name):
         connection.cursor().execute("INSERT INTO item VALUES (%s)", (name,))
-
-    @contextlib.contextmanager
-    def subscriber(self, event_class, function):
-        """It is called once, in the block, with what is announced first of that class."""
-        pending = [function]
-
-        def call(event):
-            if isinstance(event, event_class) and pending:
-                pending.pop()()
-
-        zope.event.subscribers.append(call)
-        try:
-            yield
-        finally:
-            zope.event.subscribers.remove(call)
 
     def lose_after_chain(self, connection):
         """A statement of the transaction's second part is lost."""
@@ -171,7 +157,7 @@ class SubscriberTests(DoubtTestCase):
                         connection.run(self.insert, connection, "audit")
 
                     with (
-                        self.subscriber(event_class, audit),
+                        subscriber(event_class, audit),
                         self.assertRaises(DisconnectionError),
                     ):
                         connection.commit()
@@ -191,7 +177,7 @@ class SubscriberTests(DoubtTestCase):
             connection.run(self.insert, connection, "audit")
 
         with (
-            self.subscriber(ConnectionLost, audit),
+            subscriber(ConnectionLost, audit),
             self.assertRaises(CommitOutcomeUnknown) as raised,
         ):
             self.insert(connection, "second part")
@@ -213,7 +199,7 @@ class SubscriberTests(DoubtTestCase):
         connection.begin()
         self.insert(connection, "work")
         self.forward.cut_at_commit()
-        with self.subscriber(Reconnected, roll_back):
+        with subscriber(Reconnected, roll_back):
             connection.commit()
         self.assertEqual((told, self.names()), (["committed"], ["work"]))
         connection.rollback()
@@ -231,7 +217,7 @@ class SubscriberTests(DoubtTestCase):
             connection.begin()
             self.insert(connection, "other")
 
-        with self.subscriber(ConnectionAttemptFailed, go_on):
+        with subscriber(ConnectionAttemptFailed, go_on):
             connection.commit()
         connection.commit()
         self.assertEqual(self.names(), ["other", "work"])
@@ -246,7 +232,7 @@ class SubscriberTests(DoubtTestCase):
             connection.work.in_child()
 
         with (
-            self.subscriber(ConnectionLost, in_child),
+            subscriber(ConnectionLost, in_child),
             self.assertRaises(CommitOutcomeUnknown),
         ):
             connection.commit()
@@ -289,9 +275,6 @@ class SubscriberTests(DoubtTestCase):
 
 
 class InterruptTests(DoubtTestCase):
-    def interrupt(self):
-        raise KeyboardInterrupt
-
     def test_what_was_found_is_not_asked_again(self):
         """The next session has taken the place of the transaction's."""
         for self.driver in ("psycopg2", "psycopg"):
@@ -302,7 +285,7 @@ class InterruptTests(DoubtTestCase):
                 process = connection.work.link.session.raw.info.backend_pid
                 self.forward.cut_at_commit()
                 with (
-                    self.subscriber(Reconnected, self.interrupt),
+                    interrupted_at(Reconnected),
                     self.assertRaises(KeyboardInterrupt),
                 ):
                     connection.commit()
@@ -331,8 +314,8 @@ class InterruptTests(DoubtTestCase):
 
                     self.forward.cut_at_commit()
                     with (
-                        self.subscriber(event_class, roll_back),
-                        self.subscriber(event_class, self.interrupt),
+                        subscriber(event_class, roll_back),
+                        interrupted_at(event_class),
                         self.assertRaises(KeyboardInterrupt),
                     ):
                         connection.commit()
@@ -360,7 +343,7 @@ class InterruptTests(DoubtTestCase):
 
         connection.begin()
         self.forward.drop()
-        with self.subscriber(ConnectionLost, use_another), self.assertRaises(DisconnectionError):
+        with subscriber(ConnectionLost, use_another), self.assertRaises(DisconnectionError):
             self.insert(connection, "work")
         self.assertEqual(told, [other.commit])
         other.rollback()
@@ -376,7 +359,7 @@ class InterruptTests(DoubtTestCase):
                 self.insert(connection, "work")
                 self.forward.cut_at_commit()
                 with (
-                    self.subscriber(CommitLookedUp, self.interrupt),
+                    interrupted_at(CommitLookedUp),
                     self.assertRaises(KeyboardInterrupt),
                 ):
                     transaction.commit()

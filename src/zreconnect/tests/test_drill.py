@@ -251,8 +251,16 @@ class GivenServerTests(unittest.TestCase):
 
     def test_no_command_that_could_be_tried(self):
         for program, patience, complaint in (
-            ("import sys; sys.exit('No.')", "60", "status 1 before it had done anything"),
-            ("import time; time.sleep(600)", "1", "done nothing in 1 seconds, with 0 connections"),
+            (
+                "import sys; sys.exit('No.')",
+                "60",
+                "ended with status 1 before it had done anything",
+            ),
+            (
+                "import time; time.sleep(600)",
+                "1",
+                "has done nothing in 1 seconds, with 0 connections",
+            ),
         ):
             with self.subTest(program):
                 result = self.drill("--patience", patience, *python(program), status=2)

@@ -22,6 +22,7 @@ from zreconnect import (
     twophase,
 )
 from zreconnect.events import CommitLookedUp
+from zreconnect.tests.base import interrupted_at
 from zreconnect.tests.interrupts import Alarm, AtLines
 from zreconnect.tests.test_twophase import (
     DATABASES,
@@ -30,7 +31,6 @@ from zreconnect.tests.test_twophase import (
     PREPARED,
     STRIDE,
     Database,
-    interrupted_at,
     make_databases,
 )
 

@@ -35,7 +35,7 @@ from zreconnect.drivers.psycopg2 import driver
 from zreconnect.events import CommitLookedUp, ConnectionAttemptFailed, ConnectionLost, GaveUp
 from zreconnect.testing import EmbeddedPostgres, PortForward
 from zreconnect.testing.layers import POSTGRES_LAYER, PostgresLayer
-from zreconnect.tests.base import PATIENCE, wait_until
+from zreconnect.tests.base import PATIENCE, interrupted_at, wait_until
 from zreconnect.tests.test_watchdog import RESPONSE_TIMEOUT, watchdogs_time
 
 # Without fsync PREPARE TRANSACTION takes less time. What a process has written outlives the process
@@ -99,22 +99,6 @@ class Database:
     def lose_request(self):
         """What is sent next does not arrive."""
         self.forward.cut("to_server", 0)
-
-
-@contextlib.contextmanager
-def interrupted_at(event_class):
-    """An interrupt comes, once, when an event of that class is announced in the block."""
-    pending = [KeyboardInterrupt]
-
-    def interrupt(event):
-        if isinstance(event, event_class) and pending:
-            raise pending.pop()
-
-    zope.event.subscribers.append(interrupt)
-    try:
-        yield
-    finally:
-        zope.event.subscribers.remove(interrupt)
 
 
 class Side(Database):
